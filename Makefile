@@ -1,0 +1,53 @@
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CPP := $(wildcard $(foreach dir,csrc csrc/*,$(addprefix $(dir)/*.,h cpp cu cuh)))
+
+.PHONY: help demo test bench lint clean distclean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Options go through ARGS: make test ARGS="-k retiming". Another Python: make demo PYTHON=python3.12'
+
+demo: $(VENV)/.package ## train a small network as a pipeline
+	$(BIN)/layerpipe train $(ARGS)
+
+test: $(VENV)/.package ## run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.package ## measure the pipeline on this machine
+	$(BIN)/python -m bench.pipeline $(ARGS)
+
+lint: $(VENV)/.package ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+clean: ## remove what builds and tools left, keep .venv
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f layerpipe_kernels/_C.*.so $(VENV)/.package
+	find . -path ./$(VENV) -prune -o -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## also remove .venv
+	rm -rf $(VENV)
+
+# The build's own requirements live in .venv, so a change in csrc compiles only what changed.
+$(VENV)/.tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo 'layerpipe needs Python 3.10 or newer: make $(MAKECMDGOALS) PYTHON=python3.12' >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	    { echo 'layerpipe needs venv to make $(VENV): install python3-venv' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q --upgrade pip 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12'
+	@touch $@
+
+$(VENV)/.package: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(CPP)
+	@echo 'installing layerpipe into $(VENV) (the first time with torch: minutes)'
+	$(PIP) install $(if $(wildcard $@),-q) --no-build-isolation -e '.[cli,test,dev]'
+	@ls layerpipe_kernels/_C.*.so >/dev/null 2>&1 || \
+	    echo 'the C++ kernels are left out: for them install g++ and python3-dev, then make clean'
+	@touch $@

@@ -1,0 +1,68 @@
+"""Which implementation runs a step: the C++ extension, or plain torch."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+try:
+    from layerpipe_kernels import _C
+except ImportError as error:  # built without a compiler: everything still works, in plain torch
+    _C = None  # type: ignore[assignment]
+    _import_error: ImportError | None = error
+else:
+    _import_error = None
+
+CPP_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+BACKENDS = ("cpp", "reference")
+
+
+def extension() -> Any:
+    """The compiled module, or ``None`` when the package was built without one."""
+    return _C
+
+
+def available_backends() -> tuple[str, ...]:
+    """Backends that can run here, the preferred one first."""
+    return BACKENDS if _C is not None else ("reference",)
+
+
+def build_info() -> dict[str, Any]:
+    """How the extension was built and which instruction set it picked on this machine."""
+    info: dict[str, Any] = {"extension": _C is not None, "backends": list(available_backends())}
+    if _C is not None:
+        info.update(_C.build_info())
+    return info
+
+
+def choose(tensor: torch.Tensor, requested: str = "auto") -> str:
+    """The backend for a tensor of this device and dtype.
+
+    ``requested="auto"`` follows ``LAYERPIPE_BACKEND`` where it is set, and otherwise takes the C++ ops for float32 and
+    float64 on the CPU and plain torch for everything else.
+
+    Raises:
+        ValueError: an unknown backend, or one that cannot take this tensor.
+        RuntimeError: the C++ backend is asked for by name and was not built.
+    """
+    source = "backend"
+    if requested == "auto" and (forced := os.environ.get("LAYERPIPE_BACKEND")):
+        requested, source = forced, "LAYERPIPE_BACKEND"
+    cpp_takes = tensor.device.type == "cpu" and tensor.dtype in CPP_DTYPES
+    if requested == "auto":
+        return "cpp" if _C is not None and cpp_takes else "reference"
+    if requested not in BACKENDS:
+        raise ValueError(f"{source}={requested!r} is unknown; there are: auto, {', '.join(BACKENDS)}")
+    if requested == "cpp":
+        if _C is None:
+            raise RuntimeError(
+                f"{source}='cpp', but this installation has no C++ extension ({_import_error}); install a C++ "
+                "compiler (g++ or clang++) and reinstall layerpipe"
+            )
+        if not cpp_takes:
+            raise ValueError(
+                f"{source}='cpp' takes float32 and float64 on the CPU, not {tensor.dtype} on {tensor.device}"
+            )
+    return requested

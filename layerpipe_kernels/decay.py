@@ -1,0 +1,189 @@
+"""How fast the averages of updates forget: decay rules for one EMA, and the design of a blend of several.
+
+The past weights are ``W(t-n) = W(t) + u(t) + u(t-1) + ... + u(t-n+1)``: a rectangular window over the last ``n``
+updates. An EMA is an exponential window; the rules here choose its decay, and :func:`blend` chooses a few of them and
+their weights, so that the estimate comes closest to the rectangle.
+
+``n`` is a delay in updates, a decay is a pure number in ``[0, 1)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+DecayRule = str | float | Callable[[int], float]
+Array = NDArray[np.float64]
+
+
+def matched(n: int) -> float:
+    """``(n-1)/(n+1)``: the EMA's mean age equals the window's; exact for updates that drift linearly."""
+    return (n - 1) / (n + 1) if n > 0 else 0.0
+
+
+def window(n: int) -> float:
+    """``n/(n+1)``: the EMA's mean age is ``n``. Kept for comparison; it looks too far back."""
+    return n / (n + 1)
+
+
+@functools.cache
+def white(n: int) -> float:
+    """The decay of least mean-square error for uncorrelated updates, about ``4**(-1/n)`` for large ``n``.
+
+    Minimises ``n (2 b**n - 1) + n**2 (1-b)/(1+b)``.
+    """
+    if n <= 1:
+        return 0.0
+    low, high = 0.0, 1.0
+    while high - low > 1e-13:  # bisect the derivative, which changes sign once
+        b = (low + high) / 2
+        slope = 2 * n * n * b ** (n - 1) - 2 * n * n / (1 + b) ** 2
+        low, high = (b, high) if slope < 0 else (low, b)
+    return (low + high) / 2
+
+
+RULES: dict[str, Callable[[int], float]] = {"matched": matched, "white": white, "window": window}
+
+
+def resolve(rule: DecayRule, n: int) -> float:
+    """The decay for delay ``n`` from a rule's name, a number or a function of ``n``.
+
+    Raises:
+        ValueError: an unknown name, or a decay outside ``[0, 1)``.
+    """
+    if isinstance(rule, str):
+        if rule not in RULES:
+            raise ValueError(f"ema_decay={rule!r} is unknown; there are: {', '.join(RULES)}, or a number")
+        decay = RULES[rule](n)
+    else:
+        decay = float(rule(n)) if callable(rule) else float(rule)
+    if not 0.0 <= decay < 1.0:
+        raise ValueError(f"ema_decay must be in [0, 1), got {decay} for a delay of {n}")
+    return decay
+
+
+class Blend(NamedTuple):
+    """``sum of the last n updates ~ n * (update_tap * u(t) + sum_k taps[k] * E_k(t))``; the taps sum to 1."""
+
+    decays: tuple[float, ...]
+    taps: tuple[float, ...]
+    update_tap: float
+    error: float  # predicted mean-square error relative to using the latest weights
+
+
+@functools.cache
+def blend(
+    n: int,
+    order: int = 2,
+    correlation: float = 0.9,
+    newest: bool = True,
+    decays: tuple[float, ...] | None = None,
+) -> Blend:
+    """The best filter of ``order`` EMAs, and the newest update where it is at hand, for a delay of ``n``.
+
+    Models the updates as AR(1) with autocorrelation ``correlation**|j-k|``, demands that constant updates come out
+    exact, and minimises the mean-square error: the taps by a linear system, the decays by a grid and a polish. Each
+    average is taken to carry a rounding noise of one part in a thousand (bf16's), which keeps the taps moderate.
+    Computed in fp64 and cached.
+
+    No more than ``n`` numbers can be needed to know a sum of ``n`` updates: the newest update alone is exact for
+    ``n = 1``, and with it ``n - 1`` EMAs are as good as any number. :func:`useful_order` says how many those are.
+
+    Args:
+        n: delay in updates, at least 1.
+        order: number of EMAs, 0 to 3; 0 is the newest update alone.
+        correlation: of successive updates; the momentum for SGD, ``beta1`` for Adam, 0 without.
+        newest: whether the newest update ``u(t)`` is available as one more term.
+        decays: fix the decays and design the taps only.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+    if n < 1:
+        raise ValueError(f"a blend is designed for a delay of at least 1, got {n}")
+    if order not in (0, 1, 2, 3) or order + newest == 0:
+        raise ValueError(f"order must be 1, 2 or 3 EMAs, or 0 with the newest update, got {order}")
+    if order == 0:
+        error = _best(n, np.zeros((1, 1)), correlation, newest=False).error
+        return Blend((), (), 1.0, error)
+    if not 0.0 <= correlation < 1.0:
+        raise ValueError(f"correlation must be in [0, 1), got {correlation}")
+    if decays is not None:
+        if len(decays) != order:
+            raise ValueError(f"order={order} takes {order} decays, got {len(decays)}")
+        if len(set(decays)) < order or not all(0.0 < b < 1.0 for b in decays):
+            raise ValueError(f"decays must be distinct and in (0, 1), got {decays}")
+        return _best(n, np.array([decays]), correlation, newest)
+
+    # An EMA's mean age b/(1-b) is the natural, roughly logarithmic, scale of decays.
+    ages = np.geomspace(0.02, 6.0 * n + 2.0, 44 if order < 3 else 26)
+    candidates = np.array(list(itertools.combinations(ages, order)))
+    best = _best(n, candidates / (1 + candidates), correlation, newest)
+    step = ages[1] / ages[0]
+    while step > 1.0005:
+        centre = np.array([b / (1 - b) for b in best.decays])
+        shifts = np.array(list(itertools.product((1 / step, step**-0.5, 1.0, step**0.5, step), repeat=order)))
+        near = np.sort(centre * shifts, axis=1)
+        near = near[(near[:, 1:] > 1.1 * near[:, :-1]).all(axis=1) & (near[:, 0] > 0.01)]
+        better = _best(n, near / (1 + near), correlation, newest) if len(near) else best
+        if better.error < best.error * (1 - 1e-9):
+            best = better
+        else:
+            step **= 0.5
+    return best
+
+
+def useful_order(n: int, order: int, newest: bool) -> int:
+    """``order``, or as many EMAs as can still improve a delay of ``n``."""
+    return min(order, n - 1 if newest else n)
+
+
+def _best(n: int, decays: Array, correlation: float, newest: bool) -> Blend:
+    """The best of many rows of decays, each with its best taps."""
+    order = decays.shape[1]
+    # Columns: the exponential windows n(1-b)b^i, then the newest update n[i=0], which is the window of decay 0.
+    bases = np.concatenate([decays, np.zeros((len(decays), 1))], axis=1) if newest else decays
+    scale = n * (1 - bases)
+    gram = _inner(bases[:, :, None], bases[:, None, :], correlation) * scale[:, :, None] * scale[:, None, :]
+    cross = _inner_window(n, bases, correlation) * scale
+    power = _window_power(n, correlation)
+    gram[:, range(order), range(order)] += 1e-6 * n * n
+    # Eliminate the last column by sum of taps = 1: minimise |w - last - D c|^2 in the norm of the correlations.
+    system = gram[:, :-1, :-1] - gram[:, :-1, -1:] - gram[:, -1:, :-1] + gram[:, -1:, -1:]
+    right = cross[:, :-1] - cross[:, -1:] - gram[:, :-1, -1] + gram[:, -1:, -1]
+    head = np.linalg.solve(system, right[:, :, None])[:, :, 0]
+    taps = np.concatenate([head, 1 - head.sum(axis=1, keepdims=True)], axis=1)
+    errors = power - 2 * (taps * cross).sum(1) + np.einsum("bi,bij,bj->b", taps, gram, taps)
+    pick = int(np.argmin(errors))
+    return Blend(
+        decays=tuple(float(b) for b in decays[pick]),
+        taps=tuple(float(c) for c in taps[pick, :order]),
+        update_tap=float(taps[pick, order]) if newest else 0.0,
+        error=float(max(errors[pick], 0.0) / power),
+    )
+
+
+def _inner(a: Array, b: Array, rho: float) -> Array:
+    """``sum_ij a^i b^j rho^|i-j|`` over ``i, j >= 0``."""
+    result: Array = (1 / (1 - a * rho) + b * rho / (1 - b * rho)) / (1 - a * b)
+    return result
+
+
+def _inner_window(n: int, b: Array, rho: float) -> Array:
+    """``sum_ij [i<n] b^j rho^|i-j|`` over ``i, j >= 0``."""
+    total = np.zeros_like(b)
+    power, before = np.ones_like(b), np.zeros_like(b)
+    for _ in range(n):
+        before = power + rho * before  # sum over j <= i of b^j rho^(i-j)
+        total += before + power * (b * rho / (1 - b * rho))
+        power = power * b
+    return total
+
+
+def _window_power(n: int, rho: float) -> float:
+    return n + 2 * sum((n - lag) * rho**lag for lag in range(1, n))

@@ -1,0 +1,35 @@
+"""One exponential moving average that follows the pipeline's delay (LayerPipe2, arXiv 2512.08160)."""
+
+from __future__ import annotations
+
+from layerpipe_kernels import decay
+from layerpipe_kernels.history.base import Clock, History, Settings, Taps, running_mean_until
+
+
+class Ema(History):
+    """``What(t-n) = W(t) + n E(t)``.
+
+    ``ema_decay`` is a rule of :mod:`layerpipe_kernels.decay`, by default ``matched``. With ``ema_of="gradient"`` the
+    average runs over gradients and is scaled by the last learning rate, as the paper writes it: the same for plain SGD
+    at a constant learning rate, and wrong with momentum or a schedule.
+    """
+
+    kind = "ema"
+    emas = 1
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        if isinstance(settings.ema_decay, tuple):
+            raise ValueError("past='ema' takes one ema_decay, not several")
+        if settings.ema_of not in ("update", "gradient"):
+            raise ValueError(f"ema_of must be 'update' or 'gradient', got {settings.ema_of!r}")
+        if settings.ema_of == "gradient" and settings.materialize:
+            raise ValueError("materialize=True needs ema_of='update'")
+        self.decay = decay.resolve("matched" if settings.ema_decay is None else settings.ema_decay, self.n)
+
+    def decays(self, t: int) -> tuple[float, ...]:
+        return (running_mean_until(self.n, t, self.decay),)
+
+    def taps(self, clock: Clock) -> Taps:
+        scale = clock.lr if self.settings.ema_of == "gradient" else 1.0
+        return Taps(0.0, (min(clock.t, self.n) * scale,))

@@ -1,0 +1,18 @@
+"""No history: the backward uses whatever weights are there."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from layerpipe_kernels.history.base import Clock, History, State, copy_into
+
+
+class Latest(History):
+    """Nothing kept, nothing reconstructed: the baseline that the others must beat."""
+
+    kind = "latest"
+
+    def past(
+        self, param: Tensor, state: State, clock: Clock, *, moved: bool = True, out: Tensor | None = None
+    ) -> Tensor:
+        return copy_into(out, param.detach())

@@ -1,0 +1,25 @@
+"""The momentum buffer as a history: it decays geometrically, so past updates are its extrapolation."""
+
+from __future__ import annotations
+
+from layerpipe_kernels.history.base import Clock, History, Settings, Taps
+
+
+class Momentum(History):
+    """``What(t-n) = W(t) + lr v(t) (1 - mu**n) / (1 - mu)``: no state beyond the momentum buffer."""
+
+    kind = "momentum"
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        if not 0 < settings.momentum < 1:
+            raise ValueError(
+                f"past='momentum' extrapolates the momentum buffer and needs a momentum in (0, 1), "
+                f"got {settings.momentum}; use past='ema' or past='blend'"
+            )
+        if settings.nesterov and settings.materialize:
+            raise ValueError("past='momentum' with nesterov cannot be materialized by the step")
+
+    def taps(self, clock: Clock) -> Taps:
+        mu, n = self.settings.momentum, min(clock.t, self.n)
+        return Taps((1 - mu**n) / (1 - mu), ())

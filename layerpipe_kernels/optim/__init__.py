@@ -1,0 +1,6 @@
+"""Optimizers with torch's names and defaults that also know their past weights."""
+
+from layerpipe_kernels.optim.base import PastOptimizer
+from layerpipe_kernels.optim.sgd import SGD
+
+__all__ = ["SGD", "PastOptimizer"]

@@ -1,0 +1,169 @@
+"""What our optimizers share: a history per parameter group and a clock that counts its updates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels import history
+from layerpipe_kernels.decay import DecayRule
+
+Group = dict[str, Any]
+
+#: The options that every optimizer here takes besides torch's own.
+PAST_DEFAULTS: dict[str, Any] = {
+    "delay": 0,
+    "past": "blend",
+    "order": 2,
+    "ema_decay": None,
+    "ema_of": "update",
+    "materialize": False,
+    "backend": "auto",
+}
+
+
+class PastOptimizer(torch.optim.Optimizer):
+    """A :class:`torch.optim.Optimizer` whose step also keeps what past weights are made of.
+
+    Every parameter group has a clock, ``group["updates"]``: the number of updates since the delays began to fill. All
+    its parameters age together; one without a gradient in some step was updated by zero there.
+
+    With ``delay=0`` nothing extra is kept and :meth:`past_weight` is the weight itself.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self._reset_caches()
+
+    def _reset_caches(self) -> None:
+        self._histories: dict[Any, history.History] = {}
+        self._group_of: dict[Tensor, Group] = {}
+        self._still: set[Tensor] = set()  # parameters without a gradient in the last step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in {**PAST_DEFAULTS, "updates": 0, "last_lr": 0.0}.items():
+                group.setdefault(key, value)
+        self._reset_caches()
+
+    def add_param_group(self, param_group: Group) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group.setdefault("updates", 0)
+        group.setdefault("last_lr", 0.0)
+        try:
+            self._check_group(group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._reset_caches()
+
+    def _check_group(self, group: Group) -> None:
+        delay = group["delay"]
+        if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+            raise ValueError(f"delay must be a whole number of updates, at least 0, got {delay!r}")
+        for i, param in enumerate(group["params"]):
+            if not param.dtype.is_floating_point:
+                raise TypeError(
+                    f"parameter {self.name(group, i)} of dtype {param.dtype} is not supported; "
+                    "only real floating-point parameters are"
+                )
+        history.make(group["past"], self._settings(group)) if delay else None
+
+    def _settings(self, group: Group) -> history.Settings:
+        return history.Settings(
+            delay=group["delay"],
+            order=group["order"],
+            ema_decay=group["ema_decay"],
+            ema_of=group["ema_of"],
+            momentum=group.get("momentum", 0.0),
+            nesterov=group.get("nesterov", False),
+            materialize=group["materialize"],
+        )
+
+    def name(self, group: Group, i: int) -> str:
+        """How messages call a group's ``i``-th parameter."""
+        if "param_names" in group:
+            return repr(group["param_names"][i])
+        at = next((k for k, g in enumerate(self.param_groups) if g is group), len(self.param_groups))
+        return f"param_groups[{at}]['params'][{i}]"
+
+    def history(self, group: Group) -> history.History | None:
+        """How this group has its past weights; ``None`` for a delay of 0."""
+        if not group["delay"]:
+            return None
+        settings = self._settings(group)
+        key = (group["past"], settings)
+        if key not in self._histories:
+            self._histories[key] = history.make(group["past"], settings)
+        return self._histories[key]
+
+    def past_view(self, param: Tensor) -> Tensor:
+        """Like :meth:`past_weight`, but may return memory that the next step overwrites. For one backward."""
+        group = self._find(param)
+        past = self.history(group)
+        if past is None:
+            return param.detach()
+        state = self.state[param]
+        if group["materialize"] and group["updates"] and "past" in state:
+            made: Tensor = state["past"]
+            return made
+        clock = history.Clock(group["updates"], group["last_lr"])
+        return past.past(param, state, clock, moved=param not in self._still)
+
+    def past_weight(self, param: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The weights of ``min(updates, delay)`` updates ago, as this parameter's history has them.
+
+        Args:
+            param: one of this optimizer's parameters, ``(*)``.
+            out: ``(*)``, its dtype and device; written and returned. A fresh tensor if not given.
+
+        Raises:
+            KeyError: the parameter is not in this optimizer.
+            ValueError: ``out`` does not fit.
+        """
+        if out is not None and (out.shape, out.dtype, out.device) != (param.shape, param.dtype, param.device):
+            raise ValueError(
+                f"out must be {tuple(param.shape)} {param.dtype} on {param.device}, "
+                f"got {tuple(out.shape)} {out.dtype} on {out.device}"
+            )
+        with torch.no_grad():
+            past = self.past_view(param)
+            return past.clone() if out is None else out.copy_(past)
+
+    def _find(self, param: Tensor) -> Group:
+        if not self._group_of:
+            self._group_of = {p: group for group in self.param_groups for p in group["params"]}
+        if param not in self._group_of:
+            raise KeyError(f"the parameter of shape {tuple(param.shape)} is not in this optimizer")
+        return self._group_of[param]
+
+    def restart_history(self) -> None:
+        """Forget the past: the pipeline is empty, and the next ``delay`` updates are exact again."""
+        for group in self.param_groups:
+            group["updates"] = 0
+
+    def history_bytes(self) -> int:
+        """Bytes kept for past weights, the weights themselves and the optimizer's own state not counted."""
+        keys = ("ema", "stash", "past")
+        return sum(s[k].nbytes for s in self.state.values() for k in keys if k in s)
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of the optimizer's own state."""
+        keys = ("ema", "stash", "past")
+        return sum(
+            v.nbytes for s in self.state.values() for k, v in s.items() if k not in keys and isinstance(v, Tensor)
+        )
+
+
+def require_finite(group: Group, names: Iterable[str], check: Callable[[float], bool] = math.isfinite) -> None:
+    """Refuse a NaN hyperparameter before it reaches the weights."""
+    for name in names:
+        value = float(group[name])
+        if not check(value):
+            raise ValueError(f"{name} is {value}; refusing to step")

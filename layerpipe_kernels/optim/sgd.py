@@ -1,0 +1,175 @@
+"""SGD with momentum, its past weights kept by the same pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels import backend, reference
+from layerpipe_kernels.decay import DecayRule
+from layerpipe_kernels.history import Clock, History, Taps
+from layerpipe_kernels.optim.base import PAST_DEFAULTS, Group, PastOptimizer, require_finite
+from layerpipe_kernels.plan import SgdPlan
+
+
+class SGD(PastOptimizer):
+    """:class:`torch.optim.SGD` with a memory of its past weights.
+
+    torch's names, defaults and results: a float32 step on the CPU equals torch's for-loop implementation bit for bit.
+    With ``delay=n`` the step also keeps what the weights of ``n`` updates ago are reconstructed from.
+
+    Args:
+        params: parameters, named parameters, or dicts of groups.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
+        delay: ``n``, how many updates lie between a forward and its backward; 0 keeps no history.
+        past: ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``; see :mod:`layerpipe_kernels.history`.
+        order: number of EMAs of a blend, 1 to 3.
+        ema_decay: a rule's name, a number, a function of the delay, or for a blend a tuple; default: designed.
+        ema_of: ``"update"``, or ``"gradient"`` for the paper's literal form.
+        materialize: let the step itself write the past weights, at one more copy of memory.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``.
+        foreach, fused, differentiable: accepted for torch's sake; every step here is fused, none is differentiable.
+
+    Raises:
+        ValueError: an option out of its range, or options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        delay: int = 0,
+        past: str = "blend",
+        order: int = 2,
+        ema_decay: DecayRule | tuple[float, ...] | None = None,
+        ema_of: str = "update",
+        materialize: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        if differentiable:
+            raise ValueError("differentiable=True is not supported; use torch.optim.SGD")
+        defaults = {
+            **PAST_DEFAULTS,
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "delay": delay,
+            "past": past,
+            "order": order,
+            "ema_decay": ema_decay,
+            "ema_of": ema_of,
+            "materialize": materialize,
+            "backend": backend,
+        }
+        super().__init__(params, defaults)
+
+    def _reset_caches(self) -> None:
+        super()._reset_caches()
+        self._plans: dict[int, SgdPlan] = {}
+        self._fresh: set[Tensor] = set()  # parameters whose momentum buffer holds nothing yet
+
+    def _check_group(self, group: Group) -> None:
+        for name in ("lr", "momentum", "weight_decay"):
+            if not float(group[name]) >= 0.0:
+                raise ValueError(f"Invalid {name} value: {group[name]}")
+        require_finite(group, ("lr", "momentum", "dampening", "weight_decay"))
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            raise ValueError("Nesterov momentum requires a momentum and zero dampening")
+        super()._check_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the weights, and with them what their past is made of."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for i, group in enumerate(self.param_groups):
+            require_finite(group, ("lr", "momentum", "dampening", "weight_decay"))
+            self._step_group(i, group)
+        return loss
+
+    def _step_group(self, index: int, group: Group) -> None:
+        params: list[Tensor] = group["params"]
+        moving = [p for p in params if p.grad is not None]
+        past = self.history(group)
+        clock = Clock(group["updates"] + 1, float(group["lr"]))
+        plan = self._plan(index, group, moving, past) if moving else None
+        grads = plan.check_grads([p.grad for p in moving if p.grad is not None]) if plan is not None else []
+        if past is not None:
+            past.before_update(params, [self.state[p] for p in params], clock.t - 1)
+            self._still.difference_update(params)
+            self._still.update(p for p in params if p.grad is None)
+            self._age_still([p for p in params if p.grad is None], past, clock)
+        if plan is not None:
+            momentum = group["momentum"]
+            taps = past.taps(clock) if past is not None else Taps(0.0, ())
+            plan.step(
+                grads,
+                [p in self._fresh for p in moving],
+                lr=clock.lr,
+                momentum=momentum,
+                dampening=group["dampening"],
+                weight_decay=group["weight_decay"],
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                ema_of_gradient=group["ema_of"] == "gradient",
+                decays=past.decays(clock.t) if past is not None else (),
+                taps=taps.emas,
+                update_tap=taps.update,
+            )
+            self._fresh.difference_update(moving)
+        group["updates"], group["last_lr"] = clock.t, clock.lr
+
+    def _plan(self, index: int, group: Group, moving: Sequence[Tensor], past: History | None) -> SgdPlan:
+        """The plan of this group's parameters with gradients, made anew when an array has moved."""
+        states = [self._state(p, group, past) for p in moving]
+        velocities = [s["momentum_buffer"] for s in states] if group["momentum"] else None
+        emas = [s["ema"] for s in states] if past is not None and past.emas else None
+        pasts = [s["past"] for s in states] if past is not None and group["materialize"] else None
+        plan = self._plans.get(index)
+        if plan is None or not plan.fits(moving, [*(velocities or ()), *(emas or ()), *(pasts or ())]):
+            names = [self.name(group, i) for i, p in enumerate(group["params"]) if p.grad is not None]
+            chosen = backend.choose(moving[0], group["backend"])
+            plan = SgdPlan(moving, velocities, emas, pasts, names=names, backend=chosen)
+            self._plans[index] = plan
+        return plan
+
+    def _state(self, param: Tensor, group: Group, past: History | None) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
+        dtype = reference.state_dtype(param.dtype)
+        if group["momentum"] and state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
+            self._fresh.add(param)
+        if past is not None and past.emas and "ema" not in state:
+            state["ema"] = torch.zeros((past.emas, *param.shape), dtype=dtype, device=param.device)
+        if past is not None and group["materialize"] and "past" not in state:
+            state["past"] = torch.empty_like(param)
+        return state
+
+    def _age_still(self, still: Sequence[Tensor], past: History, clock: Clock) -> None:
+        """A parameter without a gradient was updated by zero: its averages fade, its weights stay."""
+        for param in still:
+            state = self.state[param]
+            for e, decay in zip(state["ema"] if "ema" in state else (), past.decays(clock.t), strict=False):
+                e.mul_(decay)
+            if "past" in state:
+                past.past(param, state, clock, moved=False, out=state["past"])

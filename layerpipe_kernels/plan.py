@@ -1,0 +1,205 @@
+"""A parameter group made ready for its step: checked once, run every step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels import backend as _backend
+from layerpipe_kernels import reference
+
+
+def describe(name: str, tensor: Tensor) -> str:
+    return f"{name} (shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
+
+
+def check_tensor(name: str, tensor: Tensor, what: str = "tensor") -> None:
+    """Refuse what no backend can update in place, by name."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{what} {describe(name, tensor)} is {tensor.layout}; only dense tensors are supported")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{what} {describe(name, tensor)} is not real floating point; keep it out of the optimizer")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{what} {describe(name, tensor)} is not contiguous, its strides are {tensor.stride()}; "
+            "replace it by tensor.contiguous()"
+        )
+
+
+def check_like(name: str, tensor: Tensor, weight: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
+    wanted = dtype or weight.dtype
+    if tensor.shape != weight.shape or tensor.device != weight.device or tensor.dtype != wanted:
+        raise ValueError(
+            f"{what} of {describe(name, weight)} must have its shape and device and dtype {wanted}, "
+            f"got {describe(what, tensor)}"
+        )
+
+
+def check_disjoint(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Refuse written tensors that share memory."""
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name)
+        for name, t in zip(names, tensors, strict=True)
+        if t.numel() and t.device.type != "meta"
+    )
+    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(f"{first} and {second} share memory and would be updated twice in one step")
+
+
+class SgdPlan:
+    """The arrays of one parameter group and, where the C++ backend runs them, their table of chunks.
+
+    Args:
+        weights: ``(*)`` each, updated in place.
+        velocities: ``(*)`` each, or ``None`` without momentum.
+        emas: ``(K, *)`` each, or ``None`` without EMAs.
+        pasts: ``(*)`` each, written by the step, or ``None``.
+        names: of the weights, for messages.
+        backend: ``"cpp"`` or ``"reference"``, as :func:`layerpipe_kernels.backend.choose` says.
+
+    Raises:
+        TypeError: a sparse or non-floating-point tensor.
+        ValueError: a non-contiguous tensor, mixed devices or dtypes, overlapping memory.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        velocities: Sequence[Tensor] | None,
+        emas: Sequence[Tensor] | None,
+        pasts: Sequence[Tensor] | None,
+        *,
+        names: Sequence[str],
+        backend: str,
+    ) -> None:
+        self.weights, self.velocities, self.emas, self.pasts = weights, velocities, emas, pasts
+        self.names, self.backend = names, backend
+        self._check()
+        self.written = [*weights, *(velocities or ()), *(emas or ()), *(pasts or ())]
+        self._pointers = self.pointers(self.written)
+        self._sizes = [w.numel() for w in weights]
+        self._plan = None
+        if backend == "cpp":
+            plan = getattr(_backend.extension(), f"StepPlan_{_backend.CPP_DTYPES[weights[0].dtype]}")
+            self._plan = plan(
+                self._sizes,
+                self.pointers(weights),
+                self.pointers(velocities or ()),
+                self.pointers(emas or ()),
+                emas[0].shape[0] if emas else 0,
+                self.pointers(pasts or ()),
+            )
+
+    @staticmethod
+    def pointers(tensors: Sequence[Tensor]) -> list[int]:
+        return [t.data_ptr() for t in tensors]
+
+    def fits(self, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
+        """Whether these are still the arrays that the plan was made for."""
+        return (
+            self.pointers([*weights, *states]) == self._pointers and [w.numel() for w in weights] == self._sizes
+        )
+
+    def _check(self) -> None:
+        device, dtype = self.weights[0].device, self.weights[0].dtype
+        state = reference.state_dtype(dtype)
+        for i, (name, weight) in enumerate(zip(self.names, self.weights, strict=True)):
+            check_tensor(name, weight, "parameter")
+            if weight.device != device:
+                raise ValueError(
+                    f"parameters on different devices in one group: {describe(self.names[0], self.weights[0])} and "
+                    f"{describe(name, weight)}; make a group for each"
+                )
+            if self.velocities is not None:
+                check_tensor(name, self.velocities[i], "momentum buffer of")
+                check_like(name, self.velocities[i], weight, "momentum buffer", state)
+            if self.emas is not None:
+                check_tensor(name, self.emas[i], "ema of")
+                check_like(name, self.emas[i][0], weight, "ema", state)
+            if self.pasts is not None:
+                check_tensor(name, self.pasts[i], "past weight of")
+                check_like(name, self.pasts[i], weight, "past weight")
+            if self.backend == "cpp" and weight.dtype != dtype:
+                raise ValueError(
+                    f"parameters of different dtypes in one group: {describe(self.names[0], self.weights[0])} and "
+                    f"{describe(name, weight)}; make a group for each"
+                )
+        kinds = (("", self.weights), ("momentum buffer of ", self.velocities or ()), ("ema of ", self.emas or ()),
+                 ("past weight of ", self.pasts or ()))  # fmt: skip
+        check_disjoint(
+            [kind + name for kind, tensors in kinds for name, _ in zip(self.names, tensors, strict=False)],
+            [t for _, tensors in kinds for t in tensors],
+        )
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        first: Sequence[bool],
+        *,
+        lr: float,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool,
+        ema_of_gradient: bool,
+        decays: Sequence[float],
+        taps: Sequence[float],
+        update_tap: float,
+    ) -> None:
+        """Run the step on checked gradients; the formulas are :func:`layerpipe_kernels.reference.sgd_step_`'s."""
+        if self._plan is not None:
+            self._plan.sgd_step(
+                self.pointers(grads),
+                first,
+                lr=lr,
+                momentum=momentum,
+                dampening=dampening,
+                weight_decay=weight_decay,
+                nesterov=nesterov,
+                maximize=maximize,
+                ema_of_gradient=ema_of_gradient,
+                decays=decays,
+                taps=taps,
+                tap_update=update_tap,
+                threads=torch.get_num_threads(),
+            )
+        else:
+            for i, (weight, grad) in enumerate(zip(self.weights, grads, strict=True)):
+                reference.sgd_step_(
+                    weight,
+                    grad,
+                    self.velocities[i] if self.velocities else None,
+                    self.emas[i] if self.emas else None,
+                    self.pasts[i] if self.pasts else None,
+                    lr=lr,
+                    momentum=momentum,
+                    dampening=dampening,
+                    weight_decay=weight_decay,
+                    nesterov=nesterov,
+                    maximize=maximize,
+                    first=bool(first[i]),
+                    ema_of_gradient=ema_of_gradient,
+                    decays=decays,
+                    taps=taps,
+                    update_tap=update_tap,
+                )
+        # A delayed backward that saved these tensors without the stage's hooks must fail, not be silently wrong.
+        torch.autograd.graph.increment_version(self.written)
+
+    def check_grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients, contiguous, or an error that names the parameter whose gradient cannot be used."""
+        checked = []
+        for i, (grad, weight) in enumerate(zip(grads, self.weights, strict=True)):
+            if grad.layout != torch.strided:
+                raise TypeError(
+                    f"the gradient of {describe(self.names[i], weight)} is {grad.layout}; only dense gradients are "
+                    "supported (for nn.Embedding: sparse=False)"
+                )
+            if grad.shape != weight.shape or grad.device != weight.device or grad.dtype != weight.dtype:
+                check_like(self.names[i], grad, weight, "gradient")
+            checked.append(grad if grad.is_contiguous() else grad.contiguous())
+        return checked

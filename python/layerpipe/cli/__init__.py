@@ -1,0 +1,34 @@
+"""``layerpipe train`` and ``layerpipe compare``."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line. A mistake in its use ends with one line on stderr and status 2, Ctrl-C with 130."""
+    try:
+        from layerpipe.cli.app import app
+    except ImportError as error:
+        _fail(f"{error}; the command line needs more than the library: pip install 'layerpipe[cli]'")
+    from layerpipe.errors import DataError, DivergenceError
+
+    try:
+        status = app(args=arguments, standalone_mode=False, prog_name="layerpipe")
+    except (DataError, ValueError, ImportError) as error:
+        _fail(str(error))
+    except DivergenceError as error:
+        _fail(f"diverged: {error}", status=1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        # Typer's own errors know how to be said in a sentence; anything else is a bug and keeps its traceback.
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message()} (layerpipe --help)")
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(message: str, status: int = 2) -> None:
+    print("layerpipe: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(status)

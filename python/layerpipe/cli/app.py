@@ -1,0 +1,277 @@
+"""The two commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from layerpipe import data as datasets
+from layerpipe.cli import options as o
+from layerpipe.cli import plots, report
+from layerpipe.cli.config import TrainConfig
+from layerpipe.cli.output import RunDirectory, default_path
+from layerpipe.cli.progress import TrainingBar
+from layerpipe.cli.training import Result, Step, make_pipeline
+from layerpipe.cli.training import train as run_training
+from layerpipe.data import Images
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Train networks as asynchronous pipelines whose past weights are reconstructed, not stored.",
+)
+INTERRUPTED = 130
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def train(
+    model: o.Model = "resnet18",
+    data: o.Data = "digits",
+    data_dir: o.DataDir = TrainConfig.data_dir,
+    width: o.Width = TrainConfig.width,
+    stages: o.Stages = TrainConfig.stages,
+    balance: o.Balance = "flops",
+    past: o.Past = "blend",
+    order: o.Order = TrainConfig.order,
+    ema_decay: o.EmaDecay = None,
+    schedule: o.Schedule = "lockstep",
+    executor: o.ExecutorName = "threads",
+    lr: o.Lr = TrainConfig.lr,
+    momentum: o.Momentum = TrainConfig.momentum,
+    weight_decay: o.WeightDecay = TrainConfig.weight_decay,
+    lr_schedule: o.LrSchedule = "cosine",
+    warmup: o.Warmup = TrainConfig.warmup,
+    max_norm: o.MaxNorm = None,
+    batch_size: o.BatchSize = TrainConfig.batch_size,
+    epochs: o.Epochs = None,
+    steps: o.Steps = None,
+    seed: o.Seed = TrainConfig.seed,
+    device: o.Device = TrainConfig.device,
+    baseline: Annotated[
+        bool, typer.Option(help="Also train sequentially, with the same seed.", rich_help_panel=o.RUN)
+    ] = True,
+    out: o.Out = None,
+) -> int:
+    """Train a network as an asynchronous pipeline, beside sequential training with the same seed."""
+    config = TrainConfig(
+        model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, past=past, order=order,
+        ema_decay=ema_decay, schedule=schedule, executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay,
+        lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps,
+        seed=seed, device=device,
+    )  # fmt: skip
+    console = Console()
+    images = _prepare(config)
+    runs = {"pipeline": config}
+    if baseline and (stages > 1 or schedule != "sequential"):
+        runs["sequential"] = sequential(config)
+    results: dict[str, Result] = {}
+    with RunDirectory(out or default_path(model, data, past)) as directory:
+        directory.config(config)
+        console.print(
+            f"{model} of width {width} on {data}: {stages} stages, {schedule}, past weights by "
+            f"{_kind(config)}, {executor}; {config.total_steps(len(images.train_x))} minibatches of {batch_size}. "
+            f"Writing {directory.path}/"
+        )
+        for name, each in runs.items():
+            results[name] = _run(console, directory, name, each, images)
+            if results[name].diverged or results[name].interrupted:
+                break
+        _write_plots(directory.path, results, config)
+        console.print()
+        console.print(_accuracy_table(results))
+        console.print(report.stage_table(results["pipeline"]))
+        console.print(report.kept_sentence(results["pipeline"]))
+        console.print(
+            f"Plots, metrics and TensorBoard events are in {directory.path}/ (tensorboard --logdir {directory.path})"
+        )
+    return _status(console, results.values())
+
+
+@app.command()
+def compare(
+    past: Annotated[
+        str,
+        typer.Option(help="Kinds to compare, with commas; blend:1 is a blend of order 1.", rich_help_panel=o.METHOD),
+    ] = "stash,latest,ema,blend",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds per kind: --seed, --seed + 1, ...", rich_help_panel=o.TRAINING)
+    ] = 3,
+    model: o.Model = "resnet18",
+    data: o.Data = "digits",
+    data_dir: o.DataDir = TrainConfig.data_dir,
+    width: o.Width = 8,
+    stages: o.Stages = TrainConfig.stages,
+    balance: o.Balance = "flops",
+    order: o.Order = TrainConfig.order,
+    ema_decay: o.EmaDecay = None,
+    executor: o.ExecutorName = "threads",
+    lr: o.Lr = TrainConfig.lr,
+    momentum: o.Momentum = TrainConfig.momentum,
+    weight_decay: o.WeightDecay = TrainConfig.weight_decay,
+    lr_schedule: o.LrSchedule = "cosine",
+    warmup: o.Warmup = TrainConfig.warmup,
+    max_norm: o.MaxNorm = None,
+    batch_size: o.BatchSize = TrainConfig.batch_size,
+    epochs: o.Epochs = None,
+    steps: o.Steps = None,
+    seed: o.Seed = TrainConfig.seed,
+    device: o.Device = TrainConfig.device,
+    baseline: Annotated[bool, typer.Option(help="Also train sequentially.", rich_help_panel=o.RUN)] = True,
+    out: o.Out = None,
+) -> int:
+    """Train the same network under several kinds of past weights and seeds: one table, one plot."""
+    base = TrainConfig(
+        model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, order=order,
+        executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay, lr_schedule=lr_schedule, warmup=warmup,
+        max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
+    )  # fmt: skip
+    kinds = {name: _of_kind(base, name, ema_decay) for name in past.split(",")}
+    if baseline:
+        kinds = {"sequential": sequential(base), **kinds}
+    console = Console()
+    for each in kinds.values():
+        images = _prepare(each)
+    results: dict[str, list[Result]] = {name: [] for name in kinds}
+    with RunDirectory(out or default_path("compare", model, data)) as directory:
+        directory.config(base, past=list(kinds), seeds=seeds)
+        for number in range(seeds):
+            for name, each in kinds.items():
+                once = dataclasses.replace(each, seed=seed + number)
+                result = _run(console, directory, f"{name}/seed{once.seed}", once, images)
+                if result.interrupted:
+                    break
+                results[name].append(result)
+            else:
+                continue
+            break
+        finished = {name: found for name, found in results.items() if found}
+        console.print()
+        console.print(comparison_table(finished))
+        plots.comparison(
+            directory.path / "comparison.png", finished, f"{model} of width {width}, {data}, {stages} stages"
+        )
+        console.print(f"Curves: {directory.path}/comparison.png")
+    return 0 if all(len(found) == seeds for found in results.values()) else INTERRUPTED
+
+
+def sequential(config: TrainConfig) -> TrainConfig:
+    """Ordinary training with the same weights, data and learning rates: one stage."""
+    return dataclasses.replace(config, stages=1, schedule="sequential", executor="serial")
+
+
+def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig:
+    from layerpipe_kernels.history import KINDS
+
+    kind, _, order = name.strip().partition(":")
+    if kind not in KINDS or (order and (kind != "blend" or order not in ("1", "2", "3"))):
+        raise ValueError(f"--past {name!r} is unknown; there are: {', '.join(KINDS)}, blend:1, blend:2, blend:3")
+    decay = ema_decay if kind == "ema" else None
+    return dataclasses.replace(base, past=kind, order=int(order) if order else base.order, ema_decay=decay)
+
+
+def _prepare(config: TrainConfig) -> Images:
+    """The data, once everything that could be wrong with the options has been found out."""
+    images = datasets.load(config.data, config.data_dir)
+    next(images.batches(config.batch_size, config.seed))
+    make_pipeline(dataclasses.replace(config, executor="serial"), images, lambda output, target: output.sum()).close()
+    return images
+
+
+def _kind(config: TrainConfig) -> str:
+    return f"{config.past} of order {config.order}" if config.past == "blend" else config.past
+
+
+def _run(console: Console, directory: RunDirectory, name: str, config: TrainConfig, images: Images) -> Result:
+    with TrainingBar(console, name, config.total_steps(len(images.train_x))) as bar:
+
+        def on_step(step: Step) -> None:
+            bar.step(step)
+            directory.write(name, "step", **step._asdict())
+            directory.scalars(name, step.step, loss=step.loss, accuracy=step.accuracy, lr=step.lr)
+
+        def on_test(step: int, accuracy: float) -> None:
+            directory.write(name, "test", step=step, accuracy=accuracy)
+            directory.scalars(name, step, test_accuracy=accuracy)
+
+        result = run_training(config, images, on_step=on_step, on_test=on_test)
+    for i, stage in enumerate(result.stages):
+        for reading in stage.readings:
+            directory.write(name, "past weights", stage=i, update=reading.update, relative_error=reading.relative)
+            directory.scalars(f"{name}/stage{i}", reading.update, past_weight_error=reading.relative)
+        directory.write(
+            name, "stage", stage=i, layers=stage.layers, delay=stage.delay, measured=stage.measured,
+            relative_error=stage.error, bytes=stage.memory._asdict(),
+        )  # fmt: skip
+    directory.write(
+        name, "end", seconds=result.seconds, minibatches=len(result.steps), test_accuracy=result.test_accuracy,
+        diverged=result.diverged, interrupted=result.interrupted,
+    )  # fmt: skip
+    if result.diverged:
+        console.print(f"[red]{name} diverged[/red]: {result.diverged}", highlight=False)
+    return result
+
+
+def _accuracy_table(results: dict[str, Result]) -> Table:
+    table = Table(title="Accuracy", title_justify="left")
+    for column in ("", "test accuracy", "last training loss", "samples/s", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, result in results.items():
+        accuracy = "diverged" if result.diverged else "–"
+        if result.test_accuracy is not None and not result.interrupted:
+            accuracy = f"{result.test_accuracy:.2f} %"
+        tail = [s.loss for s in result.steps[-20:]]
+        table.add_row(
+            name, accuracy, f"{statistics.fmean(tail):.4f}" if tail else "–",
+            f"{result.steps[-1].samples_per_s:.0f}" if tail else "–", f"{result.seconds:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def comparison_table(results: dict[str, list[Result]]) -> Table:
+    """Accuracy mean and spread over seeds, worst stage's past-weight error, bytes of weights and their past."""
+    table = Table(
+        title="Comparison", title_justify="left", caption_justify="left",
+        caption="± is the standard deviation over seeds; the error is the worst stage's, relative to the latest weights.",
+    )  # fmt: skip
+    for column in ("past", "test accuracy", "past-weight error", "weights + past", "diverged"):
+        table.add_column(column, justify="right" if column != "past" else "left")
+    for name, found in results.items():
+        good = [r.test_accuracy for r in found if r.test_accuracy is not None]
+        spread = statistics.stdev(good) if len(good) > 1 else 0.0
+        errors = [max((s.error for s in r.stages if s.error is not None), default=None) for r in found]
+        known = [e for e in errors if e is not None]
+        table.add_row(
+            name,
+            f"{statistics.fmean(good):.2f} ± {spread:.2f} %" if good else "–",
+            report.error_text(statistics.fmean(known)) if known else "–",
+            decimal(max(r.kept_bytes for r in found)),
+            f"{sum(bool(r.diverged) for r in found)} of {len(found)}",
+        )
+    return table
+
+
+def _write_plots(path: Path, results: dict[str, Result], config: TrainConfig) -> None:
+    pipeline = results["pipeline"]
+    plots.loss(path / "loss.png", results)
+    plots.reconstruction(path / "past_weights.png", pipeline, config.past)
+    plots.timeline(path / "timeline.png", pipeline.trace, [s.layers for s in pipeline.stages])
+
+
+def _status(console: Console, results: object) -> int:
+    found = list(results)  # type: ignore[call-overload]
+    if any(r.interrupted for r in found):
+        console.print("Interrupted; what was measured until then is written.")
+        return INTERRUPTED
+    return 1 if any(r.diverged for r in found) else 0

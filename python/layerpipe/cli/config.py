@@ -1,0 +1,85 @@
+"""One training run, as it is asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The defaults are those of ``layerpipe train``."""
+
+    model: str = "resnet18"
+    data: str = "digits"
+    width: int = 32
+    stages: int = 4
+    balance: str = "flops"
+    past: str = "blend"
+    order: int = 2
+    ema_decay: str | None = None
+    schedule: str = "lockstep"
+    executor: str = "threads"
+    lr: float = 0.02
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    lr_schedule: str = "cosine"
+    warmup: int = 50
+    max_norm: float | None = None
+    batch_size: int = 64
+    epochs: float | None = None
+    steps: int | None = None
+    seed: int = 0
+    device: str = "cpu"
+    data_dir: Path = Path("data")
+
+    #: Steps where neither steps nor epochs are given.
+    default_steps = 400
+
+    def total_steps(self, images: int) -> int:
+        if self.steps is not None:
+            return self.steps
+        if self.epochs is not None:
+            return max(1, round(self.epochs * (images // self.batch_size)))
+        return self.default_steps
+
+    def past_options(self) -> dict[str, Any]:
+        """``past``, ``order`` and the decay as the library takes them.
+
+        Raises:
+            ValueError: a decay that is neither a rule nor numbers.
+        """
+        return {"past": self.past, "order": self.order, "ema_decay": parse_decay(self.ema_decay)}
+
+    def lr_factor(self, step: int, steps: int) -> float:
+        """What the learning rate is multiplied with in a step: a linear warm-up, then the schedule."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = (step - self.warmup) / max(1, steps - self.warmup)
+        if self.lr_schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        if self.lr_schedule == "linear":
+            return max(0.0, 1 - done)
+        return 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def parse_decay(text: str | None) -> str | float | tuple[float, ...] | None:
+    """``matched``, ``0.9`` or ``0.5,0.8``."""
+    if text is None:
+        return None
+    from layerpipe_kernels.decay import RULES
+
+    if text in RULES:
+        return text
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--ema-decay {text!r} is neither a rule ({', '.join(RULES)}) nor a number nor numbers with commas"
+        ) from None
+    return numbers[0] if len(numbers) == 1 else numbers

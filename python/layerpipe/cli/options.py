@@ -1,0 +1,81 @@
+"""The options that ``train`` and ``compare`` share, each written once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+NETWORK, METHOD, TRAINING, RUN = "Network and data", "Pipeline", "Training", "Run"
+
+
+def _option(help: str, panel: str, **kwargs: object) -> typer.models.OptionInfo:
+    return typer.Option(help=help, rich_help_panel=panel, **kwargs)  # type: ignore[arg-type,no-any-return,call-overload]
+
+
+PastName = Literal["stash", "latest", "ema", "momentum", "blend"]
+
+Model = Annotated[
+    Literal["resnet18", "mlp"],
+    _option("resnet18: torchvision's, with the CIFAR stem. mlp: 12 fully connected layers.", NETWORK),
+]
+Data = Annotated[
+    Literal["digits", "fashion-mnist", "cifar10", "cifar100"],
+    _option(
+        "digits: scikit-learn's scans, needs no download. The others through torchvision; fashion-mnist is also found "
+        "where Debian's package dataset-fashion-mnist puts it.",
+        NETWORK,
+    ),
+]
+DataDir = Annotated[Path, _option("Where torchvision looks for data and downloads it to.", NETWORK)]
+Width = Annotated[int, _option("Channels of the first layer; 64 is ResNet-18 as published.", NETWORK, min=1)]
+Stages = Annotated[int, _option("Pipeline stages.", METHOD, min=1)]
+Balance = Annotated[
+    Literal["flops", "time", "params"],
+    _option("What every stage gets an equal share of: forward FLOPs, measured time, or parameters.", METHOD),
+]
+Past = Annotated[
+    PastName,
+    _option(
+        "The weights a delayed backward sees. stash: kept copies, exact. latest: the current ones. ema: one average of "
+        "the updates. momentum: the momentum buffer, extrapolated. blend: a few averages and the newest update.",
+        METHOD,
+    ),
+]
+Order = Annotated[int, _option("Averages in a blend.", METHOD, min=1, max=3)]
+EmaDecay = Annotated[
+    str | None,
+    _option(
+        "Decay of the averages: matched, white, window, or a number; for a blend numbers with commas. Default: matched "
+        "for ema, designed for blend.",
+        METHOD,
+    ),
+]
+Schedule = Annotated[
+    Literal["lockstep", "sequential"],
+    _option("lockstep: every stage works in every tick. sequential: one minibatch at a time.", METHOD),
+]
+ExecutorName = Annotated[
+    Literal["serial", "threads"], _option("All stages in one thread, or a worker thread per stage.", METHOD)
+]
+Lr = Annotated[float, _option("Learning rate after the warm-up.", TRAINING, min=0.0)]
+Momentum = Annotated[float, _option("SGD's momentum.", TRAINING, min=0.0, max=1.0)]
+WeightDecay = Annotated[float, _option("Weight decay.", TRAINING, min=0.0)]
+BatchSize = Annotated[int, _option("Images per minibatch.", TRAINING, min=1)]
+Epochs = Annotated[float | None, _option("Passes over the training data; may be a fraction.", TRAINING, min=0.0)]
+Steps = Annotated[
+    int | None, _option("Minibatches; goes before --epochs. Default: 400.", TRAINING, min=1, show_default=False)
+]
+LrSchedule = Annotated[
+    Literal["constant", "cosine", "linear"], _option("After the warm-up: stay, or go down to 0.", TRAINING)
+]
+Warmup = Annotated[int, _option("Steps over which the learning rate rises linearly.", TRAINING, min=0)]
+MaxNorm = Annotated[
+    float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0)
+]
+Seed = Annotated[int, _option("Of the initial weights and the order of the data.", TRAINING)]
+Device = Annotated[str, _option("cpu, cuda, cuda:1, ...", RUN)]
+Out = Annotated[
+    Path | None, _option("Directory to write to. Default: runs/<name>, made new.", RUN, show_default=False)
+]

@@ -1,0 +1,202 @@
+"""One training run from a config to a result."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import layerpipe_kernels
+from layerpipe import models
+from layerpipe.cli.config import TrainConfig
+from layerpipe.data import Images
+from layerpipe.errors import DivergenceError
+from layerpipe.partition import split
+from layerpipe.pipeline import Event, Pipeline, StageMemory
+from layerpipe.probe import Reading, ReconstructionProbe
+
+
+class Step(NamedTuple):
+    """A minibatch whose loss has come out of the pipe."""
+
+    step: int
+    loss: float
+    accuracy: float
+    lr: float
+    samples_per_s: float
+    phase: str
+
+
+class StageResult(NamedTuple):
+    layers: str
+    delay: int  # the rule's n
+    measured: dict[int, int]  # n seen -> how often
+    error: float | None  # relative mean-square error of the past weights; None for n = 0
+    readings: list[Reading]
+    memory: StageMemory
+
+
+@dataclasses.dataclass
+class Result:
+    """What a run gave. Where it diverged or was interrupted, what it had given by then."""
+
+    steps: list[Step]
+    tests: list[tuple[int, float]]  # (step, test accuracy)
+    stages: list[StageResult]
+    trace: list[Event]
+    seconds: float
+    diverged: str | None = None
+    interrupted: bool = False
+
+    @property
+    def test_accuracy(self) -> float | None:
+        return self.tests[-1][1] if self.tests and not self.diverged else None
+
+    @property
+    def kept_bytes(self) -> int:
+        """Weights and what is kept for their past."""
+        return sum(s.memory.weights + s.memory.history for s in self.stages)
+
+
+class _LossAndAccuracy:
+    """Cross entropy that also counts hits; called by the last stage, read by the caller in the same order."""
+
+    def __init__(self) -> None:
+        self.hits: collections.deque[Tensor] = collections.deque()
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        self.hits.append((output.detach().argmax(1) == target).float().mean())
+        return F.cross_entropy(output, target)
+
+
+def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Pipeline:
+    """Model, stages and pipeline of a config; the weights depend on ``seed`` alone, not on the number of stages.
+
+    Raises:
+        ValueError: options that do not fit together or the model.
+    """
+    torch.manual_seed(config.seed)
+    _, channels, size, _ = images.train_x.shape
+    model = models.make(config.model, width=config.width, channels=channels, size=size, classes=images.classes)
+    device = _device(config.device)
+    model.to(device)
+    example = images.train_x[: min(8, len(images.train_x))].to(device)
+    stages = split(model, config.stages, (example,), balance=config.balance)
+
+    def optimizer(params: list[Tensor], **past: object) -> layerpipe_kernels.SGD:
+        return layerpipe_kernels.SGD(
+            params,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            **past,  # type: ignore[arg-type]
+        )
+
+    return Pipeline(
+        stages,
+        loss_fn,
+        optimizer,
+        schedule=config.schedule,
+        executor=config.executor,
+        max_norm=config.max_norm,
+        **config.past_options(),
+    )
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def train(
+    config: TrainConfig,
+    images: Images,
+    *,
+    on_step: Callable[[Step], None] = lambda step: None,
+    on_test: Callable[[int, float], None] = lambda step, accuracy: None,
+    tests: int = 10,
+) -> Result:
+    """Train as configured. ``on_step`` is called with each loss as it comes, ``on_test`` with ``tests`` evaluations.
+
+    A diverging run and Ctrl-C end it early; the result says so.
+
+    Raises:
+        DataError: a batch larger than the data.
+        ValueError: options that do not fit together.
+    """
+    loss_fn = _LossAndAccuracy()
+    batches = images.batches(config.batch_size, config.seed)
+    total = config.total_steps(len(images.train_x))
+    minibatch = next(batches)
+    with make_pipeline(config, images, loss_fn) as pipe:
+        device = _device(config.device)
+        probes = [ReconstructionProbe(s, every=max(1, total // 100)) if s.delay else None for s in pipe.stages]
+        scheduler = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: config.lr_factor(step, total))
+        result = Result([], [], [], pipe.trace, 0.0)
+        start = time.perf_counter()
+        paused = 0.0  # in evaluations
+        lrs: collections.deque[float] = collections.deque()
+
+        def report(loss: Tensor, phase: str) -> None:
+            done = len(result.steps) + 1
+            rate = done * config.batch_size / (time.perf_counter() - start - paused)
+            step = Step(done, loss.item(), loss_fn.hits.popleft().item(), lrs.popleft(), rate, phase)
+            result.steps.append(step)
+            on_step(step)
+
+        def test(step: int) -> None:
+            result.tests.append((step, accuracy(pipe, images, device)))
+            on_test(*result.tests[-1])
+
+        try:
+            for step in range(1, total + 1):
+                lrs.append(scheduler.get_last_lr()[0])
+                loss = pipe.step(*(tensor.to(device) for tensor in minibatch))
+                if step < total:
+                    scheduler.step()
+                if loss is not None:
+                    report(loss, pipe.phase)
+                minibatch = next(batches)
+                if step < total and step % max(1, total // tests) == 0:
+                    before = time.perf_counter()
+                    test(step)
+                    paused += time.perf_counter() - before
+            for loss in pipe.drain():
+                report(loss, "drain")
+            result.seconds = time.perf_counter() - start - paused
+            test(total)
+        except DivergenceError as error:
+            result.diverged = str(error)
+        except KeyboardInterrupt:
+            result.interrupted = True
+        result.seconds = result.seconds or time.perf_counter() - start - paused
+        pipe.close()
+        result.stages = [
+            StageResult(name, delay, measured, probe.relative_error() if probe else None,
+                        probe.readings if probe else [], memory)
+            for name, delay, measured, probe, memory in zip(
+                pipe.names, pipe.delays, pipe.measured_delays(), probes, pipe.memory(), strict=True
+            )
+        ]  # fmt: skip
+    return result
+
+
+@torch.no_grad()
+def accuracy(pipe: Pipeline, images: Images, device: torch.device, batch: int = 500) -> float:
+    """Test accuracy in percent, with the current weights; minibatches in the pipe are not disturbed."""
+    pipe.eval()
+    hits = 0.0
+    for x, y in zip(images.test_x.split(batch), images.test_y.split(batch), strict=True):
+        hits += float((pipe(x.to(device)).argmax(1) == y.to(device)).sum())
+    pipe.train()
+    return 100 * hits / len(images.test_y)

@@ -1,0 +1,129 @@
+"""Small image data sets, whole in memory."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layerpipe.errors import DataError
+
+#: Where Debian's package dataset-fashion-mnist puts its files.
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+class Images(NamedTuple):
+    """Normalised images ``(N, C, H, W)`` float32 and labels ``(N,)`` int64."""
+
+    name: str
+    train_x: Tensor
+    train_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    classes: int
+
+    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled training minibatches, without end; the order depends on the seed alone.
+
+        Raises:
+            DataError: a batch larger than the data.
+        """
+        count = len(self.train_x)
+        if not 1 <= size <= count:
+            raise DataError(f"a batch of {size} does not fit the {count} training images of {self.name}")
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            order = torch.randperm(count, generator=generator)
+            for chosen in order[: count - count % size].view(-1, size):
+                yield self.train_x[chosen], self.train_y[chosen]
+
+
+def load(name: str, root: Path) -> Images:
+    """A data set by name; what torchvision downloads, or has downloaded, lies in ``root``.
+
+    Raises:
+        DataError: an unknown name, a missing library, or data that is not here and cannot be fetched.
+    """
+    if name not in LOADERS:
+        raise DataError(f"data set {name!r} is unknown; there are: {', '.join(LOADERS)}")
+    train_x, train_y, test_x, test_y = LOADERS[name](root)
+    mean = train_x.mean((0, 2, 3), keepdim=True)
+    std = train_x.std((0, 2, 3), keepdim=True)
+    classes = int(train_y.max()) + 1
+    return Images(name, (train_x - mean) / std, train_y, (test_x - mean) / std, test_y, classes)
+
+
+Splits = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _digits(root: Path) -> Splits:
+    """1,797 scans of 8 x 8, inside scikit-learn (UCI Optical Recognition of Handwritten Digits); a fifth to test."""
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError as error:
+        raise DataError("the digits are in scikit-learn; pip install scikit-learn") from error
+    bunch = load_digits()
+    parts = train_test_split(
+        bunch.images.astype(np.float32)[:, None] / 16,
+        bunch.target.astype(np.int64),
+        test_size=0.2,
+        random_state=0,
+        stratify=bunch.target,
+    )
+    train_x, test_x, train_y, test_y = map(torch.from_numpy, parts)
+    return train_x, train_y, test_x, test_y
+
+
+def _fashion_mnist(root: Path) -> Splits:
+    if DEBIAN_FASHION_MNIST.is_dir():
+        read = lambda name: _idx(DEBIAN_FASHION_MNIST / f"{name}-ubyte.gz")  # noqa: E731
+        train_x, test_x = (read(f"{part}-images-idx3")[:, None].float() / 255 for part in ("train", "t10k"))
+        train_y, test_y = (read(f"{part}-labels-idx1").long() for part in ("train", "t10k"))
+        return train_x, train_y, test_x, test_y
+    return _torchvision("FashionMNIST", root, "Debian's package dataset-fashion-mnist is also found")
+
+
+def _idx(path: Path) -> Tensor:
+    """LeCun's idx format: two zeros, the type (8: unsigned byte), the number of dimensions, each as big-endian int32."""
+    with gzip.open(path, "rb") as file:
+        raw = file.read()
+    if raw[:3] != b"\0\0\x08":
+        raise DataError(f"{path} is not an idx file of bytes")
+    header = 4 + 4 * raw[3]
+    shape = np.frombuffer(raw[4:header], ">i4")
+    return torch.from_numpy(np.frombuffer(raw[header:], np.uint8).reshape(shape).copy())
+
+
+def _torchvision(kind: str, root: Path, hint: str = "") -> Splits:
+    try:
+        from torchvision import datasets
+    except ImportError as error:
+        raise DataError(f"{kind} is read by torchvision; pip install torchvision") from error
+    parts = []
+    for train in (True, False):
+        try:
+            part = getattr(datasets, kind)(str(root), train=train, download=True)
+        except Exception as error:  # offline, torchvision raises URLError, RuntimeError, ...
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"{kind} is not in {root} and cannot be downloaded ({reason}); fetch it with torchvision on a machine "
+                f"with a network and copy it there{'; ' + hint if hint else ''}"
+            ) from error
+        x = torch.as_tensor(part.data)
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+        parts += [x.float().div(255).contiguous(), torch.as_tensor(part.targets).long()]
+    return parts[0], parts[1], parts[2], parts[3]
+
+
+LOADERS: dict[str, Callable[[Path], Splits]] = {
+    "digits": _digits,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": lambda root: _torchvision("CIFAR10", root),
+    "cifar100": lambda root: _torchvision("CIFAR100", root),
+}

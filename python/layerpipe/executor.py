@@ -1,0 +1,221 @@
+"""Who runs the stages: one after the other in the caller's thread, or each in a worker of its own."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from layerpipe.channels import ChannelClosed
+from layerpipe.errors import StageError
+from layerpipe.schedule import Action
+
+
+class Tick(NamedTuple):
+    """One tick's work: actions in an order that one worker can follow, and each stage's optimizer options."""
+
+    number: int
+    actions: Sequence[Action]
+    options: Sequence[list[dict[str, Any]]]
+
+
+Run = Callable[[Action, Tick], None]
+
+
+class Executor(ABC):
+    """Runs ticks. ``run(action, tick)`` does the work of one action of one stage.
+
+    A stage's actions run in the order they are submitted, whoever runs them: that is why all executors give the same
+    weights.
+    """
+
+    name: ClassVar[str]
+    blocking: ClassVar[bool]  # whether a stage may have to wait for a neighbour's tensor
+    lookahead: ClassVar[int]  # ticks that may be submitted before the first of them is done
+
+    def __init__(self, names: Sequence[str], run: Run) -> None:
+        self.names, self._run = names, run
+        self._failure: BaseException | None = None
+        self._closed = False
+
+    @abstractmethod
+    def submit(self, tick: Tick) -> None:
+        """Start a tick; returns when it may go on in the background."""
+
+    @abstractmethod
+    def wait(self, done: Callable[[], bool]) -> None:
+        """Return once ``done()``, which a stage's work makes true, or raise what a stage raised."""
+
+    def synchronize(self) -> None:
+        """Return once everything submitted is done, or raise what a stage raised."""
+
+    def close(self) -> None:
+        """Stop; idempotent."""
+        self._closed = True
+
+    def _check(self) -> None:
+        """Refuse to go on with stages that an error left in different ticks."""
+        if self._failure is not None:
+            raise RuntimeError(f"the pipeline stopped after an error: {self._failure}") from self._failure
+        if self._closed:
+            raise RuntimeError("the pipeline is closed")
+
+    def _named(self, stage: int, error: BaseException) -> BaseException:
+        if isinstance(error, StageError) or not isinstance(error, Exception):
+            return error
+        named = StageError(self.names[stage], f"{type(error).__name__}: {error}")
+        named.__cause__ = error
+        return named
+
+
+class Serial(Executor):
+    """All stages in the caller's thread, one after the other. Easy to follow and to debug."""
+
+    name = "serial"
+    blocking = False
+    lookahead = 0
+
+    def submit(self, tick: Tick) -> None:
+        self._check()
+        for action in tick.actions:
+            try:
+                self._run(action, tick)
+            except BaseException as error:
+                self._failure = self._named(action.stage, error)
+                raise self._failure from self._failure.__cause__
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        if not done():
+            raise RuntimeError("the schedule promised a result that no stage produced")
+
+
+class Threads(Executor):
+    """A worker thread per stage. Stages wait for each other's tensors, never for a common barrier.
+
+    Args:
+        close_channels: called when a worker fails, so that its neighbours stop waiting for it.
+        threads_per_stage: torch's intra-op threads in each worker; by default the caller's setting shared among them.
+    """
+
+    name = "threads"
+    blocking = True
+    lookahead = 1
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        run: Run,
+        *,
+        close_channels: Callable[[], None],
+        threads_per_stage: int | None = None,
+    ) -> None:
+        super().__init__(names, run)
+        self._close_channels = close_channels
+        self._commands: list[Commands] = [queue.SimpleQueue() for _ in names]
+        self._events: Events = queue.SimpleQueue()
+        mine = torch.get_num_threads()
+        share = threads_per_stage or max(1, mine // len(names))
+        ready = threading.Barrier(len(names) + 1)
+        self._workers = [
+            threading.Thread(
+                target=_work,
+                args=(s, share, ready, self._commands[s], self._events, weakref.ref(self)),
+                name=f"layerpipe {name}",
+                daemon=True,
+            )
+            for s, name in enumerate(names)
+        ]
+        for worker in self._workers:
+            worker.start()
+        ready.wait()
+        torch.set_num_threads(mine)  # the last caller's number is what threads started later begin with
+
+    def submit(self, tick: Tick) -> None:
+        self._check()
+        self._take_events(block=False)
+        for stage, commands in enumerate(self._commands):
+            commands.put((tick, [a for a in tick.actions if a.stage == stage]))
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        self._check()
+        while not done():
+            self._take_events(block=True)
+
+    def synchronize(self) -> None:
+        if self._closed and self._failure is None:
+            return  # nothing runs any more, and the weights may still be read
+        self._check()
+        idle: list[int] = []
+        for commands in self._commands:
+            commands.put(idle)
+        self.wait(lambda: len(idle) == len(self._commands))
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        super().close()
+        for commands in self._commands:
+            commands.put(None)
+        self._close_channels()
+        for worker in self._workers:
+            if worker is not threading.current_thread():
+                worker.join()
+
+    def _take_events(self, *, block: bool) -> None:
+        """Wait for news from the workers, or take what is there, and raise if one of them failed."""
+        while True:
+            try:
+                failure = self._events.get(block=block)
+            except queue.Empty:
+                return
+            if failure is not None:
+                self._failure = failure
+                self.close()
+                raise failure
+            block = False
+
+
+Commands = queue.SimpleQueue[tuple[Tick, list[Action]] | list[int] | None]
+Events = queue.SimpleQueue[BaseException | None]
+
+
+def _work(
+    stage: int,
+    threads: int,
+    ready: threading.Barrier,
+    commands: Commands,
+    events: Events,
+    executor: weakref.ref[Threads],
+) -> None:
+    """A worker's life. Idle, it holds no reference to the pipeline, so a forgotten pipeline can be collected."""
+    torch.set_num_threads(threads)
+    ready.wait()
+    while (command := commands.get()) is not None:
+        if isinstance(command, list):
+            command.append(stage)
+            events.put(None)
+            continue
+        owner = executor()
+        if owner is None:
+            return
+        tick, actions = command
+        try:
+            for action in actions:
+                owner._run(action, tick)
+        except ChannelClosed:
+            return  # a neighbour failed, or the pipeline was closed; the cause is reported from there
+        except BaseException as error:
+            owner._close_channels()
+            events.put(owner._named(stage, error))
+            return
+        if stage == len(owner.names) - 1:
+            events.put(None)  # a loss may be ready
+        del owner, command, tick, actions
+
+
+EXECUTORS: dict[str, type[Executor]] = {kind.name: kind for kind in (Serial, Threads)}

@@ -1,0 +1,86 @@
+"""All stages' optimizers as one, for schedulers and loggers."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class PipelineOptimizer(torch.optim.Optimizer):
+    """What schedulers, loggers and checkpoints see: the parameter groups of every stage in one list.
+
+    Options set here, such as a scheduler's learning rate, reach a stage with the next tick that is submitted; a tick
+    that already runs keeps those it was submitted with. The stages step themselves: :meth:`step` refuses to.
+    """
+
+    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        if not optimizers:
+            raise ValueError("no stage has parameters to train")
+        self._optimizers = list(optimizers)
+        groups = [
+            {key: value for key, value in group.items() if key not in _CLOCK}
+            for optimizer in self._optimizers
+            for group in optimizer.param_groups
+        ]
+        super().__init__(groups, dict(self._optimizers[0].defaults))
+
+    def options_by_stage(self) -> list[list[dict[str, Any]]]:
+        """A copy of every group's options, for the stages with parameters in their order."""
+        groups = iter(self.param_groups)
+        self._opt_called = True  # what torch's schedulers look at before they warn that nobody stepped
+        return [
+            [{k: v for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
+            for optimizer in self._optimizers
+        ]
+
+    @property  # type: ignore[override]
+    def state(self) -> dict[Any, Any]:
+        """The state of every stage's optimizer; a merged view, made on each access."""
+        merged: dict[Any, Any] = collections.defaultdict(dict)
+        for optimizer in self._optimizers:
+            merged.update(optimizer.state)
+        return merged
+
+    @state.setter
+    def state(self, value: dict[Any, Any]) -> None:
+        if value:
+            raise AttributeError("the state belongs to the stages; use load_state_dict")
+
+    def step(self, closure: Any = None) -> Any:
+        raise RuntimeError("the stages step themselves; call pipe.step(inputs, target)")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Nothing to do: every stage clears its gradients before each backward."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """One state_dict per stage with parameters, and the options as they are now. Of a drained pipe."""
+        return {
+            "stages": [optimizer.state_dict() for optimizer in self._optimizers],
+            "options": [{k: v for k, v in g.items() if k not in _OWN} for g in self.param_groups],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, into a pipe of the same stages.
+
+        Raises:
+            ValueError: another number of stages or groups.
+        """
+        stages, options = state_dict["stages"], state_dict["options"]
+        if len(stages) != len(self._optimizers) or len(options) != len(self.param_groups):
+            raise ValueError(
+                f"the state is of {len(stages)} stages with {len(options)} groups, this pipeline has "
+                f"{len(self._optimizers)} with {len(self.param_groups)}"
+            )
+        for optimizer, state in zip(self._optimizers, stages, strict=True):
+            optimizer.load_state_dict(state)
+        for group, values in zip(self.param_groups, options, strict=True):
+            group.update(values)
+
+
+#: Counted by each stage's own optimizer.
+_CLOCK = ("updates", "last_lr")
+#: What does not travel from the common view to a stage.
+_OWN = ("params", "param_names", *_CLOCK)

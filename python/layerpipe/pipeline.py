@@ -1,0 +1,348 @@
+"""The pipeline: stages, the channels between them, a schedule and whoever runs it."""
+
+from __future__ import annotations
+
+import collections
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from layerpipe import schedule as schedules
+from layerpipe.channels import Channel
+from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
+from layerpipe.optimizer import PipelineOptimizer
+from layerpipe.partition import SplitStage, label
+from layerpipe.schedule import Action
+from layerpipe.stage import Stage
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+class StageMemory(NamedTuple):
+    """Bytes that one stage keeps."""
+
+    weights: int
+    history: int  # for past weights
+    optimizer: int  # momentum and the like
+    scratch: int  # the largest past weight made for a backward
+    activations: int  # the most that was kept between forwards and backwards
+    stash: int  # what weight stashing would keep as history
+
+
+class Event(NamedTuple):
+    """Something a stage did; times in seconds of ``time.perf_counter``."""
+
+    tick: int
+    action: Action
+    start: float
+    end: float
+
+
+class Pipeline:
+    """Trains a chain of stages; every stage does a forward and a backward in every tick.
+
+    Args:
+        stages: modules, from input to output, each taking what the one before returns (a tensor or a tuple); from
+            :func:`layerpipe.split`, or made by hand.
+        loss_fn: ``loss_fn(output, target)`` to a scalar, called in the last stage.
+        optimizer: ``optimizer(params, **past)``, called once per stage that has parameters; hands ``past`` on to an
+            optimizer of :mod:`layerpipe_kernels`. It holds the stage's ``delay`` and the options below.
+        past: how past weights are had, ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``.
+        order: number of EMAs of a blend.
+        ema_decay: decay rule; by default what suits ``past``.
+        schedule: ``"lockstep"`` or ``"sequential"``.
+        executor: ``"serial"`` or ``"threads"``.
+        threads_per_stage: torch's intra-op threads in each worker thread.
+        max_norm: clip the norm of each stage's gradient to this before its update.
+        check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity (CPU only).
+
+    Raises:
+        ValueError: no stages, an unknown name, options that contradict each other.
+        TypeError: an optimizer that does not know its past weights where a delay needs them.
+
+    Weights do not depend on the executor: a stage's work is done in the same order by the same kernels. Two things can
+    break that: a different number of intra-op threads, and random layers such as dropout, which draw from one generator
+    in whatever order the workers come.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        loss_fn: Callable[[Any, Any], Tensor],
+        optimizer: OptimizerFactory,
+        *,
+        past: str = "blend",
+        order: int = 2,
+        ema_decay: Any = None,
+        schedule: str = "lockstep",
+        executor: str = "serial",
+        threads_per_stage: int | None = None,
+        max_norm: float | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        if not stages:
+            raise ValueError("a pipeline needs at least one stage")
+        for i, module in enumerate(stages):
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
+        if executor not in EXECUTORS:
+            raise ValueError(f"executor={executor!r} is unknown; there are: {', '.join(EXECUTORS)}")
+        _refuse_shared(stages)
+        self.modules = list(stages)
+        self.stages: list[Stage] = []
+        self.loss_fn = loss_fn
+        self.schedule = schedules.make(schedule, len(stages))
+        self.delays = self.schedule.delays()
+        self.losses: collections.deque[Tensor] = collections.deque()
+        self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
+        for i, (module, delay) in enumerate(zip(stages, self.delays, strict=True)):
+            options = {"delay": delay, "past": past, "order": order, "ema_decay": ema_decay}
+            params = [p for p in module.parameters() if p.requires_grad]
+            self.stages.append(
+                Stage(
+                    module,
+                    optimizer(params, **options) if params else None,
+                    index=i,
+                    delay=delay,
+                    name=f"stage {i} ({label(module)})",
+                    advice=_advice(past, order, delay),
+                    max_norm=max_norm,
+                    check_finite=check_finite,
+                )
+            )
+        self.optimizer = PipelineOptimizer([s.optimizer for s in self.stages if s.optimizer is not None])
+
+        inner = range(len(stages) - 1)
+        blocking = EXECUTORS[executor].blocking
+        self._input = Channel("input", blocking=blocking)
+        self._target = Channel("target", blocking=blocking)
+        self._activations = [Channel(f"activations {i} -> {i + 1}", blocking=blocking) for i in inner]
+        self._gradients = [Channel(f"gradients {i + 1} -> {i}", blocking=blocking) for i in inner]
+        names = [s.name for s in self.stages]
+        self._executor: Executor
+        if executor == "threads":
+            self._executor = Threads(
+                names, self._run, close_channels=self._close_channels, threads_per_stage=threads_per_stage
+            )
+        else:
+            self._executor = Serial(names, self._run)
+        self._restart()
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def step(self, inputs: Any, target: Any) -> Tensor | None:
+        """Feed one minibatch and run one tick.
+
+        Args:
+            inputs: what the first stage takes, a tensor or a tuple.
+            target: what ``loss_fn`` takes besides the output.
+
+        Returns:
+            The loss of the minibatch whose forward left the pipe (detached, a scalar), in the order they were fed;
+            ``None`` while the pipe fills: for ``latency`` ticks.
+
+        Raises:
+            StageError: a stage raised; the message names it, ``__cause__`` is the original.
+            DivergenceError: a stage met NaN or infinity.
+        """
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        self._input.put(inputs)
+        self._target.put(target)
+        self.fed += 1
+        self._submit()
+        expected = self.fed - self.latency
+        if expected <= 0:
+            return None
+        self._executor.wait(lambda: self._returned + len(self.losses) >= expected)
+        self._returned += 1
+        return self.losses.popleft()
+
+    def drain(self) -> list[Tensor]:
+        """Finish every minibatch in the pipe; returns the losses that :meth:`step` had still to return.
+
+        Afterwards every stage has made one update per minibatch fed, and the delays fill up anew from 0.
+        """
+        while self.tick < self.schedule.ticks(self.fed):
+            self._submit()
+        self._executor.synchronize()
+        rest = list(self.losses)
+        self._restart()
+        return rest
+
+    @property
+    def latency(self) -> int:
+        """Calls of :meth:`step` that return ``None`` before the first loss."""
+        return self.schedule.latency + self._executor.lookahead
+
+    @property
+    def phase(self) -> str:
+        """``fill``, ``steady`` or ``drain``."""
+        return self.schedule.phase(max(self.tick - 1, 0), self.fed)
+
+    @property
+    def in_flight(self) -> int:
+        """Minibatches that have entered and not yet been trained on by every stage."""
+        self._executor.synchronize()
+        return max(stage.in_flight for stage in self.stages)
+
+    def _restart(self) -> None:
+        self.tick = self.fed = self._returned = 0
+        self.losses.clear()
+        for stage in self.stages:
+            stage.restart()
+
+    def _submit(self) -> None:
+        options = self.optimizer.options_by_stage()
+        by_stage = iter(options)
+        per_stage = [next(by_stage) if s.optimizer is not None else [] for s in self.stages]
+        self._executor.submit(Tick(self.tick, self.schedule.tick(self.tick, self.fed), per_stage))
+        self.tick += 1
+
+    def _run(self, action: Action, tick: Tick) -> None:
+        start = time.perf_counter()
+        stage, last = self.stages[action.stage], action.stage == len(self.stages) - 1
+        if action.kind == "F":
+            source = self._activations[action.stage - 1] if action.stage else self._input
+            outputs = stage.forward(action.minibatch, source.get())
+            if last:
+                self.losses.append(stage.loss(action.minibatch, self.loss_fn, self._target.get()))
+            else:
+                self._activations[action.stage].put(outputs)
+        else:
+            grads = None if last else self._gradients[action.stage].get()
+            upstream = stage.backward(action.minibatch, grads)
+            if action.stage:
+                self._gradients[action.stage - 1].put(upstream)
+            stage.update(tick.options[action.stage])
+        if len(self.trace) < 64 * len(self.stages):
+            self.trace.append(Event(tick.number, action, start, time.perf_counter()))
+
+    # -- like a module -------------------------------------------------------------------------------------------
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The network's output with its current weights; trains nothing and disturbs no minibatch in the pipe."""
+        self._executor.synchronize()
+        values = inputs
+        for module in self.modules:
+            result = module(*values)
+            values = result if isinstance(result, tuple) else (result,)
+        return values if len(values) > 1 else values[0]
+
+    def train(self, mode: bool = True) -> Pipeline:
+        self._executor.synchronize()
+        for module in self.modules:
+            module.train(mode)
+        return self
+
+    def eval(self) -> Pipeline:
+        return self.train(False)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for module in self.modules:
+            yield from module.parameters()
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for prefix, module in zip(self._prefixes(), self.modules, strict=True):
+            yield from module.named_parameters(prefix=prefix)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and buffers under the model's own names where :func:`layerpipe.split` made the stages, and under
+        those of ``nn.Sequential(*stages)`` where they were given by hand. References, as in torch."""
+        self._executor.synchronize()
+        state: dict[str, Any] = {}
+        for prefix, module in zip(self._prefixes(), self.modules, strict=True):
+            state.update(module.state_dict(prefix=f"{prefix}." if prefix else ""))
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
+        """Load weights and buffers, into an empty pipe.
+
+        Raises:
+            RuntimeError: minibatches are in the pipe, or names or shapes do not fit.
+        """
+        if self.tick:
+            raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
+        own = self.state_dict()
+        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        if strict and (missing or unexpected):
+            raise RuntimeError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
+        for prefix, module in zip(self._prefixes(), self.modules, strict=True):
+            cut = len(prefix) + 1 if prefix else 0
+            mine = {k[cut:]: v for k, v in state.items() if not prefix or k.startswith(f"{prefix}.")}
+            module.load_state_dict({k: v for k, v in mine.items() if k in module.state_dict()}, strict=False)
+
+    def _prefixes(self) -> list[str]:
+        split = all(isinstance(m, SplitStage) for m in self.modules)
+        return ["" if split else str(i) for i in range(len(self.modules))]
+
+    # -- reports -------------------------------------------------------------------------------------------------
+
+    @property
+    def names(self) -> list[str]:
+        return [label(m) for m in self.modules]
+
+    def measured_delays(self) -> list[dict[int, int]]:
+        """Per stage: how many backwards found their weights how many updates old."""
+        self._executor.synchronize()
+        return [dict(stage.measured) for stage in self.stages]
+
+    def memory(self) -> list[StageMemory]:
+        """What each stage has kept so far, measured from the tensors themselves."""
+        self._executor.synchronize()
+        report = []
+        for stage in self.stages:
+            weights = sum(p.nbytes for p in stage.module.parameters())
+            trained = sum(p.nbytes for p in stage.module.parameters() if p.requires_grad)
+            optimizer: Any = stage.optimizer
+            report.append(
+                StageMemory(
+                    weights=weights,
+                    history=optimizer.history_bytes() if hasattr(optimizer, "history_bytes") else 0,
+                    optimizer=optimizer.optimizer_bytes() if hasattr(optimizer, "optimizer_bytes") else 0,
+                    scratch=stage.scratch_bytes,
+                    activations=stage.activation_bytes,
+                    stash=stage.delay * trained,
+                )
+            )
+        return report
+
+    # -- end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Stop the workers. Weights stay readable; training does not go on. Idempotent."""
+        self._executor.close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_executor"):
+            self._executor.close()
+
+    def _close_channels(self) -> None:
+        for channel in (self._input, self._target, *self._activations, *self._gradients):
+            channel.close()
+
+
+def _refuse_shared(stages: Sequence[nn.Module]) -> None:
+    owner: dict[nn.Parameter, int] = {}
+    for i, module in enumerate(stages):
+        for name, param in module.named_parameters():
+            if owner.setdefault(param, i) != i:
+                raise ValueError(
+                    f"parameter {name} of shape {tuple(param.shape)} is in stage {owner[param]} and in stage {i}; "
+                    "tied weights must be in one stage"
+                )
+
+
+def _advice(past: str, order: int, delay: int) -> str:
+    tries = [] if past in ("blend", "stash") or not delay else ["past='blend' of order 2"]
+    if past == "blend" and order < 3 and delay:
+        tries.append(f"order {order + 1}")
+    return "try " + ", ".join([*tries, "a lower learning rate, a longer warm-up, max_norm=1.0, or fewer stages"])

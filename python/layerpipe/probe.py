@@ -1,0 +1,73 @@
+"""How far the reconstructed past weights are from the true ones, measured while training on a sample of them."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerpipe.stage import Stage
+
+
+class Reading(NamedTuple):
+    """One comparison in one stage: squared errors summed over the sampled weights."""
+
+    update: int
+    error: float  # |What - W(t-n)|^2
+    moved: float  # |W(t) - W(t-n)|^2, the error of using the latest weights
+
+    @property
+    def relative(self) -> float:
+        return self.error / self.moved if self.moved else 0.0
+
+
+class ReconstructionProbe:
+    """Keeps true past values of a sample of a stage's weights and compares reconstructions with them.
+
+    Reads only: training is bitwise the same with and without it.
+
+    Args:
+        stage: to watch; called by it before each backward.
+        samples: weights to follow, shared among parameters by their size.
+        every: compare in every ``every``-th update.
+    """
+
+    def __init__(self, stage: Stage, *, samples: int = 2048, every: int = 10, seed: int = 0) -> None:
+        self.stage, self.every = stage, every
+        self.readings: list[Reading] = []
+        generator = torch.Generator().manual_seed(seed)
+        params = [p for p in stage.module.parameters() if p.requires_grad]
+        total = sum(p.numel() for p in params)
+        self._chosen = [
+            (p, torch.randint(p.numel(), (max(8, samples * p.numel() // total),), generator=generator).to(p.device))
+            for p in params
+            if p.numel()
+        ]
+        self._past: collections.deque[tuple[int, Tensor]] = collections.deque(maxlen=stage.delay + 1)
+        stage.probe = self
+
+    def __call__(self, stage: Stage) -> None:
+        now = self._sample([p for p, _ in self._chosen])
+        self._past.append((stage.version, now))
+        n = min(stage.version - stage.base, stage.delay)
+        if not n or stage.version % self.every:
+            return
+        version, true = self._past[-1 - n]
+        assert version == stage.version - n
+        optimizer: Any = stage.optimizer
+        estimate = self._sample([optimizer.past_view(p) for p, _ in self._chosen])
+        self.readings.append(
+            Reading(stage.version, float((estimate - true).square().sum()), float((now - true).square().sum()))
+        )
+
+    def relative_error(self) -> float | None:
+        """Mean-square error over all comparisons in steady state, relative to using the latest weights (1.0)."""
+        readings = [r for r in self.readings if r.update > self.stage.delay]
+        moved = sum(r.moved for r in readings)
+        return sum(r.error for r in readings) / moved if moved else None
+
+    @torch.no_grad()
+    def _sample(self, tensors: list[Tensor]) -> Tensor:
+        return torch.cat([t.reshape(-1)[i].double() for t, (_, i) in zip(tensors, self._chosen, strict=True)])

@@ -1,0 +1,245 @@
+"""One stage of the pipeline: forward, backward on past weights, update."""
+
+from __future__ import annotations
+
+import collections
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from layerpipe.errors import DivergenceError
+
+Tensors = tuple[Tensor, ...]
+
+
+class _SavedWeight(NamedTuple):
+    """A saved tensor that lives in a parameter's memory: not the values, but where they are."""
+
+    param: Tensor
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # elements behind the parameter's first
+
+
+class _SavedActivation(NamedTuple):
+    tensor: Tensor
+    version: int  # a change in place after the forward must still be noticed
+
+
+class _Flight:
+    """A minibatch between its forward and its backward."""
+
+    def __init__(self, version: int) -> None:
+        self.version = version
+        self.inputs: Tensors = ()
+        self.outputs: Tensors = ()
+        self.saved: dict[int, int] = {}  # storage -> bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        return sum(self.saved.values())
+
+
+class Stage:
+    """A part of the network with its own optimizer and its own count of updates.
+
+    Autograd saves references to parameters, which the optimizer then changes in place. A stage packs them as
+    ``(parameter, view)`` and hands the backward the same view of the past weights ``What(t - n)`` instead, made layer
+    by layer, just in time. With a delay of 0 the parameters themselves are the past weights.
+
+    Args:
+        module: the layers.
+        optimizer: of the module's parameters, or ``None`` if it has none. With a delay it must have ``past_view``, as
+            the optimizers of :mod:`layerpipe_kernels` do.
+        index: position in the pipeline, from the input.
+        delay: ``n`` of this stage in steady state, in updates.
+        name: what messages call it.
+        advice: what to try when the stage diverges.
+        max_norm: clip the norm of this stage's gradient to this before each update.
+        check_finite: look for NaN and infinity at the stage's boundaries.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Any | None,
+        *,
+        index: int,
+        delay: int,
+        name: str,
+        advice: str = "",
+        max_norm: float | None = None,
+        check_finite: bool = True,
+    ) -> None:
+        self.module, self.optimizer = module, optimizer
+        self.index, self.delay, self.name = index, delay, name
+        self.advice, self.max_norm, self.check_finite = advice, max_norm, check_finite
+        self.version = 0  # updates so far
+        self.base = 0  # version when the pipe was last empty
+        self.measured: collections.Counter[int] = collections.Counter()  # n seen in the backward -> how often
+        self.scratch_bytes = 0  # the largest past weight made for a backward
+        self.activation_bytes = 0  # the most that was kept between forwards and backwards
+        self.probe: Callable[[Stage], None] | None = None  # looks on, before each backward
+        self._flights: dict[int, _Flight] = {}
+        self._params = [p for p in module.parameters() if p.requires_grad]
+        self._warned: set[str] = set()
+        self._inspect_copies = delay > 0
+        if delay and optimizer is not None and not hasattr(optimizer, "past_view"):
+            raise TypeError(
+                f"{name} gets its gradients {delay} updates late, and {type(optimizer).__name__} does not know its "
+                "past weights; use layerpipe_kernels.SGD and pass it the pipeline's keywords: "
+                "optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
+            )
+
+    # -- forward -------------------------------------------------------------------------------------------------
+
+    def forward(self, minibatch: int, inputs: Tensors) -> Tensors:
+        """Run the layers on a minibatch and keep its graph; returns outputs cut off from it."""
+        flight = _Flight(self.version)
+        if self.index:
+            inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+        flight.inputs = inputs
+        with self._saving(flight):
+            outputs = self.module(*inputs)
+        flight.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        self._check_finite(flight.outputs, "output", minibatch)
+        self._flights[minibatch] = flight
+        self._inspect_copies = False
+        self.activation_bytes = max(self.activation_bytes, sum(f.saved_bytes for f in self._flights.values()))
+        return tuple(y.detach() for y in flight.outputs)
+
+    def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
+        """Continue the last stage's forward to the loss; returns it cut off from the graph."""
+        flight = self._flights[minibatch]
+        with self._saving(flight):
+            loss = loss_fn(*flight.outputs, target)
+        if loss.numel() != 1:
+            raise ValueError(f"loss_fn must return one number, got a tensor of shape {tuple(loss.shape)}")
+        self._check_finite((loss,), "loss", minibatch)
+        flight.outputs = (loss,)
+        return loss.detach()
+
+    # -- backward ------------------------------------------------------------------------------------------------
+
+    def backward(self, minibatch: int, grads: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
+        """Gradients of a minibatch, its parameters' into ``.grad``; returns those of the stage's inputs."""
+        flight = self._flights.pop(minibatch)
+        n = self.version - flight.version
+        self.measured[n] += 1
+        if n != min(self.version - self.base, self.delay):
+            raise RuntimeError(f"minibatch {minibatch} is {n} updates old; the schedule says {self.delay}")
+        if self.probe is not None:
+            self.probe(self)
+        for param in self._params:
+            param.grad = None
+        wanted = [(y, None if grads is None else grads[i]) for i, y in enumerate(flight.outputs) if y.requires_grad]
+        if grads is not None:
+            wanted = [(y, g) for y, g in wanted if g is not None]
+        if wanted:
+            torch.autograd.backward([y for y, _ in wanted], [g for _, g in wanted])
+        upstream = tuple(x.grad for x in flight.inputs) if self.index else ()
+        self._check_finite([g for g in upstream if g is not None], "gradient", minibatch)
+        return upstream
+
+    def update(self, options: list[dict[str, Any]]) -> None:
+        """Step the optimizer with these options per parameter group, as they were when the tick was submitted."""
+        if self.optimizer is not None:
+            for group, values in zip(self.optimizer.param_groups, options, strict=True):
+                group.update(values)
+            if self.max_norm is not None:
+                nn.utils.clip_grad_norm_(self._params, self.max_norm)
+            self.optimizer.step()
+        self.version += 1
+
+    def restart(self) -> None:
+        """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0."""
+        self.base = self.version
+        if self.delay and self.optimizer is not None:
+            self.optimizer.restart_history()
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._flights)
+
+    def _check_finite(self, tensors: Any, what: str, minibatch: int) -> None:
+        if not self.check_finite:
+            return
+        for tensor in tensors:
+            # On an accelerator, reading the value would make the host wait for the device.
+            if tensor.device.type == "cpu" and tensor.is_floating_point() and not math.isfinite(tensor.sum().item()):
+                advice = f"; {self.advice}" if self.advice else ""
+                raise DivergenceError(
+                    self.name, f"the {what} of minibatch {minibatch} is not finite after {self.version} updates{advice}"
+                )
+
+    # -- saved tensors -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _saving(self, flight: _Flight) -> Iterator[None]:
+        # A parameter may have been moved to another storage (module.to, load_state_dict(assign=True)): look now.
+        owners = {p.untyped_storage().data_ptr(): p for p in self.module.parameters() if p.numel()}
+
+        def pack(tensor: Tensor) -> Tensor | _SavedWeight | _SavedActivation:
+            storage = tensor.untyped_storage()
+            owner = owners.get(storage.data_ptr())
+            if owner is None:
+                flight.saved[storage.data_ptr()] = storage.nbytes()
+                if self._inspect_copies:
+                    self._warn_of_copy(tensor)
+                return _SavedActivation(tensor, tensor._version)
+            if not self.delay or not owner.requires_grad:
+                return _SavedActivation(tensor, tensor._version)
+            offset = tensor.storage_offset() - owner.storage_offset()
+            return _SavedWeight(owner, tensor.size(), tensor.stride(), offset)
+
+        def unpack(saved: _SavedWeight | _SavedActivation) -> Tensor:
+            if isinstance(saved, _SavedActivation):
+                if saved.tensor._version != saved.version:
+                    raise RuntimeError(
+                        f"a tensor of shape {tuple(saved.tensor.shape)} needed for the backward was modified in place: "
+                        f"it is at version {saved.tensor._version}, expected {saved.version}"
+                    )
+                return saved.tensor
+            past: Tensor = self.optimizer.past_view(saved.param)  # type: ignore[union-attr]
+            self.scratch_bytes = max(self.scratch_bytes, past.nbytes)
+            return past.as_strided(saved.size, saved.stride, past.storage_offset() + saved.offset)
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def _warn_of_copy(self, tensor: Tensor) -> None:
+        """A copy of a weight made in the forward (autocast, weight norm) is kept whole: right, but stashed."""
+        params = _only_parameters_behind(tensor)
+        for param in params:
+            if param.numel() != tensor.numel():
+                continue
+            names = [name for name, p in self.module.named_parameters() if p is param]
+            if names and names[0] not in self._warned:
+                self._warned.add(names[0])
+                warnings.warn(
+                    f"{self.name}: the forward makes a copy of {names[0]} (autocast or weight norm?), which is kept "
+                    "for every minibatch in flight; its past values are exact, but stashed",
+                    stacklevel=2,
+                )
+
+
+def _only_parameters_behind(tensor: Tensor, most: int = 32) -> list[Tensor]:
+    """The parameters that a tensor was computed from, or nothing if anything else went into it."""
+    found, todo = [], [tensor.grad_fn]
+    for _ in range(most):
+        if not todo:
+            return found
+        node = todo.pop()
+        if node is None:
+            return []
+        if hasattr(node, "variable"):
+            if not isinstance(node.variable, nn.Parameter):
+                return []
+            found.append(node.variable)
+        todo.extend(parent for parent, _ in node.next_functions)
+    return []
