@@ -47,7 +47,8 @@ $(VENV)/.tools:
 
 $(VENV)/.package: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(CPP)
 	@echo 'installing layerpipe into $(VENV) (the first time with torch: minutes)'
-	$(PIP) install $(if $(wildcard $@),-q) --no-build-isolation -e '.[cli,test,dev]'
+	PYTHONWARNINGS='ignore:Editable installation' \
+	$(PIP) install $(if $(wildcard $(VENV)/lib/*/site-packages/torch),-q) --no-build-isolation -e '.[cli,test,dev]'
 	@ls layerpipe_kernels/_C.*.so >/dev/null 2>&1 || \
 	    echo 'the C++ kernels are left out: for them install g++ and python3-dev, then make clean'
 	@touch $@

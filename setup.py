@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -93,10 +94,17 @@ class CMakeBuild(build_ext):
         shutil.copy(next(build_dir.glob("_C.*")), target)
 
 
-class PurePython(build_py):
+class CleanBuildPy(build_py):
+    def run(self) -> None:
+        # setuptools would put modules that were deleted since the last build into the wheel.
+        shutil.rmtree(ROOT / "build" / Path(self.build_lib).name, ignore_errors=True)
+        super().run()
+
+
+class PurePython(CleanBuildPy):
     def run(self) -> None:
         if os.environ.get("LAYERPIPE_BUILD_EXT") != "0":
-            print(f"warning: {why_not_built()}: layerpipe has no C++ kernels", file=sys.stderr)
+            warnings.warn(f"{why_not_built()}: no C++ kernels are built", stacklevel=1)
         # An editable install would otherwise go on importing what an earlier one left there.
         if self.editable_mode:
             left = ROOT / f"layerpipe_kernels/_C{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -108,6 +116,6 @@ if os.environ.get("LAYERPIPE_BUILD_EXT") == "0" or why_not_built():
     setup(cmdclass={"build_py": PurePython})
 else:
     setup(
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_py": CleanBuildPy, "build_ext": CMakeBuild},
         ext_modules=[Extension("layerpipe_kernels._C", SOURCES)],
     )

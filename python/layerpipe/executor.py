@@ -147,9 +147,8 @@ class Threads(Executor):
             self._take_events(block=True)
 
     def synchronize(self) -> None:
-        if self._closed and self._failure is None:
-            return  # nothing runs any more, and the weights may still be read
-        self._check()
+        if self._closed:
+            return  # nothing runs any more, after an error too, and the weights may still be read
         idle: list[int] = []
         for commands in self._commands:
             commands.put(idle)

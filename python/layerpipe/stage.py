@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from layerpipe.copies import copied_parameters
 from layerpipe.errors import DivergenceError
 
 Tensors = tuple[Tensor, ...]
@@ -87,8 +89,7 @@ class Stage:
         self.probe: Callable[[Stage], None] | None = None  # looks on, before each backward
         self._flights: dict[int, _Flight] = {}
         self._params = [p for p in module.parameters() if p.requires_grad]
-        self._warned: set[str] = set()
-        self._inspect_copies = delay > 0
+        self._look_for_copies = delay > 0  # in the first forward
         if delay and optimizer is not None and not hasattr(optimizer, "past_view"):
             raise TypeError(
                 f"{name} gets its gradients {delay} updates late, and {type(optimizer).__name__} does not know its "
@@ -109,7 +110,9 @@ class Stage:
         flight.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         self._check_finite(flight.outputs, "output", minibatch)
         self._flights[minibatch] = flight
-        self._inspect_copies = False
+        if self._look_for_copies:
+            self._look_for_copies = False
+            self._warn_of_copies(flight.outputs)
         self.activation_bytes = max(self.activation_bytes, sum(f.saved_bytes for f in self._flights.values()))
         return tuple(y.detach() for y in flight.outputs)
 
@@ -183,16 +186,16 @@ class Stage:
     def _saving(self, flight: _Flight) -> Iterator[None]:
         # A parameter may have been moved to another storage (module.to, load_state_dict(assign=True)): look now.
         owners = {p.untyped_storage().data_ptr(): p for p in self.module.parameters() if p.numel()}
+        # The graph keeps the hooks, and a flight keeps its graph: through the stage, that would be a cycle for ever.
+        stage = weakref.proxy(self)
 
         def pack(tensor: Tensor) -> Tensor | _SavedWeight | _SavedActivation:
             storage = tensor.untyped_storage()
             owner = owners.get(storage.data_ptr())
             if owner is None:
                 flight.saved[storage.data_ptr()] = storage.nbytes()
-                if self._inspect_copies:
-                    self._warn_of_copy(tensor)
                 return _SavedActivation(tensor, tensor._version)
-            if not self.delay or not owner.requires_grad:
+            if not stage.delay or not owner.requires_grad:
                 return _SavedActivation(tensor, tensor._version)
             offset = tensor.storage_offset() - owner.storage_offset()
             return _SavedWeight(owner, tensor.size(), tensor.stride(), offset)
@@ -205,41 +208,19 @@ class Stage:
                         f"it is at version {saved.tensor._version}, expected {saved.version}"
                     )
                 return saved.tensor
-            past: Tensor = self.optimizer.past_view(saved.param)  # type: ignore[union-attr]
-            self.scratch_bytes = max(self.scratch_bytes, past.nbytes)
+            past: Tensor = stage.optimizer.past_view(saved.param)
+            stage.scratch_bytes = max(stage.scratch_bytes, past.nbytes)
             return past.as_strided(saved.size, saved.stride, past.storage_offset() + saved.offset)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
-    def _warn_of_copy(self, tensor: Tensor) -> None:
-        """A copy of a weight made in the forward (autocast, weight norm) is kept whole: right, but stashed."""
-        params = _only_parameters_behind(tensor)
-        for param in params:
-            if param.numel() != tensor.numel():
-                continue
-            names = [name for name, p in self.module.named_parameters() if p is param]
-            if names and names[0] not in self._warned:
-                self._warned.add(names[0])
-                warnings.warn(
-                    f"{self.name}: the forward makes a copy of {names[0]} (autocast or weight norm?), which is kept "
-                    "for every minibatch in flight; its past values are exact, but stashed",
-                    stacklevel=2,
-                )
-
-
-def _only_parameters_behind(tensor: Tensor, most: int = 32) -> list[Tensor]:
-    """The parameters that a tensor was computed from, or nothing if anything else went into it."""
-    found, todo = [], [tensor.grad_fn]
-    for _ in range(most):
-        if not todo:
-            return found
-        node = todo.pop()
-        if node is None:
-            return []
-        if hasattr(node, "variable"):
-            if not isinstance(node.variable, nn.Parameter):
-                return []
-            found.append(node.variable)
-        todo.extend(parent for parent, _ in node.next_functions)
-    return []
+    def _warn_of_copies(self, outputs: Tensors) -> None:
+        names = {param: name for name, param in self.module.named_parameters()}
+        copied = [names[p] for p in dict.fromkeys(copied_parameters(outputs)) if p in names]
+        if copied:
+            warnings.warn(
+                f"{self.name}: the forward works on copies of {', '.join(copied)} (autocast or weight norm?), which "
+                "are kept for every minibatch in flight; their past values are exact, but stashed",
+                stacklevel=2,
+            )

@@ -25,6 +25,7 @@ from layerpipe.data import Images
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
+    pretty_exceptions_enable=False,
     help="Train networks as asynchronous pipelines whose past weights are reconstructed, not stored.",
 )
 INTERRUPTED = 130

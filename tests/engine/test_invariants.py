@@ -1,0 +1,190 @@
+"""What must always hold: the numbered invariants of the design."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import layerpipe
+import layerpipe_kernels as lk
+from layerpipe import retiming
+from layerpipe.probe import ReconstructionProbe
+from tests.engine.models import chain, images, minibatches
+
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+
+
+def pipeline(stages: list[nn.Module], **options: Any) -> layerpipe.Pipeline:
+    return layerpipe.Pipeline(stages, F.cross_entropy, lambda params, **past: lk.SGD(params, **SGD, **past), **options)
+
+
+def train(pipe: layerpipe.Pipeline, data: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    losses = [pipe.step(x, y) for x, y in data]
+    return [loss for loss in losses if loss is not None] + pipe.drain()
+
+
+def assert_equal_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "sequential"])
+def test_one_stage_is_ordinary_training_bit_for_bit(schedule: str) -> None:
+    resnet18 = pytest.importorskip("torchvision").models.resnet18
+    ours = resnet18(num_classes=10)
+    theirs = copy.deepcopy(ours)
+    optimizer = torch.optim.SGD(theirs.parameters(), **SGD)
+    data = images(4)
+    want = []
+    for x, y in data:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(theirs(x), y)
+        loss.backward()
+        optimizer.step()
+        want.append(loss.detach())
+    with pipeline([ours], schedule=schedule) as pipe:
+        assert torch.equal(torch.stack(train(pipe, data)), torch.stack(want))
+    assert_equal_state(ours.state_dict(), theirs.state_dict())
+
+
+def test_sequential_schedule_of_many_stages_is_ordinary_training() -> None:
+    stages, data = chain(), minibatches(10)
+    plain = copy.deepcopy(nn.Sequential(*stages))
+    optimizer = torch.optim.SGD(plain.parameters(), **SGD)
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    for executor in ("serial", "threads"):
+        with pipeline(copy.deepcopy(stages), schedule="sequential", executor=executor) as pipe:
+            train(pipe, data)
+            assert_equal_state(pipe.state_dict(), plain.state_dict())
+
+
+def delayed_sgd(stages: list[nn.Module], data: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Delayed SGD by copying whole stages: slow, obvious, and without a line of the engine.
+
+    Minibatch ``m`` passes stage ``s`` in tick ``m + s`` on a copy of its weights of that moment, keeps the copy, and
+    comes back in tick ``m + 2 (P - 1) - s``, where the copy's gradient updates the stage as it is then.
+    """
+    last = len(stages) - 1
+    optimizers = [torch.optim.SGD(stage.parameters(), **SGD) for stage in stages]
+    kept: dict[tuple[int, int], tuple[nn.Module, Tensor, Tensor]] = {}
+    grads: dict[tuple[int, int], Tensor] = {}
+    for tick in range(len(data) + 2 * last):
+        for s, stage in enumerate(stages):
+            m = tick - s
+            if 0 <= m < len(data):
+                x = data[m][0] if s == 0 else kept[s - 1, m][2].detach().requires_grad_()
+                then = copy.deepcopy(stage)
+                y = then(x)
+                stage.load_state_dict({**stage.state_dict(), **dict(then.named_buffers())})
+                kept[s, m] = then, x, F.cross_entropy(y, data[m][1]) if s == last else y
+            m = tick - 2 * last + s
+            if 0 <= m < len(data):
+                then, x, y = kept.pop((s, m))
+                y.backward(None if s == last else grads.pop((s, m)))
+                if s:
+                    assert x.grad is not None
+                    grads[s - 1, m] = x.grad
+                for now, past in zip(stage.parameters(), then.parameters(), strict=True):
+                    now.grad = past.grad
+                optimizers[s].step()
+    return nn.Sequential(*stages)
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("stages", [2, 3, 5])
+def test_stash_equals_an_independent_simulation_of_delayed_sgd(executor: str, stages: int) -> None:
+    data = minibatches(25)
+    simulated = delayed_sgd(chain(stages), data)
+    with pipeline(chain(stages), past="stash", executor=executor, threads_per_stage=torch.get_num_threads()) as pipe:
+        train(pipe, data)
+        assert_equal_state(pipe.state_dict(), simulated.state_dict())
+
+
+class MeanHead(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean(1))
+
+
+def test_stash_equals_the_simulation_for_attention() -> None:
+    """A transformer layer packs three projections into one weight and saves views of it."""
+
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        layers: list[nn.Module] = [
+            nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True) for _ in range(2)
+        ]
+        return [*layers, MeanHead(8, 3)]
+
+    data = [(torch.randn(4, 5, 8), torch.randint(3, (4,))) for _ in range(12)]
+    simulated = delayed_sgd(stages(), data)
+    with pipeline(stages(), past="stash") as pipe:
+        train(pipe, data)
+        assert_equal_state(pipe.state_dict(), simulated.state_dict())
+
+
+def test_the_simulation_tells_stash_from_latest() -> None:
+    data = minibatches(25)
+    simulated = delayed_sgd(chain(3), data).state_dict()
+    with pipeline(chain(3), past="latest") as pipe:
+        train(pipe, data)
+        assert not torch.equal(pipe.state_dict()["0.0.weight"], simulated["0.0.weight"])
+
+
+@pytest.mark.parametrize("past", ["stash", "latest", "ema", "momentum", "blend"])
+def test_serial_and_threads_give_the_same_weights(past: str) -> None:
+    torch.set_num_threads(1)
+    resnet18 = pytest.importorskip("torchvision").models.resnet18
+    torch.manual_seed(0)
+    model, data = resnet18(num_classes=10), images(12, size=4)
+    states, losses = [], []
+    for executor in ("serial", "threads"):
+        stages = layerpipe.split(copy.deepcopy(model), 4, (data[0][0],))
+        with pipeline(stages, past=past, executor=executor, max_norm=1.0) as pipe:
+            scheduler = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: 1 / (1 + step))
+            got = []
+            for x, y in data:
+                got.append(pipe.step(x, y))
+                scheduler.step()
+            losses.append([loss for loss in got if loss is not None] + pipe.drain())
+            states.append(copy.deepcopy(pipe.state_dict()))
+    assert_equal_state(*states)
+    assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+    assert states[0].keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("stages", [1, 2, 4, 7])
+def test_measured_delay_is_that_of_the_retimed_graph(executor: str, stages: int) -> None:
+    data = minibatches(4 * stages + 10)
+    with pipeline(chain(stages), executor=executor) as pipe:
+        train(pipe, data)
+        assert pipe.delays == retiming.lockstep_delays(stages) == [2 * (stages - 1 - s) for s in range(stages)]
+        for n, measured in zip(pipe.delays, pipe.measured_delays(), strict=True):
+            # One backward each while the pipe fills, and the rule's n for all others.
+            assert measured == {**dict.fromkeys(range(n), 1), n: len(data) - n}
+
+
+@pytest.mark.parametrize("past", ["ema", "blend"])
+def test_past_weights_in_the_engine_are_exact_while_it_fills_and_good_after(past: str) -> None:
+    data = minibatches(120, size=32)
+    stages = [stage.double() for stage in chain(4)]
+    with pipeline(stages, past=past) as pipe:
+        probes = [ReconstructionProbe(stage, every=1, samples=1000) for stage in pipe.stages[:-1]]
+        train(pipe, [(x.double(), y) for x, y in data])
+    for stage, probe in zip(pipe.stages, probes, strict=False):
+        filling = [r for r in probe.readings if r.update <= stage.delay]
+        assert len(filling) == stage.delay
+        assert all(r.relative < 1e-20 for r in filling)
+        assert len(probe.readings) == len(data) - 1
+        error = probe.relative_error()
+        assert error is not None
+        assert error < 0.12

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from layerpipe import split
+from layerpipe.partition import _balanced, label
+
+
+def sequential() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 2)
+    )
+
+
+@pytest.mark.parametrize("balance", ["params", "flops", "time"])
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_stages_compute_what_the_model_computes(balance: str, stages: int) -> None:
+    model, x = sequential(), torch.randn(5, 4)
+    parts = split(model, stages, (x,), balance=balance)
+    assert len(parts) == stages
+    y = x
+    for part in parts:
+        y = part(y)
+    assert torch.equal(y, model(x))
+
+
+def test_stages_share_the_layers_and_keep_their_names() -> None:
+    model = sequential()
+    parts = split(model, 3, balance="params")
+    named = dict(itertools.chain.from_iterable(part.named_parameters() for part in parts))
+    assert named.keys() == dict(model.named_parameters()).keys()
+    assert all(named[name] is param for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("stages", [4, 10])
+def test_resnet(stages: int) -> None:
+    model = pytest.importorskip("torchvision").models.resnet18(num_classes=10).eval()
+    x = torch.randn(2, 3, 32, 32)
+    parts = split(model, stages, (x,))
+    y = x
+    for part in parts:
+        y = part(y)
+    assert torch.equal(y, model(x))
+    assert label(parts[0]).startswith("conv1")
+    assert label(parts[-1]).endswith("fc")
+
+
+def test_measuring_changes_no_running_statistics() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    before = copy.deepcopy(model.state_dict())
+    split(model, 2, (torch.randn(8, 4),), balance="time")
+    split(model, 2, (torch.randn(8, 4),), balance="flops")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_cut_before_an_operation_in_place() -> None:
+    for part in split(sequential(), 4, balance="params"):
+        assert not (label(part).startswith("1"))
+
+
+def test_balance_is_optimal() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        count = int(torch.randint(1, 9, (), generator=generator))
+        costs = torch.rand(count, generator=generator).tolist()
+        for parts in range(1, count + 1):
+            best = min(
+                max(sum(costs[a:b]) for a, b in itertools.pairwise([0, *inner, count]))
+                for inner in itertools.combinations(range(1, count), parts - 1)
+            )
+            cuts = _balanced(costs, parts)
+            assert cuts[0] == 0
+            assert cuts[-1] == count
+            assert sorted(set(cuts)) == cuts
+            assert max(sum(costs[a:b]) for a, b in itertools.pairwise(cuts)) == pytest.approx(best)
+
+
+def test_stages_can_be_pickled() -> None:
+    part = split(sequential(), 2, balance="params")[0]
+    x = torch.randn(3, 4)
+    assert torch.equal(pickle.loads(pickle.dumps(part))(x), part(x))
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) if x.sum() > 0 else self.b(x)
+
+
+class Skipping(nn.Module):
+    """The skip connection leaves no place to cut inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.c(torch.relu(self.b(y)) + y)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(self.b(self.a(x)))
+
+
+def test_a_skip_connection_stays_in_one_stage() -> None:
+    model = Skipping()
+    parts = split(model, 3, balance="params")
+    assert [sorted(n.split(".")[0] for n, _ in p.named_parameters() if "weight" in n) for p in parts] == [["a"], ["b"], ["c"]]
+    x = torch.randn(2, 4)
+    assert torch.equal(parts[2](parts[1](parts[0](x))), model(x))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (sequential(), {"stages": 9, "balance": "params"}, "into 9 stages: it has 4 splittable layers"),
+        (sequential(), {"stages": 0}, "at least one stage"),
+        (sequential(), {"stages": 2, "balance": "colour"}, "flops, time, params"),
+        (sequential(), {"stages": 2}, "example_inputs"),
+        (Branching(), {"stages": 2, "balance": "params"}, "cannot be traced.*by hand"),
+        (Tied(), {"stages": 3, "balance": "params"}, "tied weights"),
+    ],
+)
+def test_what_cannot_be_split_is_refused_with_a_way_out(model: nn.Module, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split(model, **options)  # type: ignore[arg-type]

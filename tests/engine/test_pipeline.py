@@ -1,0 +1,398 @@
+"""What a user of the pipeline sees: results, errors, state."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import time
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import layerpipe
+import layerpipe_kernels as lk
+from tests.engine.models import chain, minibatches
+
+EXECUTORS = ["serial", "threads"]
+
+
+def sgd(params: list[Tensor], **past: Any) -> lk.SGD:
+    return lk.SGD(params, lr=0.05, momentum=0.9, **past)
+
+
+def pipeline(stages: list[nn.Module] | None = None, **options: Any) -> layerpipe.Pipeline:
+    return layerpipe.Pipeline(stages or chain(), F.cross_entropy, sgd, **options)
+
+
+def workers() -> int:
+    return sum(t.name.startswith("layerpipe ") for t in threading.enumerate())
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_left() -> Any:
+    before = workers()
+    yield
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while workers() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert workers() == before
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_losses_come_out_in_order_and_none_is_lost(executor: str) -> None:
+    data = minibatches(12)
+    with pipeline(executor=executor) as pipe:
+        for _ in range(2):  # a drained pipe fills again
+            got = [pipe.step(x, y) for x, y in data]
+            assert [loss is None for loss in got] == [i < pipe.latency for i in range(12)]
+            assert len(pipe.drain()) == pipe.latency
+        assert pipe.in_flight == 0
+        assert all(s.version == 24 for s in pipe.stages)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_losses_are_those_of_their_minibatches(executor: str) -> None:
+    """With a learning rate of 0 and no running statistics, each loss is the plain one."""
+    stages = [nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)]
+    data = minibatches(7)
+    pipe = layerpipe.Pipeline(
+        stages, F.cross_entropy, lambda params, **past: lk.SGD(params, lr=0.0, **past), executor=executor
+    )
+    with pipe:
+        got = [loss for x, y in data if (loss := pipe.step(x, y)) is not None] + pipe.drain()
+    want = [F.cross_entropy(nn.Sequential(*stages)(x), y) for x, y in data]
+    torch.testing.assert_close(torch.stack(got), torch.stack(want))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_training_learns(executor: str) -> None:
+    x = torch.randn(64, 6)
+    y = (x[:, 0] > 0).long()
+    with pipeline(executor=executor) as pipe:
+        losses = [loss for _ in range(150) if (loss := pipe.step(x, y)) is not None]
+        assert losses[-1] < 0.2 < losses[0]
+
+
+def test_drain_of_an_empty_pipe_and_twice() -> None:
+    with pipeline() as pipe:
+        assert pipe.drain() == []
+        pipe.step(*minibatches(1)[0])
+        assert len(pipe.drain()) == 1
+        assert pipe.drain() == []
+
+
+def test_evaluation_uses_current_weights_and_disturbs_nothing() -> None:
+    data, x = minibatches(20), torch.randn(5, 6)
+    results = []
+    for look in (False, True):
+        with pipeline(executor="threads") as pipe:
+            for step, (inputs, target) in enumerate(data):
+                pipe.step(inputs, target)
+                if look and step % 3 == 0:
+                    pipe.eval()
+                    with torch.no_grad():
+                        assert torch.equal(pipe(x), nn.Sequential(*pipe.modules)(x))
+                    pipe.train()
+            pipe.drain()
+            results.append(copy.deepcopy(pipe.state_dict()))
+    for name in results[0]:
+        assert torch.equal(results[0][name], results[1][name])
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_stages_may_pass_tuples(executor: str) -> None:
+    class Fork(nn.Linear):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+            return super().forward(x), x
+
+    class Join(nn.Linear):
+        def forward(self, y: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.tanh(y) + x)
+
+    stages = [nn.Linear(6, 6), Fork(6, 6), Join(6, 3)]
+    with pipeline(stages, executor=executor, past="stash") as pipe:
+        for x, y in minibatches(10):
+            pipe.step(x, y)
+        pipe.drain()
+        assert pipe(torch.randn(2, 6)).shape == (2, 3)
+
+
+class Broken(nn.Linear):
+    """Raises in its third forward or backward."""
+
+    def __init__(self, where: str, width: int = 6) -> None:
+        super().__init__(width, width)
+        self.where, self.calls = where, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.where == "backward":
+            y.register_hook(self.fail)
+        else:
+            self.fail(x)
+        return y
+
+    def fail(self, _: Tensor) -> None:
+        self.calls += 1
+        if self.calls == 3:
+            raise KeyError("the matter")
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_an_exception_reaches_the_caller_with_the_stage(executor: str, where: str, stage: int) -> None:
+    stages: list[nn.Module] = [nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)]
+    stages[stage] = Broken(where)
+    with pipeline(stages, executor=executor) as pipe:
+
+        def run() -> None:
+            for x, y in minibatches(30):
+                pipe.step(x, y)
+            pipe.drain()
+
+        with pytest.raises(layerpipe.StageError, match=rf"stage {stage} \(Broken\).*the matter") as caught:
+            run()
+        assert isinstance(caught.value.__cause__, KeyError)
+        assert caught.value.stage == f"stage {stage} (Broken)"
+        with pytest.raises(RuntimeError, match="stopped after an error"):
+            pipe.step(*minibatches(1)[0])
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_an_exception_in_the_loss_names_the_last_stage(executor: str) -> None:
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        raise ValueError("no loss today")
+
+    with (
+        layerpipe.Pipeline(chain(3), loss_fn, sgd, executor=executor) as pipe,
+        pytest.raises(layerpipe.StageError, match=r"stage 2 \(Linear\).*no loss today"),
+    ):
+        for x, y in minibatches(5):
+            pipe.step(x, y)
+        pipe.drain()
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_divergence_stops_with_the_stage_and_an_advice(executor: str) -> None:
+    stages = chain()
+    pipe = layerpipe.Pipeline(
+        stages, F.cross_entropy, lambda params, **past: lk.SGD(params, lr=1e30, **past), past="latest", executor=executor
+    )
+    with pipe, pytest.raises(layerpipe.DivergenceError, match=r"stage \d .*not finite.*try past='blend'.*lower learning"):
+        for x, y in minibatches(50):
+            pipe.step(x, y)
+    finite = [torch.isfinite(p).all() for p in pipe.parameters()]
+    assert any(finite)
+
+
+def test_a_nan_in_the_data_is_found_in_the_first_stage() -> None:
+    with pipeline() as pipe, pytest.raises(layerpipe.DivergenceError, match=r"stage 0 .*output of minibatch 0"):
+        pipe.step(torch.full((8, 6), float("nan")), torch.zeros(8, dtype=torch.long))
+
+
+def test_schedulers_and_options_reach_the_stages() -> None:
+    with pipeline() as pipe:
+        scheduler = torch.optim.lr_scheduler.StepLR(pipe.optimizer, 1, gamma=0.5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for x, y in minibatches(8):
+                pipe.step(x, y)
+                used = [g["lr"] for s in pipe.stages if s.version for g in s.optimizer.param_groups]  # type: ignore[union-attr]
+                assert set(used) <= {scheduler.get_last_lr()[0]}
+                scheduler.step()
+        assert len(pipe.optimizer.param_groups) == 4
+        assert "momentum_buffer" in next(iter(pipe.optimizer.state.values()))
+        with pytest.raises(RuntimeError, match="pipe.step"):
+            pipe.optimizer.step()
+
+
+def test_gradients_are_clipped_per_stage() -> None:
+    with pipeline(max_norm=1e-3) as pipe:
+        for x, y in minibatches(10):
+            pipe.step(x, y)
+        for stage in pipe.stages:
+            norm = torch.stack([p.grad.norm() for p in stage.module.parameters()]).norm()  # type: ignore[union-attr]
+            assert norm <= 1.001e-3
+
+
+def test_state_dict_of_stages_by_hand_is_that_of_sequential() -> None:
+    stages = chain()
+    with pipeline(stages) as pipe:
+        assert pipe.state_dict().keys() == nn.Sequential(*stages).state_dict().keys()
+        assert dict(pipe.named_parameters()).keys() == dict(nn.Sequential(*stages).named_parameters()).keys()
+
+
+@pytest.mark.parametrize("past", ["ema", "blend", "stash"])
+def test_a_loaded_pipeline_continues_bitwise(past: str) -> None:
+    data = minibatches(20)
+    with pipeline(past=past) as whole, pipeline(chain(seed=9), past=past) as resumed:
+        for x, y in data[:10]:
+            whole.step(x, y)
+        whole.drain()
+        resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+        resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+        for pipe in (whole, resumed):
+            for x, y in data[10:]:
+                pipe.step(x, y)
+            pipe.drain()
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name])
+
+
+def test_load_state_dict_refuses_a_full_pipe_and_other_names() -> None:
+    with pipeline() as pipe:
+        state = copy.deepcopy(pipe.state_dict())
+        with pytest.raises(RuntimeError, match=r"missing \['0.0.bias'"):
+            pipe.load_state_dict({"other": torch.ones(1)})
+        pipe.step(*minibatches(1)[0])
+        with pytest.raises(RuntimeError, match="drain"):
+            pipe.load_state_dict(state)
+        pipe.drain()
+        pipe.load_state_dict(state)
+        assert all(torch.equal(v, state[k]) for k, v in pipe.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"stages": []}, ValueError, "at least one stage"),
+        ({"stages": ["conv1"]}, TypeError, "stage 0 is a str"),
+        ({"past": "tomorrow"}, ValueError, "past='tomorrow' is unknown"),
+        ({"schedule": "gpipe"}, ValueError, "schedule='gpipe' is unknown.*lockstep, sequential"),
+        ({"executor": "fibers"}, ValueError, "executor='fibers' is unknown.*serial, threads"),
+        ({"optimizer": lambda params, **past: torch.optim.SGD(params, lr=0.1)}, TypeError, "SGD does not know its past"),
+    ],
+    ids=str,
+)
+def test_bad_options_are_refused_by_name(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    options = {"stages": chain(), "loss_fn": F.cross_entropy, "optimizer": sgd, **change}
+    with pytest.raises(error, match=message):
+        layerpipe.Pipeline(**options)
+
+
+def test_a_parameter_in_two_stages_is_refused() -> None:
+    shared = nn.Linear(6, 6)
+    with pytest.raises(ValueError, match="stage 0 and in stage 1"):
+        pipeline([shared, shared])
+
+
+def test_stages_without_parameters_and_frozen_ones() -> None:
+    frozen = nn.Linear(6, 6).requires_grad_(False)
+    before = copy.deepcopy(frozen.state_dict())
+    with pipeline([nn.Linear(6, 6), nn.Tanh(), frozen, nn.Linear(6, 3)], past="stash") as pipe:
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+        pipe.drain()
+    assert all(torch.equal(v, before[k]) for k, v in frozen.state_dict().items())
+
+
+def test_a_copied_weight_is_reported_once_with_its_name() -> None:
+    stages = chain(3)
+    stages[0] = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)))
+    with pipeline(stages) as pipe, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x, y in minibatches(8):
+            pipe.step(x, y)
+    messages = [str(w.message) for w in caught if "works on copies" in str(w.message)]
+    assert len(messages) == 1
+    assert "stage 0" in messages[0]
+    assert "0.parametrizations.weight.original1" in messages[0]
+
+
+def test_autocast_is_reported_and_its_copies_are_still_right() -> None:
+    class Cast(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return super().forward(x).float()
+
+    with pytest.warns(UserWarning, match=r"stage 0 .*copies of .*weight"), pipeline([Cast(6, 6), nn.Linear(6, 3)]) as pipe:
+        for x, y in minibatches(8):
+            pipe.step(x, y)
+
+
+def test_lookups_and_views_are_no_copies() -> None:
+    class Views(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.weight = nn.Embedding(10, 6), nn.Parameter(torch.randn(12, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.table(x.abs().long().clamp(max=9)).mean(1)
+            return y @ self.weight[:6].t() + y @ self.weight.view(2, 6, 6)[1]
+
+    with pipeline([Views(), nn.Linear(6, 3)]) as pipe, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in minibatches(6):
+            pipe.step(x, y)
+
+
+def test_plain_layers_are_not_reported_as_copies() -> None:
+    with pipeline() as pipe, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for x, y in minibatches(4):
+            pipe.step(x, y)
+
+
+def test_in_place_change_of_an_activation_is_still_noticed() -> None:
+    class Spoil(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = torch.exp(x)
+            z = y * 1.0
+            y.detach().add_(1)
+            return z
+
+    with (
+        pipeline([nn.Linear(6, 6), nn.Sequential(Spoil(), nn.Linear(6, 3))]) as pipe,
+        pytest.raises(layerpipe.StageError, match="modified in place"),
+    ):
+        for x, y in minibatches(4):
+            pipe.step(x, y)
+
+
+@pytest.mark.parametrize("past", ["stash", "ema", "blend"])
+def test_memory_report_adds_up(past: str) -> None:
+    with pipeline(past=past) as pipe:
+        for x, y in minibatches(20):
+            pipe.step(x, y)
+        report = pipe.memory()
+    for stage, memory in zip(pipe.stages, report, strict=True):
+        weights = sum(p.nbytes for p in stage.module.parameters())
+        copies = {"stash": stage.delay, "ema": min(stage.delay, 1), "blend": min(2, max(0, stage.delay - 1))}[past]
+        assert memory.weights == memory.optimizer == weights
+        assert memory.history == copies * weights
+        assert memory.stash == stage.delay * weights
+        assert (memory.scratch > 0) == (stage.delay > 0)
+        assert memory.activations > 0
+    # More minibatches are in flight the further a stage is from the end.
+    assert report[0].activations > report[2].activations
+
+
+def test_threads_of_the_caller_are_left_alone() -> None:
+    before = torch.get_num_threads()
+    with pipeline(executor="threads"):
+        assert torch.get_num_threads() == before
+
+
+def test_a_forgotten_pipeline_ends_its_workers() -> None:
+    pipe = pipeline(executor="threads")
+    for x, y in minibatches(6):
+        pipe.step(x, y)
+    assert workers() >= 4
+    del pipe  # the fixture sees the threads gone
+
+
+def test_a_closed_pipeline_can_be_read_but_not_trained() -> None:
+    pipe = pipeline(executor="threads")
+    pipe.step(*minibatches(1)[0])
+    pipe.close()
+    pipe.close()
+    assert pipe.state_dict()
+    with pytest.raises(RuntimeError, match="closed"):
+        pipe.step(*minibatches(1)[0])

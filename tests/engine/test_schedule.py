@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import networkx as nx
+import pytest
+
+from layerpipe import retiming
+from layerpipe import schedule as schedules
+from layerpipe.retiming import Node
+
+
+@pytest.mark.parametrize("stages", range(1, 13))
+def test_the_solver_finds_two_registers_per_stage_downstream(stages: int) -> None:
+    derivation = retiming.pipeline(retiming.training_graph(stages))
+    rule = [2 * (stages - 1 - s) for s in range(stages)]
+    assert derivation.delays == rule
+    assert derivation.inserted == rule
+
+
+@pytest.mark.parametrize("stages", [2, 5])
+def test_retiming_is_legal(stages: int) -> None:
+    graph = retiming.training_graph(stages)
+    derivation = retiming.pipeline(graph)
+    for a, b, data in derivation.graph.edges(data=True):
+        assert data["registers"] >= int(data["boundary"]), f"{a} -> {b}"
+    # Retiming keeps the registers of every cycle; only delayed LMS adds some, on G -> W.
+    for cycle in nx.simple_cycles(graph):
+        edges = list(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
+        before = sum(graph.edges[e]["registers"] for e in edges)
+        after = sum(derivation.graph.edges[e]["registers"] for e in edges)
+        added = sum(derivation.inserted[b.stage] for a, b in edges if (a.kind, b.kind) == ("G", "W"))
+        assert after == before + added
+
+
+def test_each_boundary_carries_one_register_each_way() -> None:
+    graph = retiming.pipeline(retiming.training_graph(4)).graph
+    for s in range(3):
+        assert graph.edges[Node("F", s), Node("F", s + 1)]["registers"] == 1
+        assert graph.edges[Node("B", s + 1), Node("B", s)]["registers"] == 1
+
+
+def test_no_stage_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one stage"):
+        retiming.training_graph(0)
+
+
+@pytest.mark.parametrize("name", ["lockstep", "sequential"])
+@pytest.mark.parametrize("stages", [1, 2, 5])
+@pytest.mark.parametrize("fed", [0, 1, 3, 20])
+def test_every_minibatch_passes_every_stage_in_order(name: str, stages: int, fed: int) -> None:
+    schedule = schedules.make(name, stages)
+    done: list[schedules.Action] = []
+    for tick in range(schedule.ticks(fed)):
+        done += schedule.tick(tick, min(fed, tick + 1) if tick < fed else fed)
+    assert schedule.tick(schedule.ticks(fed), fed) == []
+    assert len(done) == len(set(done)) == 2 * stages * fed
+    when = {action: i for i, action in enumerate(done)}
+    for m in range(fed):
+        route = [schedules.Action(s, "F", m) for s in range(stages)]
+        route += [schedules.Action(s, "B", m) for s in reversed(range(stages))]
+        assert [when[a] for a in route] == sorted(when[a] for a in route)
+
+
+def test_phases_as_a_person_sees_them() -> None:
+    schedule = schedules.make("lockstep", 3)
+    assert [schedule.phase(tick, 6) for tick in range(8)] == ["fill"] * 4 + ["steady"] * 2 + ["drain"] * 2
+
+
+def test_unknown_schedule() -> None:
+    with pytest.raises(ValueError, match="lockstep, sequential"):
+        schedules.make("gpipe", 2)
