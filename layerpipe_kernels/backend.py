@@ -17,6 +17,9 @@ else:
 
 CPP_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 BACKENDS = ("cpp", "reference")
+RECONSTRUCT: dict[torch.dtype, Any] = {
+    dtype: getattr(_C, f"reconstruct_{name}") for dtype, name in CPP_DTYPES.items() if _C is not None
+}
 
 
 def extension() -> Any:
@@ -47,6 +50,8 @@ def choose(tensor: torch.Tensor, requested: str = "auto") -> str:
         ValueError: an unknown backend, or one that cannot take this tensor.
         RuntimeError: the C++ backend is asked for by name and was not built.
     """
+    if requested == "auto" and "LAYERPIPE_BACKEND" not in os.environ:
+        return "cpp" if tensor.dtype in CPP_DTYPES and _C is not None and tensor.is_cpu else "reference"
     source = "backend"
     if requested == "auto" and (forced := os.environ.get("LAYERPIPE_BACKEND")):
         requested, source = forced, "LAYERPIPE_BACKEND"

@@ -141,8 +141,7 @@ def reconstruct(
         check_disjoint(["out", f"terms[{i}]"], [out, term])
     with torch.no_grad():
         if _backend.choose(weight, backend) == "cpp":
-            run = getattr(_backend.extension(), f"reconstruct_{_backend.CPP_DTYPES[weight.dtype]}")
-            run(
+            _backend.RECONSTRUCT[weight.dtype](
                 out.data_ptr(),
                 weight.data_ptr(),
                 weight.numel(),
@@ -153,4 +152,45 @@ def reconstruct(
             torch.autograd.graph.increment_version(out)
         else:
             reference.reconstruct(weight, terms, taps, out)
+    return out
+
+
+def mix(
+    weight: Tensor,
+    velocity: Tensor | None,
+    velocity_tap: float,
+    ema: Tensor | None,
+    ema_taps: Sequence[float],
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """:func:`reconstruct` for an optimizer's own state, which its plan has checked: called for every weight in every
+    delayed backward, so it checks nothing again.
+
+    Args:
+        weight: ``(*)``, contiguous.
+        velocity: ``(*)`` or ``None``.
+        ema: ``(K, *)``, contiguous, or ``None``; its first ``len(ema_taps)`` averages are used.
+        out: ``(*)``, contiguous.
+    """
+    out = torch.empty_like(weight, requires_grad=False) if out is None else out
+    if _backend.choose(weight) == "cpp":
+        terms, taps = [], []
+        if velocity is not None:
+            terms.append(velocity.data_ptr())
+            taps.append(velocity_tap)
+        if ema is not None:
+            first, step = ema.data_ptr(), weight.nbytes
+            terms += [first + k * step for k in range(len(ema_taps))]
+            taps += ema_taps
+        run = _backend.RECONSTRUCT[weight.dtype]
+        run(out.data_ptr(), weight.data_ptr(), weight.numel(), terms, taps, torch.get_num_threads())
+        return out
+    with torch.no_grad():
+        states = [] if velocity is None else [velocity]
+        factors = [] if velocity is None else [velocity_tap]
+        if ema is not None:
+            states += ema.unbind(0)[: len(ema_taps)]
+            factors += ema_taps
+        reference.reconstruct(weight, states, factors, out)
     return out

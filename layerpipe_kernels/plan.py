@@ -193,13 +193,15 @@ class SgdPlan:
     def check_grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients, contiguous, or an error that names the parameter whose gradient cannot be used."""
         checked = []
-        for i, (grad, weight) in enumerate(zip(grads, self.weights, strict=True)):
+        dtype, device = self.weights[0].dtype, self.weights[0].device.type
+        for i, (grad, size) in enumerate(zip(grads, self._sizes, strict=True)):
             if grad.layout != torch.strided:
                 raise TypeError(
-                    f"the gradient of {describe(self.names[i], weight)} is {grad.layout}; only dense gradients are "
-                    "supported (for nn.Embedding: sparse=False)"
+                    f"the gradient of {describe(self.names[i], self.weights[i])} is {grad.layout}; only dense "
+                    "gradients are supported (for nn.Embedding: sparse=False)"
                 )
-            if grad.shape != weight.shape or grad.device != weight.device or grad.dtype != weight.dtype:
-                check_like(self.names[i], grad, weight, "gradient")
+            # What autograd and the setter of .grad guarantee, checked cheaply; the details make the message.
+            if grad.dtype != dtype or grad.numel() != size or grad.device.type != device:
+                check_like(self.names[i], grad, self.weights[i], "gradient")
             checked.append(grad if grad.is_contiguous() else grad.contiguous())
         return checked

@@ -9,7 +9,7 @@
 | ``blend`` | one to three EMAs | the best linear mixture of them and the newest update |
 """
 
-from layerpipe_kernels.history.base import Clock, History, Settings, Taps
+from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, Taps
 from layerpipe_kernels.history.blend import Blend
 from layerpipe_kernels.history.ema import Ema
 from layerpipe_kernels.history.latest import Latest
@@ -27,6 +27,7 @@ __all__ = [
     "Ema",
     "History",
     "Latest",
+    "Mixture",
     "Momentum",
     "Settings",
     "Stash",

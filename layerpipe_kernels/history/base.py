@@ -41,6 +41,14 @@ class Taps(NamedTuple):
     emas: tuple[float, ...]
 
 
+class Mixture(NamedTuple):
+    """How the past weights are made after some update, the same for all parameters of a group."""
+
+    clock: Clock
+    velocity: float  # what the momentum buffer is multiplied with
+    emas: tuple[float, ...]  # what the first EMAs are
+
+
 class History(ABC):
     """The past weights of one parameter group.
 
@@ -72,28 +80,24 @@ class History(ABC):
     def before_update(self, params: Sequence[Tensor], states: Sequence[State], t: int) -> None:
         """Called with the weights of version ``t``, before they change."""
 
+    def mixture(self, clock: Clock) -> Mixture:
+        """Everything about :meth:`past` that does not depend on the parameter."""
+        taps = self.taps(clock)
+        emas = taps.emas
+        while emas and not emas[-1]:  # while the delays fill, one average knows it all
+            emas = emas[:-1]
+        return Mixture(clock, taps.update * clock.lr, emas)
+
     def past(
-        self, param: Tensor, state: State, clock: Clock, *, moved: bool = True, out: Tensor | None = None
+        self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
     ) -> Tensor:
         """``What(t - min(t, n))``: fresh or ``out``, or memory of this history that lives until the next update.
 
         ``moved`` says whether the last update reached this parameter; one without a gradient stood still.
         """
-        taps = self.taps(clock)
-        terms: list[Tensor] = []
-        factors: list[float] = []
-        if taps.update and moved and "momentum_buffer" in state:
-            terms.append(state["momentum_buffer"])
-            factors.append(taps.update * clock.lr)
-        if "ema" in state:
-            for e, tap in zip(state["ema"].unbind(0), taps.emas, strict=True):
-                if tap:
-                    terms.append(e)
-                    factors.append(tap)
-        return ops.reconstruct(param.detach(), terms, factors, out=out)
-
-    def restart(self, states: Sequence[State]) -> None:
-        """The pipeline ran empty: from here on only weights from now on will be asked for."""
+        velocity = state.get("momentum_buffer") if mixture.velocity and moved else None
+        ema = state.get("ema") if mixture.emas else None
+        return ops.mix(param, velocity, mixture.velocity, ema, mixture.emas, out=out)
 
 
 def running_mean_until(n: int, t: int, decay: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from layerpipe_kernels.history.base import Clock, History, State, copy_into
+from layerpipe_kernels.history.base import History, Mixture, State, copy_into
 
 
 class Latest(History):
@@ -13,6 +13,6 @@ class Latest(History):
     kind = "latest"
 
     def past(
-        self, param: Tensor, state: State, clock: Clock, *, moved: bool = True, out: Tensor | None = None
+        self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
     ) -> Tensor:
         return copy_into(out, param.detach())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.history.base import Clock, History, State, copy_into
+from layerpipe_kernels.history.base import History, Mixture, State, copy_into
 
 
 class Stash(History):
@@ -23,9 +23,10 @@ class Stash(History):
         torch._foreach_copy_([s["stash"][t % self.n] for s in states], list(params))
 
     def past(
-        self, param: Tensor, state: State, clock: Clock, *, moved: bool = True, out: Tensor | None = None
+        self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
     ) -> Tensor:
-        back = min(clock.t, self.n)
+        t = mixture.clock.t
+        back = min(t, self.n)
         if not back:
             return copy_into(out, param.detach())
-        return copy_into(out, state["stash"][(clock.t - back) % self.n])
+        return copy_into(out, state["stash"][(t - back) % self.n])

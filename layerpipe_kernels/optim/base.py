@@ -42,6 +42,8 @@ class PastOptimizer(torch.optim.Optimizer):
     def _reset_caches(self) -> None:
         self._histories: dict[Any, history.History] = {}
         self._group_of: dict[Tensor, Group] = {}
+        # Per group: what its past weights are made with after the update that the clock shows.
+        self._ready: dict[int, tuple[history.Clock, history.History | None, history.Mixture | None]] = {}
         self._still: set[Tensor] = set()  # parameters without a gradient in the last step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,15 +108,19 @@ class PastOptimizer(torch.optim.Optimizer):
     def past_view(self, param: Tensor) -> Tensor:
         """Like :meth:`past_weight`, but may return memory that the next step overwrites. For one backward."""
         group = self._find(param)
-        past = self.history(group)
-        if past is None:
+        clock = history.Clock(group["updates"], group["last_lr"])
+        ready = self._ready.get(id(group))
+        if ready is None or ready[0] != clock:
+            past = self.history(group)
+            ready = self._ready[id(group)] = clock, past, past.mixture(clock) if past is not None else None
+        _, past, mixture = ready
+        if past is None or mixture is None:
             return param.detach()
         state = self.state[param]
-        if group["materialize"] and group["updates"] and "past" in state:
+        if "past" in state and group["updates"]:
             made: Tensor = state["past"]
             return made
-        clock = history.Clock(group["updates"], group["last_lr"])
-        return past.past(param, state, clock, moved=param not in self._still)
+        return past.past(param, state, mixture, moved=param not in self._still)
 
     def past_weight(self, param: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The weights of ``min(updates, delay)`` updates ago, as this parameter's history has them.
@@ -139,9 +145,10 @@ class PastOptimizer(torch.optim.Optimizer):
     def _find(self, param: Tensor) -> Group:
         if not self._group_of:
             self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        if param not in self._group_of:
+        group = self._group_of.get(param)
+        if group is None:
             raise KeyError(f"the parameter of shape {tuple(param.shape)} is not in this optimizer")
-        return self._group_of[param]
+        return group
 
     def restart_history(self) -> None:
         """Forget the past: the pipeline is empty, and the next ``delay`` updates are exact again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -109,22 +110,25 @@ class SGD(PastOptimizer):
 
     def _step_group(self, index: int, group: Group) -> None:
         params: list[Tensor] = group["params"]
-        moving = [p for p in params if p.grad is not None]
+        grads = [p.grad for p in params]
+        still = [p for p, g in zip(params, grads, strict=True) if g is None]
+        moving = [p for p, g in zip(params, grads, strict=True) if g is not None] if still else params
         past = self.history(group)
         clock = Clock(group["updates"] + 1, float(group["lr"]))
         plan = self._plan(index, group, moving, past) if moving else None
-        grads = plan.check_grads([p.grad for p in moving if p.grad is not None]) if plan is not None else []
+        present = plan.check_grads([g for g in grads if g is not None]) if plan is not None else []
         if past is not None:
             past.before_update(params, [self.state[p] for p in params], clock.t - 1)
-            self._still.difference_update(params)
-            self._still.update(p for p in params if p.grad is None)
-            self._age_still([p for p in params if p.grad is None], past, clock)
+            if self._still:
+                self._still.difference_update(moving)
+            self._still.update(still)
+            self._age_still(still, past, clock)
         if plan is not None:
             momentum = group["momentum"]
             taps = past.taps(clock) if past is not None else Taps(0.0, ())
             plan.step(
-                grads,
-                [p in self._fresh for p in moving],
+                present,
+                [p in self._fresh for p in moving] if self._fresh else [False] * len(moving),
                 lr=clock.lr,
                 momentum=momentum,
                 dampening=group["dampening"],
@@ -136,22 +140,36 @@ class SGD(PastOptimizer):
                 taps=taps.emas,
                 update_tap=taps.update,
             )
-            self._fresh.difference_update(moving)
+            if self._fresh:
+                self._fresh.difference_update(moving)
         group["updates"], group["last_lr"] = clock.t, clock.lr
 
     def _plan(self, index: int, group: Group, moving: Sequence[Tensor], past: History | None) -> SgdPlan:
         """The plan of this group's parameters with gradients, made anew when an array has moved."""
-        states = [self._state(p, group, past) for p in moving]
-        velocities = [s["momentum_buffer"] for s in states] if group["momentum"] else None
-        emas = [s["ema"] for s in states] if past is not None and past.emas else None
-        pasts = [s["past"] for s in states] if past is not None and group["materialize"] else None
         plan = self._plans.get(index)
-        if plan is None or not plan.fits(moving, [*(velocities or ()), *(emas or ()), *(pasts or ())]):
-            names = [self.name(group, i) for i, p in enumerate(group["params"]) if p.grad is not None]
-            chosen = backend.choose(moving[0], group["backend"])
-            plan = SgdPlan(moving, velocities, emas, pasts, names=names, backend=chosen)
-            self._plans[index] = plan
+        keys = [key for key, kept in self._arrays(group, past) if kept]
+        if plan is not None and len(plan.weights) == len(moving) and all(map(operator.is_, plan.weights, moving)):
+            states = [self.state[p] for p in moving]
+            try:
+                if plan.fits(moving, [s[key] for key in keys for s in states]):
+                    return plan
+            except KeyError:
+                pass  # somebody took an array away: begin it anew
+        states = [self._state(p, group, past) for p in moving]
+        velocities, emas, pasts = ([s[key] for s in states] if kept else None for key, kept in self._arrays(group, past))
+        names = [self.name(group, i) for i, p in enumerate(group["params"]) if p.grad is not None]
+        chosen = backend.choose(moving[0], group["backend"])
+        plan = self._plans[index] = SgdPlan(moving, velocities, emas, pasts, names=names, backend=chosen)
         return plan
+
+    @staticmethod
+    def _arrays(group: Group, past: History | None) -> tuple[tuple[str, bool], ...]:
+        """What a parameter's state holds for the step, in the plan's order."""
+        return (
+            ("momentum_buffer", bool(group["momentum"])),
+            ("ema", past is not None and past.emas > 0),
+            ("past", past is not None and bool(group["materialize"])),
+        )
 
     def _state(self, param: Tensor, group: Group, past: History | None) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
@@ -172,4 +190,4 @@ class SGD(PastOptimizer):
             for e, decay in zip(state["ema"] if "ema" in state else (), past.decays(clock.t), strict=False):
                 e.mul_(decay)
             if "past" in state:
-                past.past(param, state, clock, moved=False, out=state["past"])
+                past.past(param, state, past.mixture(clock), moved=False, out=state["past"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import weakref
@@ -116,6 +117,7 @@ class Threads(Executor):
     ) -> None:
         super().__init__(names, run)
         self._close_channels = close_channels
+        _RUNNING.add(self)
         self._commands: list[Commands] = [queue.SimpleQueue() for _ in names]
         self._events: Events = queue.SimpleQueue()
         mine = torch.get_num_threads()
@@ -179,6 +181,16 @@ class Threads(Executor):
             block = False
 
 
+_RUNNING: weakref.WeakSet[Threads] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Workers still inside torch when the interpreter goes down would abort the process."""
+    for executor in list(_RUNNING):
+        executor.close()
+
+
 Commands = queue.SimpleQueue[tuple[Tick, list[Action]] | list[int] | None]
 Events = queue.SimpleQueue[BaseException | None]
 
@@ -192,6 +204,7 @@ def _work(
     executor: weakref.ref[Threads],
 ) -> None:
     """A worker's life. Idle, it holds no reference to the pipeline, so a forgotten pipeline can be collected."""
+    torch.get_num_threads()  # a thread's first use of torch takes over the global number: let that come before ours
     torch.set_num_threads(threads)
     ready.wait()
     while (command := commands.get()) is not None:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 BALANCES = ("flops", "time", "params")
+#: Tensors that may pass a stage boundary: a layer's output and one skip connection.
+MOST_CROSSING = 2
+#: What writing an activation costs beside arithmetic, measured on one core with ResNet-18's BatchNorms and convolutions.
+FLOPS_PER_ELEMENT = 200
+_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.ipow)
 
 
-class _Tracer(fx.Tracer):
+class _Blocks(fx.Tracer):
     """Looks into the model and its nn.Sequential parts, and takes every other module as one layer."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -31,15 +37,16 @@ def split(
 ) -> list[nn.Module]:
     """Cut a model into a chain of stages of equal cost that share its layers and keep its parameter names.
 
-    The model's ``forward`` is traced (:mod:`torch.fx`) down to its layers and the blocks of its ``nn.Sequential``
-    parts, and cut where exactly one tensor passes: an ``nn.Sequential``, a ResNet, or any other chain of blocks.
+    The model's ``forward`` is traced (:mod:`torch.fx`) down to torch's own layers, or, where a block's code does not
+    allow that, down to the blocks of its ``nn.Sequential`` parts. It is cut between layers where at most two tensors
+    pass: in a chain of layers anywhere, in a residual block with the skip connection carried along.
 
     Args:
         model: shared with the stages, not copied.
         stages: how many.
         example_inputs: arguments of a forward, needed to balance by ``flops`` or ``time``.
-        balance: ``"flops"`` (of the forward, the same on every machine), ``"time"`` (forward and backward, measured
-            here) or ``"params"``.
+        balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine), ``"time"`` (forward and backward, measured
+            here with the threads that a stage's worker will have) or ``"params"``.
 
     Raises:
         ValueError: the model cannot be traced, or has fewer places to cut than stages are wanted; the message says
@@ -52,7 +59,7 @@ def split(
     if balance != "params" and example_inputs is None:
         raise ValueError(f"balance={balance!r} runs the model: give example_inputs, or use balance='params'")
     pieces = _pieces(model)
-    units = [SplitStage(model, piece) for piece in pieces]
+    units = [SplitStage(model, [piece]) for piece in pieces]
     if stages > len(units):
         raise ValueError(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(units)} splittable layers "
@@ -62,31 +69,41 @@ def split(
         costs = [float(sum(p.numel() for p in u.parameters())) for u in units]
     else:
         assert example_inputs is not None
-        costs = _measure(units, example_inputs, _flops if balance == "flops" else _seconds)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(max(1, threads // stages))
+        try:
+            costs = _measure(units, example_inputs, _flops if balance == "flops" else _seconds)
+        finally:
+            torch.set_num_threads(threads)
     cuts = _balanced(costs, stages)
-    parts: list[nn.Module] = [
-        SplitStage(model, [node for piece in pieces[a:b] for node in piece]) for a, b in itertools.pairwise(cuts)
-    ]
+    parts: list[nn.Module] = [SplitStage(model, pieces[a:b]) for a, b in itertools.pairwise(cuts)]
     _refuse_tied(parts)
     return parts
 
 
-class SplitStage(fx.GraphModule):
-    """Consecutive nodes of a traced model as a module of its own, with the model's own parameter names."""
+class _Piece(NamedTuple):
+    """Consecutive nodes of a traced model, and the values that cross its ends."""
 
-    def __init__(self, model: nn.Module, nodes: list[fx.Node]) -> None:
-        graph, values = fx.Graph(), {}
-        inside = set(nodes)
+    inputs: list[fx.Node]
+    nodes: list[fx.Node]
+    outputs: list[fx.Node]
+
+
+class SplitStage(fx.GraphModule):
+    """Consecutive pieces of a traced model as a module of its own, with the model's own parameter names."""
+
+    def __init__(self, model: nn.Module, pieces: list[_Piece]) -> None:
+        graph = fx.Graph()
+        values = {node: graph.placeholder(node.name) for node in pieces[0].inputs}
+        nodes = [node for piece in pieces for node in piece.nodes]
         for node in nodes:
             for source in node.all_input_nodes:
-                if source not in inside and source not in values:
-                    if source.op == "get_attr":
-                        values[source] = graph.node_copy(source)
-                    else:
-                        values[source] = graph.placeholder(source.name)
+                if source.op == "get_attr" and source not in values:
+                    values[source] = graph.node_copy(source)
             values[node] = graph.node_copy(node, lambda n: values[n])
         if nodes[-1].op != "output":
-            graph.output(values[nodes[-1]])
+            passed = [values[node] for node in pieces[-1].outputs]
+            graph.output(passed[0] if len(passed) == 1 else tuple(passed))
         super().__init__(model, graph, class_name="Stage")
 
 
@@ -98,38 +115,52 @@ def label(stage: nn.Module) -> str:
     return str(names[0]) if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
-def _pieces(model: nn.Module) -> list[list[fx.Node]]:
-    """The finest legal cut of the model, each piece but the first led by something that has parameters."""
-    by_hand = "give the stages by hand, as a list of modules"
-    try:
-        nodes = list(_Tracer().trace(model).nodes)
-    except Exception as error:  # whatever the model's own code raises under tracing
-        raise ValueError(f"{type(model).__name__} cannot be traced ({error}); {by_hand}") from error
-    work = [n for n in nodes if n.op != "get_attr"]
-    position = {n: i for i, n in enumerate(work)}
-    last_use = {n: max((position[u] for u in n.users), default=-1) for n in work}
-    pieces: list[list[fx.Node]] = [[]]
-    for i, node in enumerate(work):
-        pieces[-1].append(node)
-        alive = [n for n in work[: i + 1] if last_use[n] > i]
-        following = work[i + 1] if i + 1 < len(work) else None
-        if (
-            alive == [node]
-            and node.op != "placeholder"
-            and following is not None
-            and following.op != "output"
-            and not _in_place(model, following)
-        ):
-            pieces.append([])
-    units: list[list[fx.Node]] = []
-    for piece in pieces:
-        if units and not _has_parameters(model, piece):
-            units[-1] += piece
-        else:
-            units.append(piece)
-    if len(units) > 1 and not _has_parameters(model, units[0]):
-        units[:2] = [units[0] + units[1]]
-    return units
+def _pieces(model: nn.Module) -> list[_Piece]:
+    """The finest legal cut of the model, each piece led by something that has parameters."""
+    work = [node for node in _trace(model) if node.op != "get_attr"]
+    position = {node: i for i, node in enumerate(work)}
+    last_use = {node: max((position[user] for user in node.users), default=-1) for node in work}
+    starts, crossing = [0], {0: []}
+    for i, node in enumerate(work[:-1], start=1):  # a cut before work[i]
+        alive = [n for n in work[:i] if last_use[n] >= i]
+        if node.op == "placeholder" or work[i].op in ("placeholder", "output") or not 1 <= len(alive) <= MOST_CROSSING:
+            continue
+        if all(_is_tensor(n) for n in alive) and not any(_overwrites(model, n, alive) for n in work[i:]):
+            starts.append(i)
+            crossing[i] = alive
+    # A piece without parameters belongs to the one before; what comes before the first parameters, to those.
+    ends = [*starts[1:], len(work)]
+    kept = [a for a, b in zip(starts, ends, strict=True) if _has_parameters(model, work[a:b])]
+    kept = [0, *kept[1:]]
+    crossing[len(work)] = []
+    return [_Piece(crossing[a], work[a:b], crossing[b]) for a, b in itertools.pairwise([*kept, len(work)])]
+
+
+def _trace(model: nn.Module) -> list[fx.Node]:
+    """As deep as the model's code allows.
+
+    Raises:
+        ValueError: not at all.
+    """
+    for tracer in (fx.Tracer(), _Blocks()):
+        try:
+            return list(tracer.trace(model).nodes)
+        except Exception as error:  # whatever the model's own code raises under tracing
+            reason = error
+    raise ValueError(
+        f"{type(model).__name__} cannot be traced ({reason}); give the stages by hand, as a list of modules"
+    ) from reason
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    """Whether a value is one tensor, as far as its making shows; sizes and tuples cannot cross a boundary."""
+    if node.op == "call_module" or node.op == "placeholder":
+        return True
+    if node.op == "call_method":
+        return node.target not in ("size", "dim", "numel", "chunk", "split", "unbind")
+    if node.target in (getattr, operator.getitem) or getattr(node.target, "__name__", "") in ("chunk", "split", "unbind"):
+        return False
+    return any(_is_tensor(source) or source.op == "get_attr" for source in node.all_input_nodes)
 
 
 def _refuse_tied(stages: list[nn.Module]) -> None:
@@ -143,12 +174,18 @@ def _refuse_tied(stages: list[nn.Module]) -> None:
                 )
 
 
-def _in_place(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a node would overwrite its input, which at a boundary belongs to the stage before."""
+def _overwrites(model: nn.Module, node: fx.Node, values: list[fx.Node]) -> bool:
+    """Whether a node changes one of these values in place; at a boundary they belong to the stage before."""
+    if not node.all_input_nodes or node.all_input_nodes[0] not in values:
+        return False
     if node.op == "call_module":
         return bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return bool(node.kwargs.get("inplace")) or (name.endswith("_") and not name.endswith("__"))
+    return (
+        bool(node.kwargs.get("inplace"))
+        or (name.endswith("_") and not name.endswith("__"))
+        or getattr(operator, name, None) in _IN_PLACE_OPERATORS
+    )
 
 
 def _has_parameters(model: nn.Module, nodes: list[fx.Node]) -> bool:
@@ -176,11 +213,12 @@ def _measure(
 def _flops(module: nn.Module, inputs: tuple[Any, ...]) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         out = module(*inputs)
-    # Elementwise layers count nothing; their output stands for the little they cost.
-    return float(counter.get_total_flops()) + (out.numel() if isinstance(out, Tensor) else 0)
+    made = [y for y in (out if isinstance(out, tuple) else (out,)) if not any(y is x for x in inputs)]
+    return float(counter.get_total_flops()) + FLOPS_PER_ELEMENT * sum(y.numel() for y in made)
 
 
-def _seconds(module: nn.Module, inputs: tuple[Any, ...], repeats: int = 5) -> float:
+def _seconds(module: nn.Module, inputs: tuple[Any, ...], repeats: int = 8) -> float:
+    """The least of several forwards and backwards: what else the machine does can only add."""
     inputs = tuple(
         x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
     )
@@ -188,10 +226,10 @@ def _seconds(module: nn.Module, inputs: tuple[Any, ...], repeats: int = 5) -> fl
     for _ in range(repeats):
         start = time.perf_counter()
         out = module(*inputs)
-        if out.requires_grad:
-            out.backward(torch.ones_like(out))
+        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+        torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
         times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+    return min(times[1:])  # the first one also builds and tunes kernels
 
 
 def _balanced(costs: list[float], parts: int) -> list[int]:

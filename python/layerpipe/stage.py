@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import collections
 import math
 import warnings
@@ -40,7 +41,7 @@ class _Flight:
         self.version = version
         self.inputs: Tensors = ()
         self.outputs: Tensors = ()
-        self.saved: dict[int, int] = {}  # storage -> bytes
+        self.saved: dict[int, int] = {}  # address -> bytes
 
     @property
     def saved_bytes(self) -> int:
@@ -88,7 +89,8 @@ class Stage:
         self.activation_bytes = 0  # the most that was kept between forwards and backwards
         self.probe: Callable[[Stage], None] | None = None  # looks on, before each backward
         self._flights: dict[int, _Flight] = {}
-        self._params = [p for p in module.parameters() if p.requires_grad]
+        self._all_params = list(module.parameters())
+        self._params = [p for p in self._all_params if p.requires_grad]
         self._look_for_copies = delay > 0  # in the first forward
         if delay and optimizer is not None and not hasattr(optimizer, "past_view"):
             raise TypeError(
@@ -184,33 +186,39 @@ class Stage:
 
     @contextmanager
     def _saving(self, flight: _Flight) -> Iterator[None]:
-        # A parameter may have been moved to another storage (module.to, load_state_dict(assign=True)): look now.
-        owners = {p.untyped_storage().data_ptr(): p for p in self.module.parameters() if p.numel()}
+        # A parameter may have been moved to other memory (module.to, load_state_dict(assign=True)): look now.
+        owners = sorted(((p.data_ptr(), i) for i, p in enumerate(self._all_params) if p.numel()))
+        starts = [start for start, _ in owners]
+        params = [self._all_params[i] for _, i in owners]
         # The graph keeps the hooks, and a flight keeps its graph: through the stage, that would be a cycle for ever.
-        stage = weakref.proxy(self)
+        stage, kept, delayed = weakref.proxy(self), flight.saved, self.delay > 0
 
         def pack(tensor: Tensor) -> Tensor | _SavedWeight | _SavedActivation:
-            storage = tensor.untyped_storage()
-            owner = owners.get(storage.data_ptr())
-            if owner is None:
-                flight.saved[storage.data_ptr()] = storage.nbytes()
-                return _SavedActivation(tensor, tensor._version)
-            if not stage.delay or not owner.requires_grad:
-                return _SavedActivation(tensor, tensor._version)
-            offset = tensor.storage_offset() - owner.storage_offset()
-            return _SavedWeight(owner, tensor.size(), tensor.stride(), offset)
+            pointer = tensor.data_ptr()
+            at = bisect.bisect_right(starts, pointer) - 1
+            if at >= 0 and pointer < starts[at] + params[at].nbytes:
+                owner = params[at]
+                if delayed and owner.requires_grad:
+                    offset = (pointer - starts[at]) // owner.itemsize
+                    return _SavedWeight(owner, tensor.size(), tensor.stride(), offset)
+            else:
+                kept[pointer] = tensor.nbytes
+            return _SavedActivation(tensor, tensor._version)
 
         def unpack(saved: _SavedWeight | _SavedActivation) -> Tensor:
-            if isinstance(saved, _SavedActivation):
-                if saved.tensor._version != saved.version:
+            if type(saved) is _SavedActivation:
+                tensor, version = saved
+                if tensor._version != version:
                     raise RuntimeError(
-                        f"a tensor of shape {tuple(saved.tensor.shape)} needed for the backward was modified in place: "
-                        f"it is at version {saved.tensor._version}, expected {saved.version}"
+                        f"a tensor of shape {tuple(tensor.shape)} needed for the backward was modified in place: "
+                        f"it is at version {tensor._version}, expected {version}"
                     )
-                return saved.tensor
-            past: Tensor = stage.optimizer.past_view(saved.param)
-            stage.scratch_bytes = max(stage.scratch_bytes, past.nbytes)
-            return past.as_strided(saved.size, saved.stride, past.storage_offset() + saved.offset)
+                return tensor
+            param, size, stride, offset = saved
+            past: Tensor = stage.optimizer.past_view(param)
+            if past.nbytes > stage.scratch_bytes:
+                stage.scratch_bytes = past.nbytes
+            return past.as_strided(size, stride, past.storage_offset() + offset)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield

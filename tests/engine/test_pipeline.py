@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -37,9 +39,9 @@ def workers() -> int:
 def _no_thread_left() -> Any:
     before = workers()
     yield
-    gc.collect()
     deadline = time.monotonic() + 10
     while workers() > before and time.monotonic() < deadline:
+        gc.collect()  # again and again: a worker still in its tick holds the pipeline until that ends
         time.sleep(0.01)
     assert workers() == before
 
@@ -396,3 +398,33 @@ def test_a_closed_pipeline_can_be_read_but_not_trained() -> None:
     assert pipe.state_dict()
     with pytest.raises(RuntimeError, match="closed"):
         pipe.step(*minibatches(1)[0])
+
+
+def test_a_program_may_end_without_closing_its_pipeline() -> None:
+    program = """
+import torch, layerpipe, layerpipe_kernels as lk
+pipe = layerpipe.Pipeline(
+    [torch.nn.Linear(500, 500) for _ in range(3)], lambda a, b: (a - b).square().mean(),
+    lambda p, **past: lk.SGD(p, lr=0.1, **past), executor="threads")
+for _ in range(5):
+    pipe.step(torch.randn(2000, 500), torch.randn(2000, 500))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_workers_compute_with_the_threads_they_are_given() -> None:
+    class Count(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            seen.append(torch.get_num_threads())
+            return y
+
+    seen: list[int] = []
+    torch.set_num_threads(2)
+    stages = [Count(6, 6), nn.Linear(6, 3)]
+    with layerpipe.Pipeline(stages, F.cross_entropy, sgd, executor="threads", threads_per_stage=1) as pipe:
+        for x, y in minibatches(3):
+            pipe.step(x, y)
+        pipe.drain()
+    assert seen == [1, 1, 1]
