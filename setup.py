@@ -61,9 +61,7 @@ class CMakeBuild(build_ext):
         }
         missing = [name for name, path in tools.items() if not path]
         if missing:
-            raise fail(
-                f"the C++ kernels need {', '.join(missing)}: pip install cmake ninja pybind11"
-            )
+            raise fail(f"the C++ kernels need {', '.join(missing)}: pip install cmake ninja pybind11")
 
         abi = f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         build_dir = ROOT / "build" / f"cmake-{abi}"

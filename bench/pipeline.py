@@ -172,7 +172,9 @@ def main() -> None:
         print(f"batch {result['case']['batch']}: stages {' | '.join(result['stages'])}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"environment": environment.describe(), "results": results}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"environment": environment.describe(), "results": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ struct SgdScalars {
 
 template <class T, int kEmas>
 LP_INLINE void ema_update(T* ema, T value, const T* decay, const T* one_minus_decay) {
-    for (int k = 0; k < kEmas; ++k)
-        ema[k] = fused_multiply_add(value, one_minus_decay[k], decay[k] * ema[k]);
+    for (int k = 0; k < kEmas; ++k) ema[k] = fused_multiply_add(value, one_minus_decay[k], decay[k] * ema[k]);
 }
 
 // I/O: read W, g, v, E_k; write W, v, E_k (and the returned What, where the caller stores it).

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 import torch
 
+_C: Any = None
+_import_error: ImportError | None = None
 try:
-    from layerpipe_kernels import _C
+    _C = importlib.import_module("layerpipe_kernels._C")
 except ImportError as error:  # built without a compiler: everything still works, in plain torch
-    _C = None  # type: ignore[assignment]
-    _import_error: ImportError | None = error
-else:
-    _import_error = None
+    _import_error = error
 
 CPP_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 BACKENDS = ("cpp", "reference")

@@ -49,9 +49,7 @@ def sgd_step_(
     if not weights:
         return
     names = [f"weights[{i}]" for i in range(len(weights))]
-    plan = SgdPlan(
-        weights, velocities, emas, pasts, names=names, backend=_backend.choose(weights[0], backend)
-    )
+    plan = SgdPlan(weights, velocities, emas, pasts, names=names, backend=_backend.choose(weights[0], backend))
     plan.step(
         plan.check_grads(grads),
         [first] * len(weights),
@@ -68,9 +66,7 @@ def sgd_step_(
     )
 
 
-def ema_update_(
-    emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], *, backend: str = "auto"
-) -> None:
+def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], *, backend: str = "auto") -> None:
     """``E_k = decays[k] E_k + (1 - decays[k]) u`` for one to three EMAs of one update, in place.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -44,7 +45,7 @@ def check_disjoint(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
         for name, t in zip(names, tensors, strict=True)
         if t.numel() and t.device.type != "meta"
     )
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(f"{first} and {second} share memory and would be updated twice in one step")
 
@@ -99,9 +100,7 @@ class SgdPlan:
 
     def fits(self, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
         """Whether these are still the arrays that the plan was made for."""
-        return (
-            self.pointers([*weights, *states]) == self._pointers and [w.numel() for w in weights] == self._sizes
-        )
+        return self.pointers([*weights, *states]) == self._pointers and [w.numel() for w in weights] == self._sizes
 
     def _check(self) -> None:
         device, dtype = self.weights[0].device, self.weights[0].dtype

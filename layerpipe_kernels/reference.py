@@ -1,6 +1,7 @@
-"""The semantics of every kernel, in plain torch and MATH notation. Each backend is tested against this file.
+"""The semantics of every kernel, in plain torch and MATH notation. Every backend is tested against it.
 
-Symbols: ``W`` weights, ``g`` gradient, ``v`` momentum buffer, ``u`` update, ``E`` EMA of updates, ``What`` past weights.
+Symbols: ``W`` weights, ``g`` gradient, ``v`` momentum buffer, ``u`` update, ``E`` EMA of updates,
+``What`` past weights.
 Half-precision weights are computed with in float32.
 """
 

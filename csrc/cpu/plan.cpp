@@ -20,8 +20,7 @@ const InstructionSet& instruction_set() {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
             return instruction_set_avx512;
-        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-            return instruction_set_avx2;
+        if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return instruction_set_avx2;
 #endif
         return instruction_set_baseline;
     }();
@@ -81,9 +80,8 @@ void require(bool condition, const std::string& message) {
 }  // namespace
 
 template <class T>
-StepPlan<T>::StepPlan(std::vector<int64_t> numels, std::vector<uint64_t> weights,
-                      std::vector<uint64_t> velocities, std::vector<uint64_t> emas, int ema_count,
-                      std::vector<uint64_t> pasts)
+StepPlan<T>::StepPlan(std::vector<int64_t> numels, std::vector<uint64_t> weights, std::vector<uint64_t> velocities,
+                      std::vector<uint64_t> emas, int ema_count, std::vector<uint64_t> pasts)
     : numels_(std::move(numels)), chunks_(make_chunks(numels_)), ema_count_(ema_count) {
     const size_t n = numels_.size();
     require(ema_count >= 0 && ema_count <= kMaxEmas, "StepPlan: 0 to 3 EMAs");
@@ -98,14 +96,13 @@ StepPlan<T>::StepPlan(std::vector<int64_t> numels, std::vector<uint64_t> weights
         arrays_.push_back({reinterpret_cast<T*>(weights[i]), nullptr,
                            velocities.empty() ? nullptr : reinterpret_cast<T*>(velocities[i]),
                            ema_count ? reinterpret_cast<T*>(emas[i]) : nullptr,
-                           pasts.empty() ? nullptr : reinterpret_cast<T*>(pasts[i]), numels_[i],
-                           ema_count, false});
+                           pasts.empty() ? nullptr : reinterpret_cast<T*>(pasts[i]), numels_[i], ema_count, false});
     }
 }
 
 template <class T>
-void StepPlan<T>::sgd_step(const std::vector<uint64_t>& grads, const std::vector<uint8_t>& first,
-                           const SgdOptions& o, int threads) {
+void StepPlan<T>::sgd_step(const std::vector<uint64_t>& grads, const std::vector<uint8_t>& first, const SgdOptions& o,
+                           int threads) {
     require(grads.size() == arrays_.size(), "sgd_step: one gradient pointer per tensor");
     require(first.size() == arrays_.size(), "sgd_step: one `first` flag per tensor");
     require(o.decays.size() == static_cast<size_t>(ema_count_), "sgd_step: one decay per EMA");

@@ -23,12 +23,11 @@ constexpr int64_t kSmallWork = 1 << 15;
 template <class T>
 class StepPlan {
    public:
-    StepPlan(std::vector<int64_t> numels, std::vector<uint64_t> weights,
-             std::vector<uint64_t> velocities, std::vector<uint64_t> emas, int ema_count,
-             std::vector<uint64_t> pasts);
+    StepPlan(std::vector<int64_t> numels, std::vector<uint64_t> weights, std::vector<uint64_t> velocities,
+             std::vector<uint64_t> emas, int ema_count, std::vector<uint64_t> pasts);
 
-    void sgd_step(const std::vector<uint64_t>& grads, const std::vector<uint8_t>& first,
-                  const SgdOptions& options, int threads);
+    void sgd_step(const std::vector<uint64_t>& grads, const std::vector<uint8_t>& first, const SgdOptions& options,
+                  int threads);
 
     int64_t numel() const { return numel_; }
     size_t tensors() const { return numels_.size(); }

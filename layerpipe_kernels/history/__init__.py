@@ -16,9 +16,7 @@ from layerpipe_kernels.history.latest import Latest
 from layerpipe_kernels.history.momentum import Momentum
 from layerpipe_kernels.history.stash import Stash
 
-KINDS: dict[str, type[History]] = {
-    kind.kind: kind for kind in (Stash, Latest, Ema, Momentum, Blend)
-}
+KINDS: dict[str, type[History]] = {kind.kind: kind for kind in (Stash, Latest, Ema, Momentum, Blend)}
 
 __all__ = [
     "KINDS",

@@ -77,8 +77,8 @@ class History(ABC):
         """How to mix the newest update and the EMAs after ``clock.t`` updates."""
         return Taps(0.0, ())
 
-    def before_update(self, params: Sequence[Tensor], states: Sequence[State], t: int) -> None:
-        """Called with the weights of version ``t``, before they change."""
+    def before_update(self, params: Sequence[Tensor], states: Sequence[State], t: int) -> None:  # noqa: B027
+        """Called with the weights of version ``t``, before they change. Most kinds have nothing to do here."""
 
     def mixture(self, clock: Clock) -> Mixture:
         """Everything about :meth:`past` that does not depend on the parameter."""

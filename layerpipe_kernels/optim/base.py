@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import history
-from layerpipe_kernels.decay import DecayRule
 
 Group = dict[str, Any]
 

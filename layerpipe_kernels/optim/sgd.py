@@ -97,7 +97,7 @@ class SGD(PastOptimizer):
         super()._check_group(group)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights, and with them what their past is made of."""
         loss = None
         if closure is not None:
@@ -156,7 +156,9 @@ class SGD(PastOptimizer):
             except KeyError:
                 pass  # somebody took an array away: begin it anew
         states = [self._state(p, group, past) for p in moving]
-        velocities, emas, pasts = ([s[key] for s in states] if kept else None for key, kept in self._arrays(group, past))
+        velocities, emas, pasts = (
+            [s[key] for s in states] if kept else None for key, kept in self._arrays(group, past)
+        )
         names = [self.name(group, i) for i, p in enumerate(group["params"]) if p.grad is not None]
         chosen = backend.choose(moving[0], group["backend"])
         plan = self._plans[index] = SgdPlan(moving, velocities, emas, pasts, names=names, backend=chosen)
@@ -187,7 +189,7 @@ class SGD(PastOptimizer):
         """A parameter without a gradient was updated by zero: its averages fade, its weights stay."""
         for param in still:
             state = self.state[param]
-            for e, decay in zip(state["ema"] if "ema" in state else (), past.decays(clock.t), strict=False):
+            for e, decay in zip(state.get("ema", ()), past.decays(clock.t), strict=False):
                 e.mul_(decay)
             if "past" in state:
                 past.past(param, state, past.mixture(clock), moved=False, out=state["past"])

@@ -1,14 +1,14 @@
 """Train a network as an asynchronous pipeline: every stage runs a forward and a backward in every tick.
 
-    stages = layerpipe.split(model, stages=4, example_inputs=(x,))
-    pipe = layerpipe.Pipeline(
-        stages, loss_fn,
-        optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=0.1, momentum=0.9, **past),
-        past="blend",
-    )
-    for x, y in loader:
-        loss = pipe.step(x, y)      # of the minibatch that left the pipe; None while it fills
-    pipe.drain()
+stages = layerpipe.split(model, stages=4, example_inputs=(x,))
+pipe = layerpipe.Pipeline(
+    stages, loss_fn,
+    optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=0.1, momentum=0.9, **past),
+    past="blend",
+)
+for x, y in loader:
+    loss = pipe.step(x, y)      # of the minibatch that left the pipe; None while it fills
+pipe.drain()
 """
 
 from layerpipe.errors import DivergenceError, StageError

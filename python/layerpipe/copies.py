@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 #: Nodes whose result shares its input's memory, or is a lookup in it that is not kept as a weight.
-_NOT_COPIES = (
-    "T Transpose Permute View UnsafeView ReshapeAlias Expand Unsqueeze Squeeze Slice Select Alias AsStrided Split "
-    "SplitWithSizes Chunk Unbind Unfold Embedding EmbeddingBag Index IndexSelect Gather"
-).split()
+_NOT_COPIES = {
+    *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Expand", "Unsqueeze", "Squeeze", "Slice"),
+    *("Select", "Alias", "AsStrided", "Split", "SplitWithSizes", "Chunk", "Unbind", "Unfold"),
+    *("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather"),
+}
 
 
 def copied_parameters(outputs: Iterable[Tensor]) -> Iterator[nn.Parameter]:

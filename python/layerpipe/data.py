@@ -82,15 +82,16 @@ def _digits(root: Path) -> Splits:
 
 def _fashion_mnist(root: Path) -> Splits:
     if DEBIAN_FASHION_MNIST.is_dir():
-        read = lambda name: _idx(DEBIAN_FASHION_MNIST / f"{name}-ubyte.gz")  # noqa: E731
-        train_x, test_x = (read(f"{part}-images-idx3")[:, None].float() / 255 for part in ("train", "t10k"))
-        train_y, test_y = (read(f"{part}-labels-idx1").long() for part in ("train", "t10k"))
+        here = DEBIAN_FASHION_MNIST
+        train_x, test_x = (_idx(here / f"{part}-images-idx3-ubyte.gz") for part in ("train", "t10k"))
+        train_y, test_y = (_idx(here / f"{part}-labels-idx1-ubyte.gz").long() for part in ("train", "t10k"))
+        train_x, test_x = (x[:, None].float() / 255 for x in (train_x, test_x))
         return train_x, train_y, test_x, test_y
     return _torchvision("FashionMNIST", root, "Debian's package dataset-fashion-mnist is also found")
 
 
 def _idx(path: Path) -> Tensor:
-    """LeCun's idx format: two zeros, the type (8: unsigned byte), the number of dimensions, each as big-endian int32."""
+    """LeCun's idx format: two zeros, a type (8: bytes), the number of dimensions, each as big-endian int32."""
     with gzip.open(path, "rb") as file:
         raw = file.read()
     if raw[:3] != b"\0\0\x08":

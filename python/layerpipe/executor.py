@@ -52,6 +52,7 @@ class Executor(ABC):
     def wait(self, done: Callable[[], bool]) -> None:
         """Return once ``done()``, which a stage's work makes true, or raise what a stage raised."""
 
+    @abstractmethod
     def synchronize(self) -> None:
         """Return once everything submitted is done, or raise what a stage raised."""
 
@@ -93,6 +94,9 @@ class Serial(Executor):
     def wait(self, done: Callable[[], bool]) -> None:
         if not done():
             raise RuntimeError("the schedule promised a result that no stage produced")
+
+    def synchronize(self) -> None:
+        pass  # a tick is done when submit returns
 
 
 class Threads(Executor):

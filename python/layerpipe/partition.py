@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 BALANCES = ("flops", "time", "params")
 #: Tensors that may pass a stage boundary: a layer's output and one skip connection.
 MOST_CROSSING = 2
-#: What writing an activation costs beside arithmetic, measured on one core with ResNet-18's BatchNorms and convolutions.
+#: What writing an activation costs beside arithmetic, as seen on one core with ResNet-18's layers.
 FLOPS_PER_ELEMENT = 200
 _IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.ipow)
 
@@ -45,8 +45,9 @@ def split(
         model: shared with the stages, not copied.
         stages: how many.
         example_inputs: arguments of a forward, needed to balance by ``flops`` or ``time``.
-        balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine), ``"time"`` (forward and backward, measured
-            here with the threads that a stage's worker will have) or ``"params"``.
+        balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine),
+            ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have) or
+            ``"params"``.
 
     Raises:
         ValueError: the model cannot be traced, or has fewer places to cut than stages are wanted; the message says
@@ -120,7 +121,8 @@ def _pieces(model: nn.Module) -> list[_Piece]:
     work = [node for node in _trace(model) if node.op != "get_attr"]
     position = {node: i for i, node in enumerate(work)}
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in work}
-    starts, crossing = [0], {0: []}
+    starts = [0]
+    crossing: dict[int, list[fx.Node]] = {0: []}
     for i, node in enumerate(work[:-1], start=1):  # a cut before work[i]
         alive = [n for n in work[:i] if last_use[n] >= i]
         if node.op == "placeholder" or work[i].op in ("placeholder", "output") or not 1 <= len(alive) <= MOST_CROSSING:
@@ -158,7 +160,11 @@ def _is_tensor(node: fx.Node) -> bool:
         return True
     if node.op == "call_method":
         return node.target not in ("size", "dim", "numel", "chunk", "split", "unbind")
-    if node.target in (getattr, operator.getitem) or getattr(node.target, "__name__", "") in ("chunk", "split", "unbind"):
+    if node.target in (getattr, operator.getitem) or getattr(node.target, "__name__", "") in (
+        "chunk",
+        "split",
+        "unbind",
+    ):
         return False
     return any(_is_tensor(source) or source.op == "get_attr" for source in node.all_input_nodes)
 
@@ -190,9 +196,7 @@ def _overwrites(model: nn.Module, node: fx.Node, values: list[fx.Node]) -> bool:
 
 def _has_parameters(model: nn.Module, nodes: list[fx.Node]) -> bool:
     return any(
-        next(model.get_submodule(str(n.target)).parameters(), None) is not None
-        for n in nodes
-        if n.op == "call_module"
+        next(model.get_submodule(str(n.target)).parameters(), None) is not None for n in nodes if n.op == "call_module"
     ) or any(source.op == "get_attr" for n in nodes for source in n.all_input_nodes)
 
 
@@ -214,7 +218,7 @@ def _flops(module: nn.Module, inputs: tuple[Any, ...]) -> float:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         out = module(*inputs)
     made = [y for y in (out if isinstance(out, tuple) else (out,)) if not any(y is x for x in inputs)]
-    return float(counter.get_total_flops()) + FLOPS_PER_ELEMENT * sum(y.numel() for y in made)
+    return float(counter.get_total_flops() + FLOPS_PER_ELEMENT * sum(y.numel() for y in made))
 
 
 def _seconds(module: nn.Module, inputs: tuple[Any, ...], repeats: int = 8) -> float:

@@ -95,8 +95,7 @@ def pipeline(graph: nx.DiGraph) -> Derivation:
         if data["registers"] < int(data["boundary"]):
             raise ValueError(f"no legal retiming: {a} -> {b} is left with {data['registers']} registers")
     delays = [
-        retimed.edges[Node("W", s), Node("B", s)]["registers"]
-        - retimed.edges[Node("W", s), Node("F", s)]["registers"]
+        retimed.edges[Node("W", s), Node("B", s)]["registers"] - retimed.edges[Node("W", s), Node("F", s)]["registers"]
         for s in range(stages)
     ]
     return Derivation(retimed, inserted, delays)

@@ -206,7 +206,7 @@ class Stage:
             return _SavedActivation(tensor, tensor._version)
 
         def unpack(saved: _SavedWeight | _SavedActivation) -> Tensor:
-            if type(saved) is _SavedActivation:
+            if isinstance(saved, _SavedActivation):
                 tensor, version = saved
                 if tensor._version != version:
                     raise RuntimeError(
@@ -214,6 +214,7 @@ class Stage:
                         f"it is at version {tensor._version}, expected {version}"
                     )
                 return tensor
+            assert isinstance(saved, _SavedWeight)
             param, size, stride, offset = saved
             past: Tensor = stage.optimizer.past_view(param)
             if past.nbytes > stage.scratch_bytes:

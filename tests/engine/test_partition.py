@@ -14,7 +14,11 @@ from layerpipe.partition import _balanced, label
 
 def sequential() -> nn.Sequential:
     return nn.Sequential(
-        nn.Linear(4, 8), nn.ReLU(inplace=True), nn.Linear(8, 8), nn.Sequential(nn.Tanh(), nn.Linear(8, 8)), nn.Linear(8, 2)
+        nn.Linear(4, 8),
+        nn.ReLU(inplace=True),
+        nn.Linear(8, 8),
+        nn.Sequential(nn.Tanh(), nn.Linear(8, 8)),
+        nn.Linear(8, 2),
     )
 
 
@@ -121,7 +125,11 @@ class Tied(nn.Module):
 def test_a_skip_connection_stays_in_one_stage() -> None:
     model = Skipping()
     parts = split(model, 3, balance="params")
-    assert [sorted(n.split(".")[0] for n, _ in p.named_parameters() if "weight" in n) for p in parts] == [["a"], ["b"], ["c"]]
+    assert [sorted(n.split(".")[0] for n, _ in p.named_parameters() if "weight" in n) for p in parts] == [
+        ["a"],
+        ["b"],
+        ["c"],
+    ]
     x = torch.randn(2, 4)
     assert torch.equal(parts[2](parts[1](parts[0](x))), model(x))
 
@@ -137,6 +145,8 @@ def test_a_skip_connection_stays_in_one_stage() -> None:
         (Tied(), {"stages": 3, "balance": "params"}, "tied weights"),
     ],
 )
-def test_what_cannot_be_split_is_refused_with_a_way_out(model: nn.Module, options: dict[str, object], message: str) -> None:
+def test_what_cannot_be_split_is_refused_with_a_way_out(
+    model: nn.Module, options: dict[str, object], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         split(model, **options)  # type: ignore[arg-type]

@@ -51,7 +51,9 @@ def simulated_error(n: int, design: decay.Blend, rho: float, length: int = 2000)
     return float(difference @ correlation @ difference / (wanted @ correlation @ wanted))
 
 
-@pytest.mark.parametrize(("n", "order", "rho"), [(2, 1, 0.9), (6, 1, 0.9), (6, 2, 0.9), (14, 2, 0.9), (6, 3, 0.5), (4, 2, 0.0)])
+@pytest.mark.parametrize(
+    ("n", "order", "rho"), [(2, 1, 0.9), (6, 1, 0.9), (6, 2, 0.9), (14, 2, 0.9), (6, 3, 0.5), (4, 2, 0.0)]
+)
 @pytest.mark.parametrize("newest", [True, False])
 def test_predicted_error_is_that_of_the_filter(n: int, order: int, rho: float, newest: bool) -> None:
     design = decay.blend(n, order, rho, newest)

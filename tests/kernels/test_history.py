@@ -15,6 +15,10 @@ from tests.conftest import needs_cpp
 
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 ESTIMATES = ["ema", "momentum", "blend"]
+AVERAGES: list[dict[str, Any]] = [
+    *({"past": "ema", "ema_decay": rule} for rule in ("matched", "white", "window", 0.9, 0.1)),
+    *({"past": "blend", "order": k} for k in (1, 2, 3)),
+]
 
 
 class Run:
@@ -58,8 +62,7 @@ def test_latest_is_the_weight_itself() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("past", [{"past": "ema", "ema_decay": rule} for rule in ("matched", "white", "window", 0.9, 0.1)]
-                         + [{"past": "blend", "order": k} for k in (1, 2, 3)], ids=str)  # fmt: skip
+@pytest.mark.parametrize("past", AVERAGES, ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 6, 14])
 def test_averages_are_exact_while_the_pipe_fills(backend: str, past: dict[str, Any], n: int) -> None:
     run = Run(delay=n, backend=backend, weight_decay=0.01, **past)

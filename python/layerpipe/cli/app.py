@@ -93,7 +93,9 @@ def train(
         console.print()
         console.print(_accuracy_table(results))
         console.print(report.stage_table(results["pipeline"]))
-        console.print(report.kept_sentence(results["pipeline"]))
+        console.print(report.memory_table(results["pipeline"]))
+        if sentence := report.history_sentence(results["pipeline"]):
+            console.print(sentence)
         console.print(
             f"Plots, metrics and TensorBoard events are in {directory.path}/ (tensorboard --logdir {directory.path})"
         )
@@ -244,7 +246,7 @@ def comparison_table(results: dict[str, list[Result]]) -> Table:
     """Accuracy mean and spread over seeds, worst stage's past-weight error, bytes of weights and their past."""
     table = Table(
         title="Comparison", title_justify="left", caption_justify="left",
-        caption="± is the standard deviation over seeds; the error is the worst stage's, relative to the latest weights.",
+        caption="±: standard deviation over seeds. Error: the worst stage's, relative to the latest weights.",
     )  # fmt: skip
     for column in ("past", "test accuracy", "past-weight error", "weights + past", "diverged"):
         table.add_column(column, justify="right" if column != "past" else "left")

@@ -11,7 +11,7 @@ NETWORK, METHOD, TRAINING, RUN = "Network and data", "Pipeline", "Training", "Ru
 
 
 def _option(help: str, panel: str, **kwargs: object) -> typer.models.OptionInfo:
-    return typer.Option(help=help, rich_help_panel=panel, **kwargs)  # type: ignore[arg-type,no-any-return,call-overload]
+    return typer.Option(help=help, rich_help_panel=panel, **kwargs)  # type: ignore[arg-type,no-any-return]
 
 
 PastName = Literal["stash", "latest", "ema", "momentum", "blend"]
@@ -71,11 +71,7 @@ LrSchedule = Annotated[
     Literal["constant", "cosine", "linear"], _option("After the warm-up: stay, or go down to 0.", TRAINING)
 ]
 Warmup = Annotated[int, _option("Steps over which the learning rate rises linearly.", TRAINING, min=0)]
-MaxNorm = Annotated[
-    float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0)
-]
+MaxNorm = Annotated[float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0)]
 Seed = Annotated[int, _option("Of the initial weights and the order of the data.", TRAINING)]
 Device = Annotated[str, _option("cpu, cuda, cuda:1, ...", RUN)]
-Out = Annotated[
-    Path | None, _option("Directory to write to. Default: runs/<name>, made new.", RUN, show_default=False)
-]
+Out = Annotated[Path | None, _option("Directory to write to. Default: runs/<name>, made new.", RUN, show_default=False)]

@@ -37,7 +37,7 @@ class RunDirectory:
             raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
         from torch.utils.tensorboard import SummaryWriter
 
-        self._board: Any = SummaryWriter(str(path))  # type: ignore[no-untyped-call]
+        self._board: Any = SummaryWriter(str(path))
 
     def config(self, config: TrainConfig, **more: Any) -> None:
         """What was asked for, and on what it ran."""

@@ -24,34 +24,45 @@ def measured_text(stage: StageResult) -> str:
 
 
 def stage_table(result: Result) -> Table:
-    """Per stage: layers, delay by the rule and as measured, error of the past weights, memory."""
-    table = Table(title="Stages", title_justify="left", caption=(
-        "n: updates between a minibatch's forward and its backward. Past-weight error: mean-square error of the "
-        "weights the backward saw, relative to using the latest weights (1.0)."
-    ), caption_justify="left")  # fmt: skip
-    for name in ("stage", "layers"):
-        table.add_column(name)
-    for name in ("n rule", "n measured", "past-weight\nerror", "weights", "history", "optimizer", "scratch",
-                 "activations", "stashing\nwould keep"):  # fmt: skip
+    """Per stage: its layers, its delay by the rule and as measured, the error of its past weights."""
+    table = Table(
+        title="Delays",
+        title_justify="left",
+        caption="n: updates between a minibatch's forward and its backward. Error: mean square of the past weights'\n"
+        "error, relative to using the latest weights (1.0).",
+        caption_justify="left",
+    )
+    table.add_column("stage")
+    table.add_column("layers")
+    for name in ("n, rule", "n, measured", "past-weight error"):
         table.add_column(name, justify="right")
     for i, stage in enumerate(result.stages):
-        m = stage.memory
-        table.add_row(
-            str(i), stage.layers, str(stage.delay), measured_text(stage), error_text(stage.error),
-            *(decimal(x) for x in (m.weights, m.history, m.optimizer, m.scratch, m.activations, m.stash)),
-            end_section=i == len(result.stages) - 1,
-        )  # fmt: skip
-    columns = zip(*(s.memory for s in result.stages), strict=True)
-    table.add_row("all", "", "", "", "", *(decimal(sum(column)) for column in columns))
+        table.add_row(str(i), stage.layers, str(stage.delay), measured_text(stage), error_text(stage.error))
     return table
 
 
-def kept_sentence(result: Result) -> str:
-    """The weight memory beside that of weight stashing, from the tensors that were there."""
-    weights = sum(s.memory.weights for s in result.stages)
-    stashing = weights + sum(s.memory.stash for s in result.stages)
-    scratch = max((s.memory.scratch for s in result.stages), default=0)
+def memory_table(result: Result) -> Table:
+    """Per stage: what it keeps, measured from its tensors, and what weight stashing would keep as history."""
+    table = Table(title="Memory", title_justify="left")
+    table.add_column("stage")
+    for name in ("weights", "history", "optimizer", "scratch", "activations", "history if stashed"):
+        table.add_column(name, justify="right")
+    for i, stage in enumerate(result.stages):
+        m = stage.memory
+        columns = (m.weights, m.history, m.optimizer, m.scratch, m.activations, m.stash)
+        table.add_row(str(i), *map(decimal, columns), end_section=i == len(result.stages) - 1)
+    totals = (sum(column) for column in zip(*(s.memory for s in result.stages), strict=True))
+    table.add_row("all", *map(decimal, totals))
+    return table
+
+
+def history_sentence(result: Result) -> str | None:
+    """What is kept for past weights beside what weight stashing keeps; nothing where no stage has a delay."""
+    kept = sum(s.memory.history for s in result.stages)
+    stashed = sum(s.memory.stash for s in result.stages)
+    if not stashed:
+        return None
     return (
-        f"Weights and their past: {decimal(result.kept_bytes)} kept (+ {decimal(scratch)} scratch); weight stashing "
-        f"keeps {decimal(stashing)}. That is {result.kept_bytes / stashing:.2f} of it."
+        f"Kept for past weights: {decimal(kept)}, where weight stashing keeps {decimal(stashed)}: "
+        f"{kept / stashed:.2f} of it."
     )

@@ -160,7 +160,7 @@ def train(
 
         try:
             for step in range(1, total + 1):
-                lrs.append(scheduler.get_last_lr()[0])
+                lrs.append(float(scheduler.get_last_lr()[0]))
                 loss = pipe.step(*(tensor.to(device) for tensor in minibatch))
                 if step < total:
                     scheduler.step()
@@ -196,7 +196,8 @@ def accuracy(pipe: Pipeline, images: Images, device: torch.device, batch: int = 
     """Test accuracy in percent, with the current weights; minibatches in the pipe are not disturbed."""
     pipe.eval()
     hits = 0.0
-    for x, y in zip(images.test_x.split(batch), images.test_y.split(batch), strict=True):
+    for start in range(0, len(images.test_y), batch):
+        x, y = images.test_x[start : start + batch], images.test_y[start : start + batch]
         hits += float((pipe(x.to(device)).argmax(1) == y.to(device)).sum())
     pipe.train()
     return 100 * hits / len(images.test_y)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import nn
 
 
@@ -10,6 +12,6 @@ def mlp(*, width: int = 64, channels: int = 1, size: int = 28, classes: int = 10
     hidden = 8 * width
     sizes = [channels * size * size, *[hidden] * depth]
     blocks: list[nn.Module] = [nn.Flatten()]
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in itertools.pairwise(sizes):
         blocks.append(nn.Sequential(nn.Linear(a, b), nn.LayerNorm(b), nn.ReLU()))
     return nn.Sequential(*blocks, nn.Linear(hidden, classes))
