@@ -108,7 +108,7 @@ class Pipeline:
                     index=i,
                     delay=delay,
                     name=f"stage {i} ({label(module)})",
-                    advice=_advice(past, order, delay),
+                    advice=_advice(past, order, max(self.delays)),
                     max_norm=max_norm,
                     check_finite=check_finite,
                 )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.filesize import decimal
-from rich.table import Table
 
 from layerpipe import data as datasets
 from layerpipe.cli import options as o
@@ -91,7 +89,7 @@ def train(
                 break
         _write_plots(directory.path, results, config)
         console.print()
-        console.print(_accuracy_table(results))
+        console.print(report.accuracy_table(results))
         console.print(report.stage_table(results["pipeline"]))
         console.print(report.memory_table(results["pipeline"]))
         if sentence := report.history_sentence(results["pipeline"]):
@@ -161,7 +159,7 @@ def compare(
             break
         finished = {name: found for name, found in results.items() if found}
         console.print()
-        console.print(comparison_table(finished))
+        console.print(report.comparison_table(finished))
         plots.comparison(
             directory.path / "comparison.png", finished, f"{model} of width {width}, {data}, {stages} stages"
         )
@@ -226,45 +224,6 @@ def _run(console: Console, directory: RunDirectory, name: str, config: TrainConf
     return result
 
 
-def _accuracy_table(results: dict[str, Result]) -> Table:
-    table = Table(title="Accuracy", title_justify="left")
-    for column in ("", "test accuracy", "last training loss", "samples/s", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, result in results.items():
-        accuracy = "diverged" if result.diverged else "–"
-        if result.test_accuracy is not None and not result.interrupted:
-            accuracy = f"{result.test_accuracy:.2f} %"
-        tail = [s.loss for s in result.steps[-20:]]
-        table.add_row(
-            name, accuracy, f"{statistics.fmean(tail):.4f}" if tail else "–",
-            f"{result.steps[-1].samples_per_s:.0f}" if tail else "–", f"{result.seconds:.1f}",
-        )  # fmt: skip
-    return table
-
-
-def comparison_table(results: dict[str, list[Result]]) -> Table:
-    """Accuracy mean and spread over seeds, worst stage's past-weight error, bytes of weights and their past."""
-    table = Table(
-        title="Comparison", title_justify="left", caption_justify="left",
-        caption="±: standard deviation over seeds. Error: the worst stage's, relative to the latest weights.",
-    )  # fmt: skip
-    for column in ("past", "test accuracy", "past-weight error", "weights + past", "diverged"):
-        table.add_column(column, justify="right" if column != "past" else "left")
-    for name, found in results.items():
-        good = [r.test_accuracy for r in found if r.test_accuracy is not None]
-        spread = statistics.stdev(good) if len(good) > 1 else 0.0
-        errors = [max((s.error for s in r.stages if s.error is not None), default=None) for r in found]
-        known = [e for e in errors if e is not None]
-        table.add_row(
-            name,
-            f"{statistics.fmean(good):.2f} ± {spread:.2f} %" if good else "–",
-            report.error_text(statistics.fmean(known)) if known else "–",
-            decimal(max(r.kept_bytes for r in found)),
-            f"{sum(bool(r.diverged) for r in found)} of {len(found)}",
-        )
-    return table
-
-
 def _write_plots(path: Path, results: dict[str, Result], config: TrainConfig) -> None:
     pipeline = results["pipeline"]
     plots.loss(path / "loss.png", results)
@@ -272,8 +231,7 @@ def _write_plots(path: Path, results: dict[str, Result], config: TrainConfig) ->
     plots.timeline(path / "timeline.png", pipeline.trace, [s.layers for s in pipeline.stages])
 
 
-def _status(console: Console, results: object) -> int:
-    found = list(results)  # type: ignore[call-overload]
+def _status(console: Console, found: Collection[Result]) -> int:
     if any(r.interrupted for r in found):
         console.print("Interrupted; what was measured until then is written.")
         return INTERRUPTED

@@ -30,9 +30,8 @@ def _save(figure: Any, path: Path) -> None:
 
 def smooth(values: Sequence[float], span: int = 15) -> np.ndarray[Any, Any]:
     """A centred running mean that keeps the length."""
-    array = np.asarray(values, dtype=float)
-    weights = np.convolve(np.ones_like(array), np.ones(span), mode="same")
-    return np.convolve(array, np.ones(span), mode="same") / weights
+    array, window = np.asarray(values, dtype=float), np.ones(min(span, len(values)))
+    return np.convolve(array, window, mode="same") / np.convolve(np.ones_like(array), window, mode="same")
 
 
 def loss(path: Path, runs: Mapping[str, Result]) -> None:

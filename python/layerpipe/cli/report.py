@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Mapping, Sequence
+
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -45,7 +48,7 @@ def memory_table(result: Result) -> Table:
     """Per stage: what it keeps, measured from its tensors, and what weight stashing would keep as history."""
     table = Table(title="Memory", title_justify="left")
     table.add_column("stage")
-    for name in ("weights", "history", "optimizer", "scratch", "activations", "history if stashed"):
+    for name in ("weights", "history", "optimizer", "scratch", "activations", "stashing\nwould keep"):
         table.add_column(name, justify="right")
     for i, stage in enumerate(result.stages):
         m = stage.memory
@@ -66,3 +69,43 @@ def history_sentence(result: Result) -> str | None:
         f"Kept for past weights: {decimal(kept)}, where weight stashing keeps {decimal(stashed)}: "
         f"{kept / stashed:.2f} of it."
     )
+
+
+def accuracy_table(results: Mapping[str, Result]) -> Table:
+    """Each run's accuracy on the test data, and how fast it trained."""
+    table = Table(title="Accuracy", title_justify="left")
+    for column in ("", "test accuracy", "last training loss", "samples/s", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, result in results.items():
+        accuracy = "diverged" if result.diverged else "–"
+        if result.test_accuracy is not None and not result.interrupted:
+            accuracy = f"{result.test_accuracy:.2f} %"
+        tail = [s.loss for s in result.steps[-20:]]
+        table.add_row(
+            name, accuracy, f"{statistics.fmean(tail):.4f}" if tail else "–",
+            f"{result.steps[-1].samples_per_s:.0f}" if tail else "–", f"{result.seconds:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def comparison_table(results: Mapping[str, Sequence[Result]]) -> Table:
+    """Accuracy mean and spread over seeds, worst stage's past-weight error, bytes of weights and their past."""
+    table = Table(
+        title="Comparison", title_justify="left", caption_justify="left",
+        caption="±: standard deviation over seeds. Error: the worst stage's, relative to the latest weights.",
+    )  # fmt: skip
+    for column in ("past", "test accuracy", "past-weight error", "weights + past", "diverged"):
+        table.add_column(column, justify="right" if column != "past" else "left")
+    for name, found in results.items():
+        good = [r.test_accuracy for r in found if r.test_accuracy is not None]
+        spread = statistics.stdev(good) if len(good) > 1 else 0.0
+        errors = [max((s.error for s in r.stages if s.error is not None), default=None) for r in found]
+        known = [e for e in errors if e is not None]
+        table.add_row(
+            name,
+            f"{statistics.fmean(good):.2f} ± {spread:.2f} %" if good else "–",
+            error_text(statistics.fmean(known)) if known else "–",
+            decimal(max(r.kept_bytes for r in found)),
+            f"{sum(bool(r.diverged) for r in found)} of {len(found)}",
+        )
+    return table

@@ -1,0 +1,201 @@
+"""The command line as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tensorboard")
+
+from layerpipe.cli import main
+from layerpipe.cli.config import TrainConfig, parse_decay
+
+SMALL = ["--model", "mlp", "--width", "2", "--steps", "25", "--warmup", "5", "--batch-size", "16", "--lr", "0.05"]
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(list(arguments))
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("past", ["stash", "latest", "ema", "momentum", "blend"])
+def test_train_writes_what_it_promises(past: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run("train", *SMALL, "--past", past, "--stages", "3", "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    for word in ("pipeline", "sequential", "test accuracy", "past-weight error", "activations", "would keep"):
+        assert word in printed
+    for name in ("loss.png", "past_weights.png", "timeline.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert list(out.glob("events.out.tfevents.*"))
+    config = json.loads((out / "config.json").read_text())
+    assert (config["past"], config["stages"], config["steps"]) == (past, 3, 25)
+    lines = metrics(out)
+    for name in ("pipeline", "sequential"):
+        steps = [line["step"] for line in lines if line["run"] == name and line["event"] == "step"]
+        assert steps == list(range(1, 26))
+    stages = [line for line in lines if line["run"] == "pipeline" and line["event"] == "stage"]
+    assert [stage["delay"] for stage in stages] == [4, 2, 0]
+    errors = [stage["relative_error"] for stage in stages]
+    assert errors[2] is None
+    assert errors[0] == {"stash": 0.0, "latest": 1.0}.get(past, errors[0])
+
+
+def test_the_pipeline_of_one_sequential_stage_is_the_baseline(tmp_path: Path) -> None:
+    for name, more in (("a", []), ("b", ["--stages", "3", "--schedule", "sequential", "--executor", "serial"])):
+        assert run("train", *SMALL, "--no-baseline", "--out", str(tmp_path / name), *(more or ["--stages", "1"])) == 0
+    losses = [[m["loss"] for m in metrics(tmp_path / name) if m["event"] == "step"] for name in "ab"]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_compare_makes_one_table_and_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "comparison"
+    assert run("compare", *SMALL, "--past", "stash,blend:1", "--seeds", "2", "--stages", "3", "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    for word in ("stash", "blend:1", "sequential", "±", "0 of 2"):
+        assert word in printed
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert {m["run"] for m in metrics(out)} == {
+        f"{k}/seed{s}" for k in ("sequential", "stash", "blend:1") for s in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--past", "yesterday"], "'yesterday' is not one of"),
+        (["train", "--stages", "0"], "--stages"),
+        (["train", "--colour", "blue"], "--colour"),
+        (["train", "--batch-size", "5000"], "a batch of 5000 does not fit the 1437 training images of digits"),
+        (["train", "--model", "mlp", "--stages", "99"], "into 99 stages: it has"),
+        (["train", "--ema-decay", "soon", "--past", "ema"], "--ema-decay 'soon'"),
+        (["train", "--ema-decay", "1.5", "--past", "ema", "--model", "mlp"], "ema_decay must be in [0, 1)"),
+        (["train", "--momentum", "0", "--past", "momentum", "--model", "mlp"], "needs a momentum"),
+        (["train", "--device", "quantum"], "--device quantum"),
+        (["train", "--out", __file__], "is not a directory"),
+        (["compare", "--past", "stash,soon"], "--past 'soon' is unknown"),
+        (["fly"], "fly"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_line_and_status_2(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("layerpipe: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_data_that_is_missing_without_a_network_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    datasets = pytest.importorskip("torchvision").datasets
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr(datasets, "CIFAR10", offline)
+    assert run("train", "--data", "cifar10", "--data-dir", str(tmp_path)) == 2
+    assert "CIFAR10 is not in" in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
+
+
+def test_an_output_directory_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").write_text("precious")
+    assert run("train", *SMALL, "--out", str(tmp_path)) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious"
+
+
+def test_divergence_ends_with_the_stage_and_what_to_try(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run("train", *SMALL, "--lr", "1e25", "--past", "latest", "--out", str(out)) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "diverged: stage" in printed
+    assert "lower learning rate" in printed
+    end = [m for m in metrics(out) if m["event"] == "end"]
+    assert len(end) == 1
+    assert "not finite" in end[0]["diverged"]
+
+
+def test_ctrl_c_ends_cleanly_and_leaves_readable_metrics(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", "from layerpipe.cli import main; main()", "train", *SMALL]
+    process = subprocess.Popen(
+        [*command, "--steps", "1000000", "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 20:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "Interrupted" in output
+    assert metrics(out)[-1]["interrupted"] is True
+
+
+def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "compare"):
+        assert run(command, "--help") == 0
+        printed = capsys.readouterr().out
+        for option in (
+            "--past",
+            "--order",
+            "--ema-decay",
+            "--stages",
+            "--lr-schedule",
+            "--seed",
+            "--executor",
+            "--out",
+        ):
+            assert option in printed
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    config = TrainConfig(warmup=10)
+    factors = [config.lr_factor(step, 110) for step in range(110)]
+    assert factors[:10] == pytest.approx([0.1 * k for k in range(1, 11)])
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[-1] < 0.001
+    assert TrainConfig(lr_schedule="constant").lr_factor(400, 500) == 1
+    assert TrainConfig(lr_schedule="linear", warmup=0).lr_factor(250, 500) == 0.5
+
+
+def test_steps_go_before_epochs() -> None:
+    assert TrainConfig(steps=7, epochs=3).total_steps(1000) == 7
+    assert TrainConfig(epochs=2.5, batch_size=10).total_steps(100) == 25
+
+
+def test_decays_as_text() -> None:
+    assert parse_decay(None) is None
+    assert parse_decay("white") == "white"
+    assert parse_decay("0.9") == 0.9
+    assert parse_decay("0.5,0.8") == (0.5, 0.8)
