@@ -72,6 +72,9 @@ def test_compare_makes_one_table_and_one_plot(tmp_path: Path, capsys: pytest.Cap
     for word in ("stash", "blend:1", "sequential", "±", "0 of 2"):
         assert word in printed
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    summary = json.loads((out / "summary.json").read_text())["results"]
+    assert summary["stash"]["past_weight_error"] == [[0.0, 0.0, None]] * 2
+    assert all(0 < accuracy < 100 for accuracy in summary["blend:1"]["test_accuracy"])
     assert {m["run"] for m in metrics(out)} == {
         f"{k}/seed{s}" for k in ("sequential", "stash", "blend:1") for s in (0, 1)
     }

@@ -47,7 +47,8 @@ class Pipeline:
     Args:
         stages: modules, from input to output, each taking what the one before returns (a tensor or a tuple); from
             :func:`layerpipe.split`, or made by hand.
-        loss_fn: ``loss_fn(output, target)`` to a scalar, called in the last stage.
+        loss_fn: ``loss_fn(output, target)`` to a scalar, called in the last stage; ``loss_fn(*outputs, target)``
+            where that returns a tuple.
         optimizer: ``optimizer(params, **past)``, called once per stage that has parameters; hands ``past`` on to an
             optimizer of :mod:`layerpipe_kernels`. It holds the stage's ``delay`` and the options below.
         past: how past weights are had, ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``.

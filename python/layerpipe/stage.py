@@ -41,11 +41,8 @@ class _Flight:
         self.version = version
         self.inputs: Tensors = ()
         self.outputs: Tensors = ()
-        self.saved: dict[int, int] = {}  # address -> bytes
-
-    @property
-    def saved_bytes(self) -> int:
-        return sum(self.saved.values())
+        self.saved: dict[int, int] = {}  # what autograd keeps, weights apart: address -> bytes
+        self.saved_bytes = 0
 
 
 class Stage:
@@ -115,7 +112,7 @@ class Stage:
         if self._look_for_copies:
             self._look_for_copies = False
             self._warn_of_copies(flight.outputs)
-        self.activation_bytes = max(self.activation_bytes, sum(f.saved_bytes for f in self._flights.values()))
+        self._count(flight)
         return tuple(y.detach() for y in flight.outputs)
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
@@ -127,7 +124,12 @@ class Stage:
             raise ValueError(f"loss_fn must return one number, got a tensor of shape {tuple(loss.shape)}")
         self._check_finite((loss,), "loss", minibatch)
         flight.outputs = (loss,)
+        self._count(flight)
         return loss.detach()
+
+    def _count(self, flight: _Flight) -> None:
+        flight.saved_bytes = sum(flight.saved.values())
+        self.activation_bytes = max(self.activation_bytes, sum(f.saved_bytes for f in self._flights.values()))
 
     # -- backward ------------------------------------------------------------------------------------------------
 

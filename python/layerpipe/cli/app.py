@@ -163,7 +163,8 @@ def compare(
         plots.comparison(
             directory.path / "comparison.png", finished, f"{model} of width {width}, {data}, {stages} stages"
         )
-        console.print(f"Curves: {directory.path}/comparison.png")
+        directory.summary(finished)
+        console.print(f"Curves: {directory.path}/comparison.png; numbers: {directory.path}/summary.json")
     return 0 if all(len(found) == seeds for found in results.values()) else INTERRUPTED
 
 

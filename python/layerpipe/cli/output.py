@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
+import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 
 import layerpipe_kernels
 from layerpipe.cli.config import TrainConfig
+from layerpipe.cli.training import Result
 
 
 class RunDirectory:
@@ -51,6 +55,22 @@ class RunDirectory:
         }
         text = json.dumps({**config.to_json(), **more, "environment": machine}, indent=2)
         (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
+
+    def summary(self, results: Mapping[str, Sequence[Result]]) -> None:
+        """What the table shows, for machines, with the spread and the errors of every stage: ``summary.json``."""
+        config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        kinds = {
+            name: {
+                "test_accuracy": [result.test_accuracy for result in found],
+                "diverged": [result.diverged for result in found],
+                "delays": [stage.delay for stage in found[0].stages],
+                "past_weight_error": [[stage.error for stage in result.stages] for result in found],
+                "kept_bytes": found[0].kept_bytes,
+            }
+            for name, found in results.items()
+        }
+        text = json.dumps({"config": config, "command": shlex.join(sys.argv), "results": kinds}, indent=1)
+        (self.path / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def write(self, run: str, event: str, **values: Any) -> None:
         self._metrics.write(json.dumps({"run": run, "event": event, **values}) + "\n")
