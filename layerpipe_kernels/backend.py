@@ -37,6 +37,8 @@ def build_info() -> dict[str, Any]:
     info: dict[str, Any] = {"extension": _C is not None, "backends": list(available_backends())}
     if _C is not None:
         info.update(_C.build_info())
+    else:
+        info["reason"] = str(_import_error)
     return info
 
 

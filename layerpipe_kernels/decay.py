@@ -116,8 +116,9 @@ def blend(
     if decays is not None:
         if len(decays) != order:
             raise ValueError(f"order={order} takes {order} decays, got {len(decays)}")
-        if len(set(decays)) < order or not all(0.0 < b < 1.0 for b in decays):
-            raise ValueError(f"decays must be distinct and in (0, 1), got {decays}")
+        lowest = 0.0 if newest else -1.0  # an average with decay 0 is the newest update
+        if len(set(decays)) < order or not all(lowest < b < 1.0 and b >= 0.0 for b in decays):
+            raise ValueError(f"decays must be distinct and in {'(' if newest else '['}0, 1), got {decays}")
         return _best(n, np.array([decays]), correlation, newest)
 
     # An EMA's mean age b/(1-b) is the natural, roughly logarithmic, scale of decays.

@@ -19,6 +19,7 @@ MAX_EMAS = 3
 MAX_TERMS = 4
 
 
+@torch.no_grad()
 def sgd_step_(
     weights: Sequence[Tensor],  # (*) each
     grads: Sequence[Tensor],  # (*) each
@@ -66,6 +67,7 @@ def sgd_step_(
     )
 
 
+@torch.no_grad()
 def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], *, backend: str = "auto") -> None:
     """``E_k = decays[k] E_k + (1 - decays[k]) u`` for one to three EMAs of one update, in place.
 
@@ -159,6 +161,7 @@ def mix(
     ema_taps: Sequence[float],
     *,
     out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """:func:`reconstruct` for an optimizer's own state, which its plan has checked: called for every weight in every
     delayed backward, so it checks nothing again.
@@ -170,7 +173,7 @@ def mix(
         out: ``(*)``, contiguous.
     """
     out = torch.empty_like(weight, requires_grad=False) if out is None else out
-    if _backend.choose(weight) == "cpp":
+    if _backend.choose(weight, backend) == "cpp":
         terms, taps = [], []
         if velocity is not None:
             terms.append(velocity.data_ptr())

@@ -82,6 +82,8 @@ class SgdPlan:
         self.written = [*weights, *(velocities or ()), *(emas or ()), *(pasts or ())]
         self._pointers = self.pointers(self.written)
         self._sizes = [w.numel() for w in weights]
+        self._dtype = weights[0].dtype
+        self.ema_count = emas[0].shape[0] if emas else 0
         self._plan = None
         if backend == "cpp":
             plan = getattr(_backend.extension(), f"StepPlan_{_backend.CPP_DTYPES[weights[0].dtype]}")
@@ -90,7 +92,7 @@ class SgdPlan:
                 self.pointers(weights),
                 self.pointers(velocities or ()),
                 self.pointers(emas or ()),
-                emas[0].shape[0] if emas else 0,
+                self.ema_count,
                 self.pointers(pasts or ()),
             )
 
@@ -100,7 +102,11 @@ class SgdPlan:
 
     def fits(self, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
         """Whether these are still the arrays that the plan was made for."""
-        return self.pointers([*weights, *states]) == self._pointers and [w.numel() for w in weights] == self._sizes
+        return (
+            self.pointers([*weights, *states]) == self._pointers
+            and [w.numel() for w in weights] == self._sizes
+            and all(w.dtype == self._dtype and w.is_contiguous() for w in weights)
+        )
 
     def _check(self) -> None:
         device, dtype = self.weights[0].device, self.weights[0].dtype
@@ -117,7 +123,12 @@ class SgdPlan:
                 check_like(name, self.velocities[i], weight, "momentum buffer", state)
             if self.emas is not None:
                 check_tensor(name, self.emas[i], "ema of")
-                check_like(name, self.emas[i][0], weight, "ema", state)
+                wanted = (self.emas[0].shape[0], *weight.shape)
+                if self.emas[i].shape != wanted or self.emas[i].dtype != state or self.emas[i].device != device:
+                    raise ValueError(
+                        f"the ema of {describe(name, weight)} must be {wanted}, {state}, on its device, "
+                        f"got {describe('ema', self.emas[i])}"
+                    )
             if self.pasts is not None:
                 check_tensor(name, self.pasts[i], "past weight of")
                 check_like(name, self.pasts[i], weight, "past weight")
@@ -149,7 +160,13 @@ class SgdPlan:
         taps: Sequence[float],
         update_tap: float,
     ) -> None:
-        """Run the step on checked gradients; the formulas are :func:`layerpipe_kernels.reference.sgd_step_`'s."""
+        """Run the step on checked gradients; the formulas are :func:`layerpipe_kernels.reference.sgd_step_`'s.
+
+        Raises:
+            ValueError: not one decay and one tap per EMA.
+        """
+        if not len(decays) == len(taps) == self.ema_count:
+            raise ValueError(f"{self.ema_count} EMAs take as many decays and taps, got {len(decays)} and {len(taps)}")
         if self._plan is not None:
             self._plan.sgd_step(
                 self.pointers(grads),

@@ -25,6 +25,7 @@ class Settings(NamedTuple):
     momentum: float = 0.0
     nesterov: bool = False
     materialize: bool = False
+    backend: str = "auto"
 
 
 class Clock(NamedTuple):
@@ -97,7 +98,7 @@ class History(ABC):
         """
         velocity = state.get("momentum_buffer") if mixture.velocity and moved else None
         ema = state.get("ema") if mixture.emas else None
-        return ops.mix(param, velocity, mixture.velocity, ema, mixture.emas, out=out)
+        return ops.mix(param, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
 
 
 def running_mean_until(n: int, t: int, decay: float) -> float:

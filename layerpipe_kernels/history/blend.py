@@ -21,6 +21,8 @@ class Blend(History):
         super().__init__(settings)
         if settings.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3 EMAs, got {settings.order}")
+        if not 0 <= settings.momentum < 1:
+            raise ValueError(f"past='blend' needs a momentum in [0, 1), got {settings.momentum}")
         newest = settings.momentum > 0 and not settings.nesterov
         self.emas = decay.useful_order(self.n, settings.order, newest)
         decays: tuple[float, ...] | None = None

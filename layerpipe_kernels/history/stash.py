@@ -18,7 +18,7 @@ class Stash(History):
     @torch.no_grad()
     def before_update(self, params: Sequence[Tensor], states: Sequence[State], t: int) -> None:
         for param, state in zip(params, states, strict=True):
-            if "stash" not in state:
+            if "stash" not in state or state["stash"].shape[0] != self.n:
                 state["stash"] = param.new_empty((self.n, *param.shape))
         torch._foreach_copy_([s["stash"][t % self.n] for s in states], list(params))
 

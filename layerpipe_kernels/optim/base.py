@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import history
+from layerpipe_kernels import backend, history, reference
 
 Group = dict[str, Any]
 
@@ -39,7 +39,7 @@ class PastOptimizer(torch.optim.Optimizer):
         self._reset_caches()
 
     def _reset_caches(self) -> None:
-        self._histories: dict[Any, history.History] = {}
+        self._histories: dict[int, tuple[Any, history.History]] = {}
         self._group_of: dict[Tensor, Group] = {}
         # Per group: what its past weights are made with after the update that the clock shows.
         self._ready: dict[int, tuple[history.Clock, history.History | None, history.Mixture | None]] = {}
@@ -74,7 +74,11 @@ class PastOptimizer(torch.optim.Optimizer):
                     f"parameter {self.name(group, i)} of dtype {param.dtype} is not supported; "
                     "only real floating-point parameters are"
                 )
-        history.make(group["past"], self._settings(group)) if delay else None
+        if group["past"] not in history.KINDS:
+            raise ValueError(f"past={group['past']!r} is unknown; there are: {', '.join(history.KINDS)}")
+        backend.choose(group["params"][0], group["backend"])
+        if delay:
+            history.make(group["past"], self._settings(group))
 
     def _settings(self, group: Group) -> history.Settings:
         return history.Settings(
@@ -85,6 +89,7 @@ class PastOptimizer(torch.optim.Optimizer):
             momentum=group.get("momentum", 0.0),
             nesterov=group.get("nesterov", False),
             materialize=group["materialize"],
+            backend=group["backend"],
         )
 
     def name(self, group: Group, i: int) -> str:
@@ -99,10 +104,33 @@ class PastOptimizer(torch.optim.Optimizer):
         if not group["delay"]:
             return None
         settings = self._settings(group)
-        key = (group["past"], settings)
-        if key not in self._histories:
-            self._histories[key] = history.make(group["past"], settings)
-        return self._histories[key]
+        # A schedule may move the momentum in every step; a design for the first one stays good, and its averages valid.
+        made_for = (group["past"], settings._replace(momentum=float(settings.momentum > 0)))
+        made = self._histories.get(id(group))
+        if made is None or made[0] != made_for:
+            made = self._histories[id(group)] = made_for, history.make(group["past"], settings)
+        return made[1]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, of this optimizer or of torch's.
+
+        Options that a torch checkpoint does not have stay as they are here. State of half-precision parameters keeps
+        its float32, which torch would round to the parameters' dtype.
+        """
+        groups = [
+            {**{k: v for k, v in own.items() if k not in ("params", "param_names")}, **saved}
+            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ]
+        if len(groups) == len(state_dict["param_groups"]):  # else torch says what does not fit
+            state_dict = {**state_dict, "param_groups": groups}
+        super().load_state_dict(state_dict)
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, index in zip(own["params"], saved["params"], strict=True):
+                dtype = reference.state_dtype(param.dtype)
+                for key in ("momentum_buffer", "ema") if dtype != param.dtype else ():
+                    value = state_dict["state"].get(index, {}).get(key)
+                    if value is not None:
+                        self.state[param][key] = value.to(device=param.device, dtype=dtype, copy=True)
 
     def past_view(self, param: Tensor) -> Tensor:
         """Like :meth:`past_weight`, but may return memory that the next step overwrites. For one backward."""

@@ -148,7 +148,13 @@ class SGD(PastOptimizer):
         """The plan of this group's parameters with gradients, made anew when an array has moved."""
         plan = self._plans.get(index)
         keys = [key for key, kept in self._arrays(group, past) if kept]
-        if plan is not None and len(plan.weights) == len(moving) and all(map(operator.is_, plan.weights, moving)):
+        count = past.emas if past is not None else 0
+        if (
+            plan is not None
+            and plan.ema_count == count
+            and len(plan.weights) == len(moving)
+            and all(map(operator.is_, plan.weights, moving))
+        ):
             states = [self.state[p] for p in moving]
             try:
                 if plan.fits(moving, [s[key] for key in keys for s in states]):
@@ -179,7 +185,7 @@ class SGD(PastOptimizer):
         if group["momentum"] and state.get("momentum_buffer") is None:
             state["momentum_buffer"] = torch.zeros_like(param, dtype=dtype)
             self._fresh.add(param)
-        if past is not None and past.emas and "ema" not in state:
+        if past is not None and past.emas and ("ema" not in state or len(state["ema"]) != past.emas):
             state["ema"] = torch.zeros((past.emas, *param.shape), dtype=dtype, device=param.device)
         if past is not None and group["materialize"] and "past" not in state:
             state["past"] = torch.empty_like(param)

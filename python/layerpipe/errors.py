@@ -8,11 +8,18 @@ class StageError(RuntimeError):
 
     def __init__(self, stage: str, message: str) -> None:
         super().__init__(f"{stage}: {message}")
-        self.stage = stage
+        self.stage, self.message = stage, message
+
+    def __reduce__(self) -> tuple[type[StageError], tuple[str, str]]:
+        return type(self), (self.stage, self.message)
 
 
 class DivergenceError(StageError):
-    """A stage produced NaN or infinity; its weights are those before the bad update."""
+    """A stage met NaN or infinity, in what crosses its boundaries or, when the pipe is empty, in its weights."""
+
+
+class UsageError(ValueError):
+    """What a user of the command line asked for does not exist or does not fit together."""
 
 
 class DataError(RuntimeError):

@@ -60,7 +60,12 @@ class Executor(ABC):
         """Stop; idempotent."""
         self._closed = True
 
-    def _check(self) -> None:
+    def abort(self, error: BaseException) -> None:
+        """Stop for good: the stages may be in different ticks."""
+        self._failure = self._failure or error
+        self.close()
+
+    def check(self) -> None:
         """Refuse to go on with stages that an error left in different ticks."""
         if self._failure is not None:
             raise RuntimeError(f"the pipeline stopped after an error: {self._failure}") from self._failure
@@ -83,7 +88,7 @@ class Serial(Executor):
     lookahead = 0
 
     def submit(self, tick: Tick) -> None:
-        self._check()
+        self.check()
         for action in tick.actions:
             try:
                 self._run(action, tick)
@@ -142,13 +147,13 @@ class Threads(Executor):
         torch.set_num_threads(mine)  # the last caller's number is what threads started later begin with
 
     def submit(self, tick: Tick) -> None:
-        self._check()
+        self.check()
         self._take_events(block=False)
         for stage, commands in enumerate(self._commands):
             commands.put((tick, [a for a in tick.actions if a.stage == stage]))
 
     def wait(self, done: Callable[[], bool]) -> None:
-        self._check()
+        self.check()
         while not done():
             self._take_events(block=True)
 
@@ -161,8 +166,6 @@ class Threads(Executor):
         self.wait(lambda: len(idle) == len(self._commands))
 
     def close(self) -> None:
-        if self._closed:
-            return
         super().close()
         for commands in self._commands:
             commands.put(None)
@@ -208,8 +211,12 @@ def _work(
     executor: weakref.ref[Threads],
 ) -> None:
     """A worker's life. Idle, it holds no reference to the pipeline, so a forgotten pipeline can be collected."""
-    torch.get_num_threads()  # a thread's first use of torch takes over the global number: let that come before ours
-    torch.set_num_threads(threads)
+    try:
+        torch.get_num_threads()  # a thread's first use of torch takes over the global number: let that come before ours
+        torch.set_num_threads(threads)
+    except BaseException:
+        ready.abort()
+        raise
     ready.wait()
     while (command := commands.get()) is not None:
         if isinstance(command, list):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,29 +16,34 @@ class PipelineOptimizer(torch.optim.Optimizer):
     that already runs keeps those it was submitted with. The stages step themselves: :meth:`step` refuses to.
     """
 
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    def __init__(
+        self, optimizers: Sequence[torch.optim.Optimizer], synchronize: Callable[[], None] = lambda: None
+    ) -> None:
         if not optimizers:
             raise ValueError("no stage has parameters to train")
-        self._optimizers = list(optimizers)
+        self._optimizers, self._synchronize = list(optimizers), synchronize
         groups = [
             {key: value for key, value in group.items() if key not in _CLOCK}
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]
+        self._complete = False
         super().__init__(groups, dict(self._optimizers[0].defaults))
+        self._complete = True
 
     def options_by_stage(self) -> list[list[dict[str, Any]]]:
         """A copy of every group's options, for the stages with parameters in their order."""
         groups = iter(self.param_groups)
         self._opt_called = True  # what torch's schedulers look at before they warn that nobody stepped
         return [
-            [{k: v for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
+            [{k: _frozen(v) for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
             for optimizer in self._optimizers
         ]
 
     @property  # type: ignore[override]
     def state(self) -> dict[Any, Any]:
         """The state of every stage's optimizer; a merged view, made on each access."""
+        self._synchronize()
         merged: dict[Any, Any] = collections.defaultdict(dict)
         for optimizer in self._optimizers:
             merged.update(optimizer.state)
@@ -52,11 +57,17 @@ class PipelineOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         raise RuntimeError("the stages step themselves; call pipe.step(inputs, target)")
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self._complete:
+            raise RuntimeError("a stage owns its parameters; make a new pipeline")
+        super().add_param_group(param_group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: every stage clears its gradients before each backward."""
 
     def state_dict(self) -> dict[str, Any]:
         """One state_dict per stage with parameters, and the options as they are now. Of a drained pipe."""
+        self._synchronize()
         return {
             "stages": [optimizer.state_dict() for optimizer in self._optimizers],
             "options": [{k: v for k, v in g.items() if k not in _OWN} for g in self.param_groups],
@@ -74,12 +85,27 @@ class PipelineOptimizer(torch.optim.Optimizer):
                 f"the state is of {len(stages)} stages with {len(options)} groups, this pipeline has "
                 f"{len(self._optimizers)} with {len(self.param_groups)}"
             )
+        for i, (group, values) in enumerate(zip(self.param_groups, options, strict=True)):
+            for key in _PAST:
+                if group.get(key) != values.get(key):
+                    raise ValueError(
+                        f"the state's parameter group {i} was trained with {key}={values.get(key)!r}, this pipeline "
+                        f"has {key}={group.get(key)!r}; make the pipeline with the same stages, schedule and past"
+                    )
+        self._synchronize()
         for optimizer, state in zip(self._optimizers, stages, strict=True):
             optimizer.load_state_dict(state)
         for group, values in zip(self.param_groups, options, strict=True):
             group.update(values)
 
 
+def _frozen(value: Any) -> Any:
+    """A learning rate may be a tensor, which a scheduler changes in place."""
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+#: What a stage's history was made for.
+_PAST = ("delay", "past", "order", "ema_decay")
 #: Counted by each stage's own optimizer.
 _CLOCK = ("updates", "last_lr")
 #: What does not travel from the common view to a stage.

@@ -6,8 +6,9 @@ import copy
 import itertools
 import operator
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -78,8 +79,19 @@ def split(
             torch.set_num_threads(threads)
     cuts = _balanced(costs, stages)
     parts: list[nn.Module] = [SplitStage(model, pieces[a:b]) for a, b in itertools.pairwise(cuts)]
-    _refuse_tied(parts)
+    refuse_shared(parts)
+    _warn_of_unused(model, parts)
     return parts
+
+
+def _warn_of_unused(model: nn.Module, stages: list[nn.Module]) -> None:
+    used = {name for stage in stages for name, _ in stage.named_parameters()}
+    unused = [name for name, _ in model.named_parameters() if name not in used]
+    if unused:
+        warnings.warn(
+            f"{', '.join(unused)}: not used in the forward, so in no stage and not in the pipeline's state_dict",
+            stacklevel=3,
+        )
 
 
 class _Piece(NamedTuple):
@@ -106,11 +118,17 @@ class SplitStage(fx.GraphModule):
             passed = [values[node] for node in pieces[-1].outputs]
             graph.output(passed[0] if len(passed) == 1 else tuple(passed))
         super().__init__(model, graph, class_name="Stage")
+        self.is_split = True  # outlives pickling, which makes it a plain GraphModule
+
+
+def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether :func:`split` made this stage, so that its parameters have the model's names."""
+    return isinstance(stage, fx.GraphModule) and getattr(stage, "is_split", False)
 
 
 def label(stage: nn.Module) -> str:
     """What a stage holds, for people: its first and last layer."""
-    names = [n.target for n in stage.graph.nodes if n.op == "call_module"] if isinstance(stage, SplitStage) else []
+    names = [n.target for n in stage.graph.nodes if n.op == "call_module"] if is_split(stage) else []
     if not names:
         return type(stage).__name__
     return str(names[0]) if len(names) == 1 else f"{names[0]} … {names[-1]}"
@@ -127,7 +145,7 @@ def _pieces(model: nn.Module) -> list[_Piece]:
         alive = [n for n in work[:i] if last_use[n] >= i]
         if node.op == "placeholder" or work[i].op in ("placeholder", "output") or not 1 <= len(alive) <= MOST_CROSSING:
             continue
-        if all(_is_tensor(n) for n in alive) and not any(_overwrites(model, n, alive) for n in work[i:]):
+        if all(_is_tensor(model, n) for n in alive) and not any(_overwrites(model, n, alive) for n in work[i:]):
             starts.append(i)
             crossing[i] = alive
     # A piece without parameters belongs to the one before; what comes before the first parameters, to those.
@@ -141,22 +159,42 @@ def _pieces(model: nn.Module) -> list[_Piece]:
 def _trace(model: nn.Module) -> list[fx.Node]:
     """As deep as the model's code allows.
 
+    A trace holds the branch that ``self.training`` chose; where the two modes differ, it goes less deep.
+
     Raises:
         ValueError: not at all.
     """
-    for tracer in (fx.Tracer(), _Blocks()):
-        try:
-            return list(tracer.trace(model).nodes)
-        except Exception as error:  # whatever the model's own code raises under tracing
-            reason = error
+    training = {module: module.training for module in model.modules()}
+    reason: Exception = ValueError("its code depends on self.training")
+    try:
+        for tracer in (fx.Tracer, _Blocks):
+            try:
+                model.eval()
+                evaluated = list(tracer().trace(model).nodes)
+                model.train()
+                trained = list(tracer().trace(model).nodes)
+            except Exception as error:  # whatever the model's own code raises under tracing
+                reason = error
+                continue
+            if list(map(_spelled, evaluated)) == list(map(_spelled, trained)):
+                return trained
+    finally:
+        for module, mode in training.items():
+            module.training = mode
     raise ValueError(
         f"{type(model).__name__} cannot be traced ({reason}); give the stages by hand, as a list of modules"
     ) from reason
 
 
-def _is_tensor(node: fx.Node) -> bool:
+def _spelled(node: fx.Node) -> tuple[str, ...]:
+    return node.op, node.name, str(node.target), str(node.args), str(node.kwargs)
+
+
+def _is_tensor(model: nn.Module, node: fx.Node) -> bool:
     """Whether a value is one tensor, as far as its making shows; sizes and tuples cannot cross a boundary."""
-    if node.op == "call_module" or node.op == "placeholder":
+    if node.op == "call_module":
+        return not isinstance(model.get_submodule(str(node.target)), nn.RNNBase | nn.MultiheadAttention)
+    if node.op == "placeholder":
         return True
     if node.op == "call_method":
         return node.target not in ("size", "dim", "numel", "chunk", "split", "unbind")
@@ -166,17 +204,22 @@ def _is_tensor(node: fx.Node) -> bool:
         "unbind",
     ):
         return False
-    return any(_is_tensor(source) or source.op == "get_attr" for source in node.all_input_nodes)
+    return any(_is_tensor(model, source) or source.op == "get_attr" for source in node.all_input_nodes)
 
 
-def _refuse_tied(stages: list[nn.Module]) -> None:
+def refuse_shared(stages: Sequence[nn.Module]) -> None:
+    """Tied weights must be in one stage.
+
+    Raises:
+        ValueError: a parameter is in two.
+    """
     owner: dict[nn.Parameter, int] = {}
     for i, stage in enumerate(stages):
         for name, param in stage.named_parameters():
             if owner.setdefault(param, i) != i:
                 raise ValueError(
-                    f"{name} of shape {tuple(param.shape)} is used in stage {owner[param]} and in stage {i}; tied "
-                    "weights cannot be split. Give the stages by hand, with both uses in one of them"
+                    f"{name} of shape {tuple(param.shape)} is in stage {owner[param]} and in stage {i}; tied weights "
+                    "cannot be split. Give the stages by hand, with both uses in one of them"
                 )
 
 

@@ -14,7 +14,7 @@ from layerpipe import schedule as schedules
 from layerpipe.channels import Channel
 from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
 from layerpipe.optimizer import PipelineOptimizer
-from layerpipe.partition import SplitStage, label
+from layerpipe.partition import is_split, label, refuse_shared
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
 
@@ -91,7 +91,9 @@ class Pipeline:
                 raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
         if executor not in EXECUTORS:
             raise ValueError(f"executor={executor!r} is unknown; there are: {', '.join(EXECUTORS)}")
-        _refuse_shared(stages)
+        if threads_per_stage is not None and threads_per_stage < 1:
+            raise ValueError(f"threads_per_stage must be at least 1, got {threads_per_stage}")
+        refuse_shared(stages)
         self.modules = list(stages)
         self.stages: list[Stage] = []
         self.loss_fn = loss_fn
@@ -114,7 +116,9 @@ class Pipeline:
                     check_finite=check_finite,
                 )
             )
-        self.optimizer = PipelineOptimizer([s.optimizer for s in self.stages if s.optimizer is not None])
+        self.optimizer = PipelineOptimizer(
+            [s.optimizer for s in self.stages if s.optimizer is not None], self._synchronize
+        )
 
         inner = range(len(stages) - 1)
         blocking = EXECUTORS[executor].blocking
@@ -148,12 +152,21 @@ class Pipeline:
         Raises:
             StageError: a stage raised; the message names it, ``__cause__`` is the original.
             DivergenceError: a stage met NaN or infinity.
+            RuntimeError: inside ``torch.no_grad()`` or ``torch.autocast``, which reach no other thread.
         """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("pipe.step() trains; call it outside torch.no_grad()")
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise RuntimeError("autocast does not reach the stages' threads; enter it inside a stage's forward")
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        self._input.put(inputs)
-        self._target.put(target)
-        self.fed += 1
-        self._submit()
+        try:
+            self._input.put(inputs)
+            self._target.put(target)
+            self.fed += 1
+            self._submit()
+        except BaseException as error:
+            self._executor.abort(error)  # some stages may have the tick and others not
+            raise
         expected = self.fed - self.latency
         if expected <= 0:
             return None
@@ -166,9 +179,13 @@ class Pipeline:
 
         Afterwards every stage has made one update per minibatch fed, and the delays fill up anew from 0.
         """
+        if self.tick:
+            self._executor.check()
         while self.tick < self.schedule.ticks(self.fed):
             self._submit()
-        self._executor.synchronize()
+        self._synchronize()
+        for stage in self.stages:
+            stage.check_weights()
         rest = list(self.losses)
         self._restart()
         return rest
@@ -224,7 +241,8 @@ class Pipeline:
     # -- like a module -------------------------------------------------------------------------------------------
 
     def __call__(self, *inputs: Any) -> Any:
-        """The network's output with its current weights; trains nothing and disturbs no minibatch in the pipe."""
+        """The network's output with its current weights; disturbs no minibatch in the pipe. As with any module, call
+        :meth:`eval` first, or BatchNorm's running statistics move."""
         self._executor.synchronize()
         values = inputs
         for module in self.modules:
@@ -273,10 +291,11 @@ class Pipeline:
         for prefix, module in zip(self._prefixes(), self.modules, strict=True):
             cut = len(prefix) + 1 if prefix else 0
             mine = {k[cut:]: v for k, v in state.items() if not prefix or k.startswith(f"{prefix}.")}
-            module.load_state_dict({k: v for k, v in mine.items() if k in module.state_dict()}, strict=False)
+            known = module.state_dict().keys()
+            module.load_state_dict({k: v for k, v in mine.items() if k in known}, strict=False)
 
     def _prefixes(self) -> list[str]:
-        split = all(isinstance(m, SplitStage) for m in self.modules)
+        split = all(map(is_split, self.modules))
         return ["" if split else str(i) for i in range(len(self.modules))]
 
     # -- reports -------------------------------------------------------------------------------------------------
@@ -313,8 +332,13 @@ class Pipeline:
     # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the workers. Weights stay readable; training does not go on. Idempotent."""
+        """Stop the workers and let go of the minibatches in the pipe. Weights stay readable. Idempotent."""
         self._executor.close()
+        for stage in self.stages:
+            stage.forget()
+
+    def _synchronize(self) -> None:
+        self._executor.synchronize()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -324,22 +348,11 @@ class Pipeline:
 
     def __del__(self) -> None:
         if hasattr(self, "_executor"):
-            self._executor.close()
+            self.close()
 
     def _close_channels(self) -> None:
         for channel in (self._input, self._target, *self._activations, *self._gradients):
             channel.close()
-
-
-def _refuse_shared(stages: Sequence[nn.Module]) -> None:
-    owner: dict[nn.Parameter, int] = {}
-    for i, module in enumerate(stages):
-        for name, param in module.named_parameters():
-            if owner.setdefault(param, i) != i:
-                raise ValueError(
-                    f"parameter {name} of shape {tuple(param.shape)} is in stage {owner[param]} and in stage {i}; "
-                    "tied weights must be in one stage"
-                )
 
 
 def _advice(past: str, order: int, delay: int) -> str:

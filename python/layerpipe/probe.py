@@ -15,6 +15,7 @@ class Reading(NamedTuple):
     """One comparison in one stage: squared errors summed over the sampled weights."""
 
     update: int
+    full: bool  # the delay is what it is in steady state
     error: float  # |What - W(t-n)|^2
     moved: float  # |W(t) - W(t-n)|^2, the error of using the latest weights
 
@@ -59,12 +60,17 @@ class ReconstructionProbe:
         optimizer: Any = stage.optimizer
         estimate = self._sample([optimizer.past_view(p) for p, _ in self._chosen])
         self.readings.append(
-            Reading(stage.version, float((estimate - true).square().sum()), float((now - true).square().sum()))
+            Reading(
+                stage.version,
+                n == stage.delay and stage.version - stage.base > n,
+                float((estimate - true).square().sum()),
+                float((now - true).square().sum()),
+            )
         )
 
     def relative_error(self) -> float | None:
         """Mean-square error over all comparisons in steady state, relative to using the latest weights (1.0)."""
-        readings = [r for r in self.readings if r.update > self.stage.delay]
+        readings = [r for r in self.readings if r.full]
         moved = sum(r.moved for r in readings)
         return sum(r.error for r in readings) / moved if moved else None
 

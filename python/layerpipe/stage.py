@@ -89,12 +89,23 @@ class Stage:
         self._all_params = list(module.parameters())
         self._params = [p for p in self._all_params if p.requires_grad]
         self._look_for_copies = delay > 0  # in the first forward
+        if optimizer is not None:
+            held = {p for group in optimizer.param_groups for p in group["params"]}
+            missing = [n for n, p in module.named_parameters() if p.requires_grad and p not in held]
+            if missing:
+                raise ValueError(f"{name}: the optimizer was given {missing[0]}, but holds it in no parameter group")
         if delay and optimizer is not None and not hasattr(optimizer, "past_view"):
             raise TypeError(
                 f"{name} gets its gradients {delay} updates late, and {type(optimizer).__name__} does not know its "
                 "past weights; use layerpipe_kernels.SGD and pass it the pipeline's keywords: "
                 "optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
             )
+        for group in optimizer.param_groups if delay and optimizer is not None else ():
+            if group["delay"] != delay:
+                raise ValueError(
+                    f"{name} has a delay of {delay}, its optimizer one of {group['delay']}; pass the pipeline's "
+                    "keywords on: optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
+                )
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -102,11 +113,14 @@ class Stage:
         """Run the layers on a minibatch and keep its graph; returns outputs cut off from it."""
         flight = _Flight(self.version)
         if self.index:
-            inputs = tuple(x.detach().requires_grad_(x.is_floating_point()) for x in inputs)
+            inputs = tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs)
         flight.inputs = inputs
         with self._saving(flight):
             outputs = self.module(*inputs)
         flight.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        for output in flight.outputs:
+            if not isinstance(output, Tensor):
+                raise TypeError(f"a stage returns a tensor or a tuple of tensors, got {type(output).__name__}")
         self._check_finite(flight.outputs, "output", minibatch)
         self._flights[minibatch] = flight
         if self._look_for_copies:
@@ -122,6 +136,8 @@ class Stage:
             loss = loss_fn(*flight.outputs, target)
         if loss.numel() != 1:
             raise ValueError(f"loss_fn must return one number, got a tensor of shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            raise RuntimeError("the loss depends on no trained weight: is it detached, or everything frozen?")
         self._check_finite((loss,), "loss", minibatch)
         flight.outputs = (loss,)
         self._count(flight)
@@ -178,11 +194,25 @@ class Stage:
             return
         for tensor in tensors:
             # On an accelerator, reading the value would make the host wait for the device.
-            if tensor.device.type == "cpu" and tensor.is_floating_point() and not math.isfinite(tensor.sum().item()):
-                advice = f"; {self.advice}" if self.advice else ""
-                raise DivergenceError(
-                    self.name, f"the {what} of minibatch {minibatch} is not finite after {self.version} updates{advice}"
-                )
+            if tensor.device.type == "cpu" and tensor.is_floating_point() and not _finite(tensor):
+                self._diverged(f"the {what} of minibatch {minibatch}")
+
+    def check_weights(self) -> None:
+        """Find what the boundaries have not shown yet: the last update of a pipe that is empty now.
+
+        Raises:
+            DivergenceError: a weight is not finite.
+        """
+        if self.check_finite and not all(_finite(p.detach()) for p in self._params):
+            self._diverged("a weight")
+
+    def _diverged(self, what: str) -> None:
+        advice = f"; {self.advice}" if self.advice else ""
+        raise DivergenceError(self.name, f"{what} is not finite after {self.version} updates{advice}")
+
+    def forget(self) -> None:
+        """Let go of the minibatches in flight."""
+        self._flights.clear()
 
     # -- saved tensors -------------------------------------------------------------------------------------------
 
@@ -205,7 +235,8 @@ class Stage:
                     return _SavedWeight(owner, tensor.size(), tensor.stride(), offset)
             else:
                 kept[pointer] = tensor.nbytes
-            return _SavedActivation(tensor, tensor._version)
+            # The tensor itself may be the output of the node that saves it: a cycle that no collector sees.
+            return _SavedActivation(tensor.detach(), tensor._version)
 
         def unpack(saved: _SavedWeight | _SavedActivation) -> Tensor:
             if isinstance(saved, _SavedActivation):
@@ -235,3 +266,9 @@ class Stage:
                 "are kept for every minibatch in flight; their past values are exact, but stashed",
                 stacklevel=2,
             )
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Of a real tensor on the CPU; a sum is not finite if a term is not."""
+    half = tensor.dtype in (torch.float16, torch.bfloat16)
+    return math.isfinite(tensor.sum(dtype=torch.float32 if half else None).item())

@@ -54,6 +54,7 @@ def test_one_stage_is_ordinary_training_bit_for_bit(schedule: str) -> None:
 
 
 def test_sequential_schedule_of_many_stages_is_ordinary_training() -> None:
+    torch.set_num_threads(1)
     stages, data = chain(), minibatches(10)
     plain = copy.deepcopy(nn.Sequential(*stages))
     optimizer = torch.optim.SGD(plain.parameters(), **SGD)
@@ -125,6 +126,25 @@ def test_stash_equals_the_simulation_for_attention() -> None:
         return [*layers, MeanHead(8, 3)]
 
     data = [(torch.randn(4, 5, 8), torch.randint(3, (4,))) for _ in range(12)]
+    simulated = delayed_sgd(stages(), data)
+    with pipeline(stages(), past="stash") as pipe:
+        train(pipe, data)
+        assert_equal_state(pipe.state_dict(), simulated.state_dict())
+
+
+class Cast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
+@pytest.mark.filterwarnings("ignore:.*works on copies")
+def test_copies_of_weights_are_right_too() -> None:
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [Cast(6, 6), Cast(6, 6), nn.Linear(6, 3)]
+
+    data = minibatches(12)
     simulated = delayed_sgd(stages(), data)
     with pipeline(stages(), past="stash") as pipe:
         train(pipe, data)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe import split
-from layerpipe.partition import _balanced, label
+from layerpipe.partition import _balanced, is_split, label
 
 
 def sequential() -> nn.Sequential:
@@ -89,7 +89,60 @@ def test_balance_is_optimal() -> None:
 def test_stages_can_be_pickled() -> None:
     part = split(sequential(), 2, balance="params")[0]
     x = torch.randn(3, 4)
-    assert torch.equal(pickle.loads(pickle.dumps(part))(x), part(x))
+    again = pickle.loads(pickle.dumps(part))
+    assert torch.equal(again(x), part(x))
+    assert is_split(again)
+    assert label(again) == label(part)
+
+
+class Dropping(nn.Module):
+    """Dropout as a function, whose mode a trace would freeze."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(nn.functional.dropout(self.a(x), 0.5, self.training))
+
+
+def test_training_mode_is_not_frozen_into_the_stages() -> None:
+    model = nn.Sequential(Dropping(), nn.Linear(4, 4), Dropping())
+    parts = split(model, 3, balance="params")
+    x = torch.randn(8, 4)
+
+    def run() -> Tensor:
+        y = x
+        for part in parts:
+            y = part(y)
+        return y
+
+    assert not torch.equal(run(), run())
+    for part in parts:
+        part.eval()
+    assert torch.equal(run(), model.eval()(x))
+    with pytest.raises(ValueError, match=r"self\.training"):
+        split(Dropping(), 2, balance="params")
+
+
+def test_tracing_leaves_modes_alone() -> None:
+    model = sequential().train()
+    model[2].eval()
+    split(model, 2, balance="params")
+    assert [m.training for m in model] == [True, True, False, True, True]
+
+
+def test_unused_parameters_are_named() -> None:
+    class Spare(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(4, 4), nn.Linear(4, 4))
+            self.spare = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x))
+
+    with pytest.warns(UserWarning, match="^spare: not used in the forward"):
+        split(Spare(), 2, balance="params")
 
 
 class Branching(nn.Module):

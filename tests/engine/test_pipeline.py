@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 import subprocess
 import sys
 import threading
 import time
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -118,11 +120,31 @@ def test_stages_may_pass_tuples(executor: str) -> None:
             return super().forward(torch.tanh(y) + x)
 
     stages = [nn.Linear(6, 6), Fork(6, 6), Join(6, 3)]
+    assert_sequential_schedule_is_plain_training(stages, executor, lambda x: stages[2](*stages[1](stages[0](x))))
     with pipeline(stages, executor=executor, past="stash") as pipe:
         for x, y in minibatches(10):
             pipe.step(x, y)
         pipe.drain()
         assert pipe(torch.randn(2, 6)).shape == (2, 3)
+
+
+def assert_sequential_schedule_is_plain_training(stages: list[nn.Module], executor: str, forward: Any) -> None:
+    """Trains the stages, and then the same weights in a plain loop over ``forward``, which runs the stages."""
+    torch.set_num_threads(1)
+    modules = nn.ModuleList(stages)
+    start, data = copy.deepcopy(modules.state_dict()), minibatches(6)
+    with pipeline(stages, executor=executor, schedule="sequential") as pipe:
+        for x, y in data:
+            pipe.step(x, y)
+        pipe.drain()
+    piped = copy.deepcopy(modules.state_dict())
+    modules.load_state_dict(start)
+    optimizer = sgd([p for p in modules.parameters() if p.requires_grad])
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(forward(x), y).backward()
+        optimizer.step()
+    assert all(torch.equal(value, piped[name]) for name, value in modules.state_dict().items())
 
 
 class Broken(nn.Linear):
@@ -165,6 +187,8 @@ def test_an_exception_reaches_the_caller_with_the_stage(executor: str, where: st
         assert caught.value.stage == f"stage {stage} (Broken)"
         with pytest.raises(RuntimeError, match="stopped after an error"):
             pipe.step(*minibatches(1)[0])
+        with pytest.raises(RuntimeError, match="stopped after an error"):
+            pipe.drain()
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -214,7 +238,7 @@ def test_schedulers_and_options_reach_the_stages() -> None:
             for x, y in minibatches(8):
                 pipe.step(x, y)
                 used = [g["lr"] for s in pipe.stages if s.version for g in s.optimizer.param_groups]  # type: ignore[union-attr]
-                assert set(used) <= {scheduler.get_last_lr()[0]}
+                assert set(used) == ({scheduler.get_last_lr()[0]} if pipe.tick > 3 else set())
                 scheduler.step()
         assert len(pipe.optimizer.param_groups) == 4
         assert "momentum_buffer" in next(iter(pipe.optimizer.state.values()))
@@ -299,7 +323,9 @@ def test_a_parameter_in_two_stages_is_refused() -> None:
 def test_stages_without_parameters_and_frozen_ones() -> None:
     frozen = nn.Linear(6, 6).requires_grad_(False)
     before = copy.deepcopy(frozen.state_dict())
-    with pipeline([nn.Linear(6, 6), nn.Tanh(), frozen, nn.Linear(6, 3)], past="stash") as pipe:
+    stages = [nn.Linear(6, 6), nn.Tanh(), frozen, nn.Linear(6, 3)]
+    assert_sequential_schedule_is_plain_training(stages, "serial", nn.Sequential(*stages))
+    with pipeline(stages, past="stash") as pipe:
         for x, y in minibatches(12):
             pipe.step(x, y)
         pipe.drain()
@@ -442,3 +468,101 @@ def test_workers_compute_with_the_threads_they_are_given() -> None:
             pipe.step(x, y)
         pipe.drain()
     assert seen == [1, 1, 1]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_modes_that_reach_no_other_thread_are_refused(executor: str) -> None:
+    with pipeline(executor=executor) as pipe:
+        with torch.no_grad(), pytest.raises(RuntimeError, match="no_grad"):
+            pipe.step(*minibatches(1)[0])
+        with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="autocast"):
+            pipe.step(*minibatches(1)[0])
+        assert pipe.step(*minibatches(1)[0]) is None
+        assert len(pipe.drain()) == 1
+
+
+def test_a_state_trained_with_other_delays_is_refused() -> None:
+    with pipeline(schedule="sequential") as plain, pipeline() as pipe:
+        for each in (plain, pipe):
+            for x, y in minibatches(8):
+                each.step(x, y)
+            each.drain()
+        with pytest.raises(ValueError, match=r"group 0 was trained with delay=0, this pipeline has delay=6"):
+            pipe.optimizer.load_state_dict(plain.optimizer.state_dict())
+        assert [g["delay"] for g in pipe.optimizer.param_groups] == [6, 4, 2, 0]
+
+
+def test_a_factory_that_drops_the_delay_or_a_parameter_is_found_out() -> None:
+    with pytest.raises(ValueError, match=r"stage 0 .*has a delay of 6, its optimizer one of 0"):
+        layerpipe.Pipeline(chain(), F.cross_entropy, lambda params, **past: lk.SGD(params, lr=0.1))
+    with pytest.raises(ValueError, match=r"stage 0 .*given 0\.weight, but holds it"):
+        layerpipe.Pipeline(chain(), F.cross_entropy, lambda params, **past: sgd(params[1:], **past))
+
+
+def test_groups_cannot_be_added_to_a_pipeline() -> None:
+    with pipeline() as pipe, pytest.raises(RuntimeError, match="new pipeline"):
+        pipe.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+
+
+def test_minibatches_in_flight_are_freed_with_the_pipeline() -> None:
+    """A layer that saves its own output must not keep itself alive through the hooks."""
+    pipe = pipeline([nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3)])
+    pipe.step(*minibatches(1)[0])
+    output = weakref.ref(pipe.stages[0]._flights[0].outputs[0])
+    assert output() is not None
+    pipe.close()
+    gc.collect()
+    assert output() is None
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_threads_are_refused(threads: int) -> None:
+    with pytest.raises(ValueError, match="threads_per_stage"):
+        pipeline(executor="threads", threads_per_stage=threads)
+
+
+def test_large_half_precision_outputs_are_finite() -> None:
+    class Big(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return (super().forward(x) * 0 + 100).half()
+
+    class Back(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.float())
+
+    with pipeline([Big(6, 600), Back(600, 3)]) as pipe:
+        for x, y in minibatches(4, size=16):
+            pipe.step(x, y)
+
+
+def test_a_bad_last_update_is_found_when_the_pipe_is_empty() -> None:
+    with layerpipe.Pipeline(
+        [nn.Linear(6, 3)], F.cross_entropy, lambda p, **past: lk.SGD(p, lr=1e38, weight_decay=1e5, **past)
+    ) as pipe:
+        pipe.step(*minibatches(1)[0])
+        with pytest.raises(layerpipe.DivergenceError, match="a weight is not finite after 1 updates"):
+            pipe.drain()
+
+
+def test_a_loss_without_a_gradient_is_refused() -> None:
+    with (
+        layerpipe.Pipeline(chain(2), lambda a, b: F.cross_entropy(a, b).detach(), sgd) as pipe,
+        pytest.raises(layerpipe.StageError, match="depends on no trained weight"),
+    ):
+        for x, y in minibatches(3):
+            pipe.step(x, y)
+
+
+def test_a_stage_that_returns_a_list_is_told_so() -> None:
+    class Lists(nn.Linear):
+        def forward(self, x: Tensor) -> list[Tensor]:  # type: ignore[override]
+            return [super().forward(x)]
+
+    with pipeline([Lists(6, 6), nn.Linear(6, 3)]) as pipe, pytest.raises(layerpipe.StageError, match="got list"):
+        pipe.step(*minibatches(1)[0])
+
+
+def test_errors_can_be_pickled() -> None:
+    error = pickle.loads(pickle.dumps(layerpipe.DivergenceError("stage 1", "no")))
+    assert isinstance(error, layerpipe.DivergenceError)
+    assert str(error) == "stage 1: no"

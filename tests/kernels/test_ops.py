@@ -85,6 +85,27 @@ def test_refused_input_leaves_everything_untouched(backend: str) -> None:
     assert torch.equal(good, torch.ones(4))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_require_gradients_are_stepped(backend: str) -> None:
+    weight, velocity = torch.nn.Parameter(torch.ones(4)), torch.zeros(4)
+    ops.sgd_step_([weight], [torch.ones(4)], [velocity], lr=0.5, momentum=0.9, weight_decay=1.0, backend=backend)
+    assert weight.tolist() == [0.0] * 4
+    assert velocity.grad_fn is None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_averages_of_another_number_are_refused(backend: str) -> None:
+    weights = [torch.ones(4), torch.ones(4)]
+    with pytest.raises(ValueError, match=r"ema of weights\[1\]"):
+        ops.sgd_step_(
+            weights, weights, None, [torch.zeros(3, 4), torch.zeros(1, 4)], lr=1.0, decays=[0.5] * 3, taps=[0.0] * 3,
+            backend=backend,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="as many decays and taps"):
+        ops.sgd_step_(weights, weights, None, None, lr=1.0, decays=[0.5], backend=backend)
+    assert torch.equal(weights[0], torch.ones(4))
+
+
 def test_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LAYERPIPE_BACKEND", "reference")
     assert backends.choose(torch.ones(1)) == "reference"

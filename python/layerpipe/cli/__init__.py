@@ -11,14 +11,12 @@ def main(arguments: list[str] | None = None) -> None:
         from layerpipe.cli.app import app
     except ImportError as error:
         _fail(f"{error}; the command line needs more than the library: pip install 'layerpipe[cli]'")
-    from layerpipe.errors import DataError, DivergenceError
+    from layerpipe.errors import DataError, UsageError
 
     try:
         status = app(args=arguments, standalone_mode=False, prog_name="layerpipe")
-    except (DataError, ValueError, ImportError) as error:
+    except (DataError, UsageError) as error:
         _fail(str(error))
-    except DivergenceError as error:
-        _fail(f"diverged: {error}", status=1)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

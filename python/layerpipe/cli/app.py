@@ -19,6 +19,7 @@ from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Result, Step, make_pipeline
 from layerpipe.cli.training import train as run_training
 from layerpipe.data import Images
+from layerpipe.errors import UsageError
 
 app = typer.Typer(
     add_completion=False,
@@ -178,7 +179,7 @@ def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig
 
     kind, _, order = name.strip().partition(":")
     if kind not in KINDS or (order and (kind != "blend" or order not in ("1", "2", "3"))):
-        raise ValueError(f"--past {name!r} is unknown; there are: {', '.join(KINDS)}, blend:1, blend:2, blend:3")
+        raise UsageError(f"--past {name!r} is unknown; there are: {', '.join(KINDS)}, blend:1, blend:2, blend:3")
     decay = ema_decay if kind == "ema" else None
     return dataclasses.replace(base, past=kind, order=int(order) if order else base.order, ema_decay=decay)
 
@@ -187,7 +188,12 @@ def _prepare(config: TrainConfig) -> Images:
     """The data, once everything that could be wrong with the options has been found out."""
     images = datasets.load(config.data, config.data_dir)
     next(images.batches(config.batch_size, config.seed))
-    make_pipeline(dataclasses.replace(config, executor="serial"), images, lambda output, target: output.sum()).close()
+    try:
+        make_pipeline(
+            dataclasses.replace(config, executor="serial"), images, lambda output, target: output.sum()
+        ).close()
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
     return images
 
 

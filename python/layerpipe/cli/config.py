@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from layerpipe.errors import UsageError
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -79,7 +81,7 @@ def parse_decay(text: str | None) -> str | float | tuple[float, ...] | None:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(
+        raise UsageError(
             f"--ema-decay {text!r} is neither a rule ({', '.join(RULES)}) nor a number nor numbers with commas"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers

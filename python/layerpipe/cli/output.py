@@ -17,6 +17,7 @@ import torch
 import layerpipe_kernels
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.training import Result
+from layerpipe.errors import UsageError
 
 
 class RunDirectory:
@@ -31,14 +32,14 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.exists() and not path.is_dir():
-            raise ValueError(f"--out {path} is not a directory")
+            raise UsageError(f"--out {path} is not a directory")
         if (path / "metrics.jsonl").exists():
-            raise ValueError(f"--out {path} already holds a run; choose another directory or remove it")
+            raise UsageError(f"--out {path} already holds a run; choose another directory or remove it")
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._metrics = (path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
         except OSError as error:
-            raise ValueError(f"--out {path} cannot be written: {error.strerror}") from error
+            raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
         from torch.utils.tensorboard import SummaryWriter
 
         self._board: Any = SummaryWriter(str(path))

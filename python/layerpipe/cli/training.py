@@ -16,7 +16,7 @@ import layerpipe_kernels
 from layerpipe import models
 from layerpipe.cli.config import TrainConfig
 from layerpipe.data import Images
-from layerpipe.errors import DivergenceError
+from layerpipe.errors import DivergenceError, UsageError
 from layerpipe.partition import split
 from layerpipe.pipeline import Event, Pipeline, StageMemory
 from layerpipe.probe import Reading, ReconstructionProbe
@@ -114,7 +114,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device
 
 
