@@ -108,7 +108,7 @@ class Threads(Executor):
     """A worker thread per stage. Stages wait for each other's tensors, never for a common barrier.
 
     Args:
-        close_channels: called when a worker fails, so that its neighbours stop waiting for it.
+        close_channels: called when a worker failed or the pipeline is closed, so that nobody waits for it.
         threads_per_stage: torch's intra-op threads in each worker; by default the caller's setting shared among them.
     """
 
@@ -233,7 +233,6 @@ def _work(
         except ChannelClosed:
             return  # a neighbour failed, or the pipeline was closed; the cause is reported from there
         except BaseException as error:
-            owner._close_channels()
             events.put(owner._named(stage, error))
             return
         if stage == len(owner.names) - 1:
