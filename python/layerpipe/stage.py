@@ -218,6 +218,9 @@ class Stage:
 
     @contextmanager
     def _saving(self, flight: _Flight) -> Iterator[None]:
+        if not self.delay and flight.version > self.base:
+            yield  # nothing to hand out, and the first minibatch has shown what is kept
+            return
         # A parameter may have been moved to other memory (module.to, load_state_dict(assign=True)): look now.
         owners = sorted(((p.data_ptr(), i) for i, p in enumerate(self._all_params) if p.numel()))
         starts = [start for start, _ in owners]
