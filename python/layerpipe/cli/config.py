@@ -38,7 +38,7 @@ class TrainConfig:
     data_dir: Path = Path("data")
 
     #: Steps where neither steps nor epochs are given.
-    default_steps = 400
+    default_steps = 600
 
     def total_steps(self, images: int) -> int:
         if self.steps is not None:

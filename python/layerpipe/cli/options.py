@@ -65,7 +65,7 @@ WeightDecay = Annotated[float, _option("Weight decay.", TRAINING, min=0.0)]
 BatchSize = Annotated[int, _option("Images per minibatch.", TRAINING, min=1)]
 Epochs = Annotated[float | None, _option("Passes over the training data; may be a fraction.", TRAINING, min=0.0)]
 Steps = Annotated[
-    int | None, _option("Minibatches; goes before --epochs. Default: 400.", TRAINING, min=1, show_default=False)
+    int | None, _option("Minibatches; goes before --epochs. Default: 600.", TRAINING, min=1, show_default=False)
 ]
 LrSchedule = Annotated[
     Literal["constant", "cosine", "linear"], _option("After the warm-up: stay, or go down to 0.", TRAINING)

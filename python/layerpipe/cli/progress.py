@@ -48,4 +48,7 @@ class TrainingBar:
     ) -> None:
         self._progress.stop()
         if not self._console.is_terminal and self._last:
-            self._console.print(f"{self._name}: {self._last.step} minibatches, {self._text(self._last)}")
+            last = self._last
+            self._console.print(
+                f"{self._name}: {last.step} minibatches, loss {last.loss:.3f}, {last.samples_per_s:.0f} samples/s"
+            )

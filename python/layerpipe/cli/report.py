@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.filesize import decimal
 from rich.table import Table
 
@@ -30,9 +31,10 @@ def stage_table(result: Result) -> Table:
     """Per stage: its layers, its delay by the rule and as measured, the error of its past weights."""
     table = Table(
         title="Delays",
+        box=SIMPLE_HEAD,
         title_justify="left",
-        caption="n: updates between a minibatch's forward and its backward. Error: mean square of the past weights'\n"
-        "error, relative to using the latest weights (1.0).",
+        caption="n: updates between a minibatch's forward and its backward. Error: mean square of the past "
+        "weights' error, relative to using the latest weights (1.0).",
         caption_justify="left",
     )
     table.add_column("stage")
@@ -46,7 +48,7 @@ def stage_table(result: Result) -> Table:
 
 def memory_table(result: Result) -> Table:
     """Per stage: what it keeps, measured from its tensors, and what weight stashing would keep as history."""
-    table = Table(title="Memory", title_justify="left")
+    table = Table(title="Memory", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("stage")
     for name in ("weights", "history", "optimizer", "scratch", "activations", "stashing\nwould keep"):
         table.add_column(name, justify="right")
@@ -73,7 +75,7 @@ def history_sentence(result: Result) -> str | None:
 
 def accuracy_table(results: Mapping[str, Result]) -> Table:
     """Each run's accuracy on the test data, and how fast it trained."""
-    table = Table(title="Accuracy", title_justify="left")
+    table = Table(title="Accuracy", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "test accuracy", "last training loss", "samples/s", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     for name, result in results.items():
@@ -91,7 +93,7 @@ def accuracy_table(results: Mapping[str, Result]) -> Table:
 def comparison_table(results: Mapping[str, Sequence[Result]]) -> Table:
     """Accuracy mean and spread over seeds, worst stage's past-weight error, bytes of weights and their past."""
     table = Table(
-        title="Comparison", title_justify="left", caption_justify="left",
+        title="Comparison", title_justify="left", box=SIMPLE_HEAD, caption_justify="left",
         caption="±: standard deviation over seeds. Error: the worst stage's, relative to the latest weights.",
     )  # fmt: skip
     for column in ("past", "test accuracy", "past-weight error", "weights + past", "diverged"):
