@@ -48,7 +48,7 @@ def stage_table(result: Result) -> Table:
 
 def memory_table(result: Result) -> Table:
     """Per stage: what it keeps, measured from its tensors, and what weight stashing would keep as history."""
-    table = Table(title="Memory", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(title="Memory", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
     for name in ("weights", "history", "optimizer", "scratch", "activations", "stashing\nwould keep"):
         table.add_column(name, justify="right")
