@@ -39,7 +39,7 @@ void bind_dtype(py::module_& m, const std::string& suffix) {
                 run_unlocked(plan.numel(), [&] { plan.sgd_step(grads, first, options, threads); });
             },
             "grads"_a, "first"_a, py::kw_only(), "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,
-            "maximize"_a, "ema_of_gradient"_a, "decays"_a, "taps"_a, "tap_update"_a, "threads"_a)
+            "maximize"_a, "ema_of_gradient"_a, "decays"_a, "taps"_a, "update_tap"_a, "threads"_a)
         .def_property_readonly("numel", &StepPlan<T>::numel)
         .def_property_readonly("tensors", &StepPlan<T>::tensors)
         .def_property_readonly("chunks", &StepPlan<T>::chunks);

@@ -14,6 +14,7 @@ from torch import Tensor
 from layerpipe_kernels import backend as _backend
 from layerpipe_kernels import reference
 from layerpipe_kernels.plan import SgdPlan, check_disjoint, check_like, check_tensor
+from layerpipe_kernels.reference import SgdOptions
 
 MAX_EMAS = 3
 MAX_TERMS = 4
@@ -27,17 +28,8 @@ def sgd_step_(
     emas: Sequence[Tensor] | None = None,  # (K, *) each
     pasts: Sequence[Tensor] | None = None,  # (*) each
     *,
-    lr: float,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    maximize: bool = False,
+    options: SgdOptions,
     first: bool = False,
-    ema_of_gradient: bool = False,
-    decays: Sequence[float] = (),
-    taps: Sequence[float] = (),
-    update_tap: float = 0.0,
     backend: str = "auto",
 ) -> None:
     """SGD, the EMAs of the updates and the past weights of a list of tensors, in one pass and in place.
@@ -51,20 +43,7 @@ def sgd_step_(
         return
     names = [f"weights[{i}]" for i in range(len(weights))]
     plan = SgdPlan(weights, velocities, emas, pasts, names=names, backend=_backend.choose(weights[0], backend))
-    plan.step(
-        plan.check_grads(grads),
-        [first] * len(weights),
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        maximize=maximize,
-        ema_of_gradient=ema_of_gradient,
-        decays=decays,
-        taps=taps,
-        update_tap=update_tap,
-    )
+    plan.step(plan.check_grads(grads), [first] * len(weights), options)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layerpipe_kernels import backend as _backend
 from layerpipe_kernels import reference
+from layerpipe_kernels.reference import SgdOptions
 
 
 def describe(name: str, tensor: Tensor) -> str:
@@ -144,65 +145,24 @@ class SgdPlan:
             [t for _, tensors in kinds for t in tensors],
         )
 
-    def step(
-        self,
-        grads: Sequence[Tensor],
-        first: Sequence[bool],
-        *,
-        lr: float,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-        ema_of_gradient: bool,
-        decays: Sequence[float],
-        taps: Sequence[float],
-        update_tap: float,
-    ) -> None:
+    def step(self, grads: Sequence[Tensor], first: Sequence[bool], options: SgdOptions) -> None:
         """Run the step on checked gradients; the formulas are :func:`layerpipe_kernels.reference.sgd_step_`'s.
 
         Raises:
             ValueError: not one decay and one tap per EMA.
         """
-        if not len(decays) == len(taps) == self.ema_count:
-            raise ValueError(f"{self.ema_count} EMAs take as many decays and taps, got {len(decays)} and {len(taps)}")
-        if self._plan is not None:
-            self._plan.sgd_step(
-                self.pointers(grads),
-                first,
-                lr=lr,
-                momentum=momentum,
-                dampening=dampening,
-                weight_decay=weight_decay,
-                nesterov=nesterov,
-                maximize=maximize,
-                ema_of_gradient=ema_of_gradient,
-                decays=decays,
-                taps=taps,
-                tap_update=update_tap,
-                threads=torch.get_num_threads(),
+        if not len(options.decays) == len(options.taps) == self.ema_count:
+            raise ValueError(
+                f"{self.ema_count} EMAs take as many decays and taps, got {len(options.decays)} and {len(options.taps)}"
             )
+        if self._plan is not None:
+            self._plan.sgd_step(self.pointers(grads), first, **options._asdict(), threads=torch.get_num_threads())
         else:
             for i, (weight, grad) in enumerate(zip(self.weights, grads, strict=True)):
-                reference.sgd_step_(
-                    weight,
-                    grad,
-                    self.velocities[i] if self.velocities else None,
-                    self.emas[i] if self.emas else None,
-                    self.pasts[i] if self.pasts else None,
-                    lr=lr,
-                    momentum=momentum,
-                    dampening=dampening,
-                    weight_decay=weight_decay,
-                    nesterov=nesterov,
-                    maximize=maximize,
-                    first=bool(first[i]),
-                    ema_of_gradient=ema_of_gradient,
-                    decays=decays,
-                    taps=taps,
-                    update_tap=update_tap,
-                )
+                velocity = self.velocities[i] if self.velocities else None
+                ema = self.emas[i] if self.emas else None
+                past = self.pasts[i] if self.pasts else None
+                reference.sgd_step_(weight, grad, velocity, ema, past, options, first=first[i])
         # A delayed backward that saved these tensors without the stage's hooks must fail, not be silently wrong.
         torch.autograd.graph.increment_version(self.written)
 

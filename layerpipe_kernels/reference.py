@@ -8,6 +8,7 @@ Half-precision weights are computed with in float32.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,24 +19,30 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
+class SgdOptions(NamedTuple):
+    """What one step of SGD needs besides the arrays, the same for all tensors of a group."""
+
+    lr: float
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+    ema_of_gradient: bool = False
+    decays: Sequence[float] = ()  # per EMA
+    taps: Sequence[float] = ()  # per EMA
+    update_tap: float = 0.0
+
+
 def sgd_step_(
     weight: Tensor,  # (*) updated in place
     grad: Tensor,  # (*)
     velocity: Tensor | None,  # (*) updated in place; None without momentum
     ema: Tensor | None,  # (K, *) updated in place; None without EMAs
     past: Tensor | None,  # (*) written; None where the past weights are made later
+    o: SgdOptions,
     *,
-    lr: float,
-    momentum: float = 0.0,
-    dampening: float = 0.0,
-    weight_decay: float = 0.0,
-    nesterov: bool = False,
-    maximize: bool = False,
     first: bool = False,
-    ema_of_gradient: bool = False,
-    decays: Sequence[float] = (),
-    taps: Sequence[float] = (),
-    update_tap: float = 0.0,
 ) -> None:
     """One step of SGD, the EMAs of its updates and, if asked for, the past weights.
 
@@ -46,25 +53,25 @@ def sgd_step_(
     compute = state_dtype(weight.dtype)
     w = weight.to(compute)
     g = grad.to(compute)
-    if maximize:
+    if o.maximize:
         g = -g
-    if weight_decay != 0:
-        g = g.add(w, alpha=weight_decay)
+    if o.weight_decay != 0:
+        g = g.add(w, alpha=o.weight_decay)
     d = g
     if velocity is not None:
         if first:
             velocity.copy_(g)
         else:
-            velocity.mul_(momentum).add_(g, alpha=1 - dampening)
-        d = g.add(velocity, alpha=momentum) if nesterov else velocity
-    w = w.add(d, alpha=-lr)
-    u = d * lr
+            velocity.mul_(o.momentum).add_(g, alpha=1 - o.dampening)
+        d = g.add(velocity, alpha=o.momentum) if o.nesterov else velocity
+    w = w.add(d, alpha=-o.lr)
+    u = d * o.lr
     weight.copy_(w)
     if ema is not None:
-        ema_update_(list(ema.unbind(0)), g if ema_of_gradient else u, decays)
+        ema_update_(list(ema.unbind(0)), g if o.ema_of_gradient else u, o.decays)
     if past is not None:
-        estimate = w.add(u, alpha=update_tap)
-        for e, tap in zip(ema.unbind(0) if ema is not None else (), taps, strict=True):
+        estimate = w.add(u, alpha=o.update_tap)
+        for e, tap in zip(ema.unbind(0) if ema is not None else (), o.taps, strict=True):
             estimate.add_(e, alpha=tap)
         past.copy_(estimate)
 

@@ -14,6 +14,7 @@ from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.history import Clock, History, Taps
 from layerpipe_kernels.optim.base import PAST_DEFAULTS, Group, PastOptimizer, require_finite
 from layerpipe_kernels.plan import SgdPlan
+from layerpipe_kernels.reference import SgdOptions
 
 
 class SGD(PastOptimizer):
@@ -124,13 +125,10 @@ class SGD(PastOptimizer):
             self._still.update(still)
             self._age_still(still, past, clock)
         if plan is not None:
-            momentum = group["momentum"]
             taps = past.taps(clock) if past is not None else Taps(0.0, ())
-            plan.step(
-                present,
-                [p in self._fresh for p in moving] if self._fresh else [False] * len(moving),
+            options = SgdOptions(
                 lr=clock.lr,
-                momentum=momentum,
+                momentum=group["momentum"],
                 dampening=group["dampening"],
                 weight_decay=group["weight_decay"],
                 nesterov=group["nesterov"],
@@ -140,6 +138,7 @@ class SGD(PastOptimizer):
                 taps=taps.emas,
                 update_tap=taps.update,
             )
+            plan.step(present, [p in self._fresh for p in moving] if self._fresh else [False] * len(moving), options)
             if self._fresh:
                 self._fresh.difference_update(moving)
         group["updates"], group["last_lr"] = clock.t, clock.lr

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,8 +9,11 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from layerpipe_kernels import backend as backends
 from layerpipe_kernels import ops
+from layerpipe_kernels.reference import SgdOptions
 from tests.conftest import needs_cpp
 
+PLAIN = SgdOptions(lr=0.1)
+step = functools.partial(ops.sgd_step_, options=PLAIN)
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 
 
@@ -61,9 +66,9 @@ def strided() -> Tensor:
         (lambda: ops.ema_update_([torch.ones(4)], torch.ones(4), [1.5]), ValueError, r"decays\[0\]"),
         (lambda: ops.ema_update_([torch.ones(4)], torch.ones(4), [float("nan")]), ValueError, r"decays\[0\]"),
         (lambda: ops.ema_update_([], torch.ones(4), []), ValueError, "1 to 3 EMAs"),
-        (lambda: ops.sgd_step_([strided()], [torch.ones(6, 4)], lr=0.1), ValueError, r"weights\[0\].*not contiguous"),
-        (lambda: ops.sgd_step_([torch.ones(4)], [], lr=0.1), ValueError, "1 weights but 0"),
-        (lambda: ops.sgd_step_([torch.ones(4)], [torch.ones(4)], [torch.ones(5)], lr=0.1), ValueError, "momentum"),
+        (lambda: step([strided()], [torch.ones(6, 4)]), ValueError, r"weights\[0\].*not contiguous"),
+        (lambda: step([torch.ones(4)], []), ValueError, "1 weights but 0"),
+        (lambda: step([torch.ones(4)], [torch.ones(4)], [torch.ones(5)]), ValueError, "momentum"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(call: object, error: type[Exception], message: str) -> None:
@@ -81,14 +86,16 @@ def test_overlapping_output_is_refused() -> None:
 def test_refused_input_leaves_everything_untouched(backend: str) -> None:
     good, bad = torch.ones(4), torch.ones(6)
     with pytest.raises(ValueError, match="gradient"):
-        ops.sgd_step_([good, bad], [torch.ones(4), torch.ones(5)], lr=0.1, backend=backend)
+        ops.sgd_step_([good, bad], [torch.ones(4), torch.ones(5)], options=PLAIN, backend=backend)
     assert torch.equal(good, torch.ones(4))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_parameters_that_require_gradients_are_stepped(backend: str) -> None:
     weight, velocity = torch.nn.Parameter(torch.ones(4)), torch.zeros(4)
-    ops.sgd_step_([weight], [torch.ones(4)], [velocity], lr=0.5, momentum=0.9, weight_decay=1.0, backend=backend)
+    ops.sgd_step_(
+        [weight], [torch.ones(4)], [velocity], options=SgdOptions(0.5, 0.9, weight_decay=1.0), backend=backend
+    )
     assert weight.tolist() == [0.0] * 4
     assert velocity.grad_fn is None
 
@@ -96,13 +103,12 @@ def test_parameters_that_require_gradients_are_stepped(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_averages_of_another_number_are_refused(backend: str) -> None:
     weights = [torch.ones(4), torch.ones(4)]
+    three = SgdOptions(lr=1.0, decays=[0.5] * 3, taps=[0.0] * 3)
     with pytest.raises(ValueError, match=r"ema of weights\[1\]"):
-        ops.sgd_step_(
-            weights, weights, None, [torch.zeros(3, 4), torch.zeros(1, 4)], lr=1.0, decays=[0.5] * 3, taps=[0.0] * 3,
-            backend=backend,
-        )  # fmt: skip
+        emas = [torch.zeros(3, 4), torch.zeros(1, 4)]
+        ops.sgd_step_(weights, weights, None, emas, options=three, backend=backend)
     with pytest.raises(ValueError, match="as many decays and taps"):
-        ops.sgd_step_(weights, weights, None, None, lr=1.0, decays=[0.5], backend=backend)
+        ops.sgd_step_(weights, weights, None, None, options=three, backend=backend)
     assert torch.equal(weights[0], torch.ones(4))
 
 

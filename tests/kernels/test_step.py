@@ -13,6 +13,7 @@ from torch import Tensor
 
 import layerpipe_kernels as lk
 from layerpipe_kernels import ops, reference
+from layerpipe_kernels.reference import SgdOptions
 from tests.conftest import needs_cpp
 
 CHUNK = 1 << 15
@@ -40,12 +41,15 @@ def case(size: int, emas: int, *, offset: int = 0, dtype: torch.dtype = torch.fl
 
 def run(arrays: dict[str, Tensor | None], backend: str, **hyper: Any) -> dict[str, Tensor]:
     """One step on copies (which keep the alignment), by a backend or, as ``fp64``, by the reference in float64."""
+    first, options = hyper.pop("first", False), SgdOptions(**hyper)
     if backend == "fp64":
         copies = {k: None if v is None else v.double() for k, v in arrays.items()}
-        reference.sgd_step_(*copies.values(), **hyper)  # type: ignore[arg-type]
+        reference.sgd_step_(*copies.values(), options, first=first)  # type: ignore[arg-type]
     else:
         copies = {k: None if v is None else realigned(v) for k, v in arrays.items()}
-        ops.sgd_step_(*([v] if v is not None else None for v in copies.values()), **hyper, backend=backend)  # type: ignore[arg-type]
+        ops.sgd_step_(
+            *([v] if v is not None else None for v in copies.values()), options=options, first=first, backend=backend
+        )  # type: ignore[arg-type]
     return {k: v for k, v in copies.items() if v is not None and k != "grad"}
 
 
