@@ -104,8 +104,9 @@ class SGD(PastOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for i, group in enumerate(self.param_groups):
+        for group in self.param_groups:  # all of them before any weight is written
             require_finite(group, ("lr", "momentum", "dampening", "weight_decay"))
+        for i, group in enumerate(self.param_groups):
             self._step_group(i, group)
         return loss
 

@@ -372,12 +372,15 @@ def test_options_are_refused_by_name(options: dict[str, Any], message: str) -> N
         lk.SGD([P(torch.ones(3))], **{"lr": 0.1, "momentum": 0.9, "delay": 4, **options})
 
 
-def test_a_nan_learning_rate_is_refused_before_it_is_written() -> None:
-    run = Run(delay=0)
-    run.optimizer.param_groups[0]["lr"] = float("nan")
+def test_a_nan_learning_rate_is_refused_before_any_group_is_written() -> None:
+    params = [P(torch.ones(3)), P(torch.ones(3))]
+    optimizer = lk.SGD([{"params": [p]} for p in params], lr=0.1)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.param_groups[1]["lr"] = float("nan")
     with pytest.raises(ValueError, match="lr is nan"):
-        run.step()
-    assert torch.equal(run.param, run.versions[0])
+        optimizer.step()
+    assert all(torch.equal(param, torch.ones(3)) for param in params)
 
 
 def test_bad_parameters_and_gradients_are_refused_by_name() -> None:
