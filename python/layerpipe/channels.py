@@ -44,6 +44,3 @@ class Channel:
 
     def close(self) -> None:
         self._queue.put(self._CLOSED)
-
-    def empty(self) -> bool:
-        return self._queue.empty()
