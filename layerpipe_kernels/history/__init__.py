@@ -9,7 +9,7 @@
 | ``blend`` | one to three EMAs | the best linear mixture of them and the newest update |
 """
 
-from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, Taps
+from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, Taps, copy_into
 from layerpipe_kernels.history.blend import Blend
 from layerpipe_kernels.history.ema import Ema
 from layerpipe_kernels.history.latest import Latest
@@ -30,6 +30,7 @@ __all__ = [
     "Settings",
     "Stash",
     "Taps",
+    "copy_into",
     "make",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ PAST_DEFAULTS: dict[str, Any] = {
     "materialize": False,
     "backend": "auto",
 }
+
+#: What a parameter's state holds for its past; the rest is the optimizer's own.
+HISTORY_KEYS = ("ema", "stash", "past")
 
 
 class PastOptimizer(torch.optim.Optimizer):
@@ -134,6 +137,9 @@ class PastOptimizer(torch.optim.Optimizer):
 
     def past_view(self, param: Tensor) -> Tensor:
         """Like :meth:`past_weight`, but may return memory that the next step overwrites. For one backward."""
+        return self._past(param, None)
+
+    def _past(self, param: Tensor, out: Tensor | None) -> Tensor:
         group = self._find(param)
         clock = history.Clock(group["updates"], group["last_lr"])
         ready = self._ready.get(id(group))
@@ -142,12 +148,11 @@ class PastOptimizer(torch.optim.Optimizer):
             ready = self._ready[id(group)] = clock, past, past.mixture(clock) if past is not None else None
         _, past, mixture = ready
         if past is None or mixture is None:
-            return param.detach()
+            return history.copy_into(out, param.detach())
         state = self.state[param]
         if "past" in state and group["updates"]:
-            made: Tensor = state["past"]
-            return made
-        return past.past(param, state, mixture, moved=param not in self._still)
+            return history.copy_into(out, state["past"])
+        return past.past(param, state, mixture, moved=param not in self._still, out=out)
 
     def past_weight(self, param: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The weights of ``min(updates, delay)`` updates ago, as this parameter's history has them.
@@ -165,9 +170,7 @@ class PastOptimizer(torch.optim.Optimizer):
                 f"out must be {tuple(param.shape)} {param.dtype} on {param.device}, "
                 f"got {tuple(out.shape)} {out.dtype} on {out.device}"
             )
-        with torch.no_grad():
-            past = self.past_view(param)
-            return past.clone() if out is None else out.copy_(past)
+        return self._past(param, torch.empty_like(param, requires_grad=False) if out is None else out)
 
     def _find(self, param: Tensor) -> Group:
         if not self._group_of:
@@ -184,20 +187,21 @@ class PastOptimizer(torch.optim.Optimizer):
 
     def history_bytes(self) -> int:
         """Bytes kept for past weights, the weights themselves and the optimizer's own state not counted."""
-        keys = ("ema", "stash", "past")
-        return sum(s[k].nbytes for s in self.state.values() for k in keys if k in s)
+        return sum(s[k].nbytes for s in self.state.values() for k in HISTORY_KEYS if k in s)
 
     def optimizer_bytes(self) -> int:
         """Bytes of the optimizer's own state."""
-        keys = ("ema", "stash", "past")
         return sum(
-            v.nbytes for s in self.state.values() for k, v in s.items() if k not in keys and isinstance(v, Tensor)
+            v.nbytes
+            for s in self.state.values()
+            for k, v in s.items()
+            if k not in HISTORY_KEYS and isinstance(v, Tensor)
         )
 
 
-def require_finite(group: Group, names: Iterable[str], check: Callable[[float], bool] = math.isfinite) -> None:
+def require_finite(group: Group, names: Iterable[str]) -> None:
     """Refuse a NaN hyperparameter before it reaches the weights."""
     for name in names:
         value = float(group[name])
-        if not check(value):
+        if not math.isfinite(value):
             raise ValueError(f"{name} is {value}; refusing to step")

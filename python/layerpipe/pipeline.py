@@ -158,15 +158,7 @@ class Pipeline:
             raise RuntimeError("pipe.step() trains; call it outside torch.no_grad()")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise RuntimeError("autocast does not reach the stages' threads; enter it inside a stage's forward")
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        try:
-            self._input.put(inputs)
-            self._target.put(target)
-            self.fed += 1
-            self._submit()
-        except BaseException as error:
-            self._executor.abort(error)  # some stages may have the tick and others not
-            raise
+        self._submit((inputs if isinstance(inputs, tuple) else (inputs,), target))
         expected = self.fed - self.latency
         if expected <= 0:
             return None
@@ -212,12 +204,20 @@ class Pipeline:
         for stage in self.stages:
             stage.restart()
 
-    def _submit(self) -> None:
-        options = self.optimizer.options_by_stage()
-        by_stage = iter(options)
-        per_stage = [next(by_stage) if s.optimizer is not None else [] for s in self.stages]
-        self._executor.submit(Tick(self.tick, self.schedule.tick(self.tick, self.fed), per_stage))
-        self.tick += 1
+    def _submit(self, minibatch: tuple[tuple[Any, ...], Any] | None = None) -> None:
+        """Run the next tick, with a new minibatch unless the pipe is being drained."""
+        try:
+            if minibatch is not None:
+                self._input.put(minibatch[0])
+                self._target.put(minibatch[1])
+                self.fed += 1
+            by_stage = iter(self.optimizer.options_by_stage())
+            options = [next(by_stage) if s.optimizer is not None else [] for s in self.stages]
+            self._executor.submit(Tick(self.tick, self.schedule.tick(self.tick, self.fed), options))
+            self.tick += 1
+        except BaseException as error:
+            self._executor.abort(error)  # some stages may have the tick and others not
+            raise
 
     def _run(self, action: Action, tick: Tick) -> None:
         start = time.perf_counter()
