@@ -17,7 +17,6 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/plan.cpp", "csrc/cpu/span.cpp"]
 
 
 def fail(message: str) -> SystemExit:
@@ -71,12 +70,16 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_MAKE_PROGRAM={tools['ninja']}",
             f"-Dpybind11_DIR={tools['pybind11']}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            *(["-DLP_CUDA=OFF"] if os.environ.get("LAYERPIPE_BUILD_CUDA") == "0" else []),
+            *([f"-DLP_CUDA_ARCHITECTURES={archs}"] if (archs := os.environ.get("LAYERPIPE_CUDA_ARCHS")) else []),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
 
         # CMake's cache keeps the first compiler, flags and tools; a later build may have others.
-        variables = [os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "LDFLAGS")]
-        tools_used = "\n".join([*configure, *variables, sys.base_prefix, str(shutil.which("c++"))])
+        variables = [os.environ.get(name, "") for name in ("CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS")]
+        tools_used = "\n".join(
+            [*configure, *variables, sys.base_prefix, str(shutil.which("c++")), str(shutil.which("nvcc"))]
+        )
         made_with = build_dir / "made_with.txt"
         if not made_with.exists() or made_with.read_text() != tools_used:
             shutil.rmtree(build_dir, ignore_errors=True)
@@ -115,5 +118,5 @@ if os.environ.get("LAYERPIPE_BUILD_EXT") == "0" or why_not_built():
 else:
     setup(
         cmdclass={"build_py": CleanBuildPy, "build_ext": CMakeBuild},
-        ext_modules=[Extension("layerpipe_kernels._C", SOURCES)],
+        ext_modules=[Extension("layerpipe_kernels._C", [])],
     )

@@ -7,18 +7,20 @@
 
 namespace layerpipe {
 
-constexpr int64_t kChunk = 1 << 15;
-
-struct Chunk {
-    int32_t tensor;
-    int64_t begin, end;  // elements of that tensor
+struct alignas(16) Chunk {
+    int64_t begin;  // elements of that tensor
+    int32_t tensor, count;
 };
 
-inline std::vector<Chunk> make_chunks(const std::vector<int64_t>& numels) {
+inline std::vector<Chunk> make_chunks(const std::vector<int64_t>& numels, int64_t chunk) {
     std::vector<Chunk> chunks;
-    for (size_t i = 0; i < numels.size(); ++i)
-        for (int64_t begin = 0; begin < numels[i]; begin += kChunk)
-            chunks.push_back({static_cast<int32_t>(i), begin, std::min(begin + kChunk, numels[i])});
+    for (size_t i = 0; i < numels.size(); ++i) {
+        int64_t begin = 0;
+        do {  // an empty tensor has a chunk, too: its steps are counted
+            chunks.push_back(
+                {begin, static_cast<int32_t>(i), static_cast<int32_t>(std::min(chunk, numels[i] - begin))});
+        } while ((begin += chunk) < numels[i]);
+    }
     return chunks;
 }
 

@@ -1,61 +1,180 @@
 // One weight's optimizer step, EMA of updates and past-weight reconstruction, in registers.
 //
-//   g  = sign * grad + weight_decay * W
-//   v  = momentum * v + (1 - dampening) * g        (v = g in the first step)
-//   d  = nesterov ? g + momentum * v : v           (d = g without momentum)
-//   u  = lr * d,   W = W - u
-//   E_k = decay_k * E_k + (1 - decay_k) * u
-//   What = W + tap_update * u + sum_k tap_k * E_k  (an estimate of W some updates ago)
+//   g  = sign * grad / grad_scale          W, g, ... in float, or double where the weights are
+//   SGD:  g += weight_decay * W            Adam: g += weight_decay * W   (unless decoupled)
+//         v  = momentum v + (1 - dampening) g    m = beta1 m + (1 - beta1) g,  q = beta2 q + (1 - beta2) g^2
+//         d  = nesterov ? g + momentum v : v     d = m / (sqrt(max q) / sqrt(1 - beta2^step) + eps) / (1 - beta1^step)
+//         u  = lr * d                            u = lr * d (+ lr * weight_decay * W where decoupled)
+//   W   = W - u
+//   E_k = decay_k E_k + (1 - decay_k) u
+//   What = W + tap_update u + sum_k tap_k E_k     (an estimate of W some updates ago)
 //
-// The order of roundings is torch.optim.SGD's, with its fused multiply-adds written out, so a float32 step equals
-// torch's for-loop implementation bit for bit and does not depend on the compiler's contraction rules.
+// SGD rounds in torch.optim.SGD's order, with its fused multiply-adds written out, so a float32 step equals torch's
+// for-loop implementation bit for bit and does not depend on the compiler's contraction rules.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define LP_INLINE __host__ __device__ __forceinline__
-#else
-#define LP_INLINE inline __attribute__((always_inline))
-#endif
+#include "number.h"
 
 namespace layerpipe {
 
 constexpr int kMaxEmas = 3;
+constexpr int kMaxStates = 3;
 constexpr int kMaxTerms = 4;  // momentum buffer and EMAs
 
 LP_INLINE float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 LP_INLINE double fused_multiply_add(double a, double b, double c) { return __builtin_fma(a, b, c); }
+LP_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+LP_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+// 1 - exp(x), exact also where x is small: 1 - beta^step has lost half its digits when it is computed as written.
+LP_INLINE float one_minus_exp(float x) { return -expm1f(x); }
+LP_INLINE double one_minus_exp(double x) { return -expm1(x); }
 
-// What one step needs besides the arrays. Uniform over a parameter group.
+// What of the past a step keeps, by design: the same for all parameters of a group and all steps.
 template <class T>
-struct SgdScalars {
-    T lr, momentum, one_minus_dampening, weight_decay, sign;
+struct PastDesign {
+    int64_t delay;  // n: the first n updates are averaged evenly
     T decay[kMaxEmas], one_minus_decay[kMaxEmas], tap[kMaxEmas], tap_update;
-    bool nesterov, ema_of_gradient;
+    T fill_ratio;  // without EMAs, how one update was to the one after it while the delay fills
+    uint32_t seed;
+    bool ema_of_gradient;
 };
+
+// The same after a number of updates.
+template <class T>
+struct PastScalars {
+    T decay[kMaxEmas], one_minus_decay[kMaxEmas], tap[kMaxEmas], tap_update;
+    uint32_t key;
+    bool ema_of_gradient;
+};
+
+// `t` counts updates from 1; 0 is long after the delay has filled. While t <= n every EMA is the mean of all updates,
+// so that the sum of the updates, t times the mean, is exact; after that no update may weigh more than in that mean.
+template <class T, int kEmas>
+LP_INLINE PastScalars<T> past_at(const PastDesign<T>& d, int64_t t) {
+    PastScalars<T> s;
+    const bool filling = t > 0 && t <= d.delay;
+    const T mean = t > 0 ? T(t - 1) / T(t) : T(1);
+    LP_UNROLL for (int k = 0; k < kEmas; ++k) {
+        const bool young = filling || mean < d.decay[k];
+        s.decay[k] = young ? mean : d.decay[k];
+        s.one_minus_decay[k] = young ? T(1) / T(t) : d.one_minus_decay[k];
+        s.tap[k] = !filling ? d.tap[k] : k == 0 ? T(t) : T(0);
+    }
+    s.tap_update = filling && kEmas > 0 ? T(0) : d.tap_update;
+    if (filling && kEmas == 0 && d.tap_update != T(0)) {
+        T sum = 0;
+        for (int64_t i = 0; i < t; ++i) sum = fused_multiply_add(sum, d.fill_ratio, T(1));
+        s.tap_update = sum;
+    }
+    s.key = hash32(d.seed ^ hash32(static_cast<uint32_t>(t)));
+    s.ema_of_gradient = d.ema_of_gradient;
+    return s;
+}
 
 template <class T, int kEmas>
 LP_INLINE void ema_update(T* ema, T value, const T* decay, const T* one_minus_decay) {
-    for (int k = 0; k < kEmas; ++k) ema[k] = fused_multiply_add(value, one_minus_decay[k], decay[k] * ema[k]);
+    LP_UNROLL for (int k = 0; k < kEmas; ++k) ema[k] = fused_multiply_add(value, one_minus_decay[k], decay[k] * ema[k]);
 }
 
-// I/O: read W, g, v, E_k; write W, v, E_k (and the returned What, where the caller stores it).
-template <class T, bool kMomentum, bool kFirst, int kEmas>
-LP_INLINE T sgd(T& weight, T grad, T& velocity, T* ema, const SgdScalars<T>& s) {
-    T g = s.sign * grad;
-    if (s.weight_decay != T(0)) g = fused_multiply_add(weight, s.weight_decay, g);
-    T d = g;
-    if (kMomentum) {
-        velocity = kFirst ? g : fused_multiply_add(g, s.one_minus_dampening, s.momentum * velocity);
-        d = s.nesterov ? fused_multiply_add(velocity, s.momentum, g) : velocity;
-    }
-    weight = fused_multiply_add(d, -s.lr, weight);
-    const T u = s.lr * d;
-    ema_update<T, kEmas>(ema, s.ema_of_gradient ? g : u, s.decay, s.one_minus_decay);
-    T past = fused_multiply_add(s.tap_update, u, weight);
-    for (int k = 0; k < kEmas; ++k) past = fused_multiply_add(s.tap[k], ema[k], past);
+template <class T, int kEmas>
+LP_INLINE T keep_past(T weight, T update, T gradient, T* ema, const PastScalars<T>& s) {
+    ema_update<T, kEmas>(ema, s.ema_of_gradient ? gradient : update, s.decay, s.one_minus_decay);
+    T past = fused_multiply_add(s.tap_update, update, weight);
+    LP_UNROLL for (int k = 0; k < kEmas; ++k) past = fused_multiply_add(s.tap[k], ema[k], past);
     return past;
 }
+
+// I/O: read W, g, v; write W, v. Returns u; `gradient` becomes g.
+template <class T>
+struct Sgd {
+    using Number = T;
+    static constexpr int kStates = 1;  // v
+
+    struct Options {
+        T momentum, one_minus_dampening, weight_decay, sign;
+        bool nesterov;
+    };
+    static constexpr int kOptions = 5;  // momentum, dampening, weight_decay, nesterov, maximize
+    static Options options(const double* o) {
+        return {T(o[0]), T(1.0 - o[1]), T(o[2]), o[4] != 0 ? T(-1) : T(1), o[3] != 0};
+    }
+
+    // The form of a step is known at compile time on the CPU and the same for a whole tensor on a GPU.
+    enum Form { kPlain, kMomentum, kFirst, kForms };
+    LP_INLINE static int form(const bool* present, bool first) {
+        return !present[0] ? kPlain : first ? kFirst : kMomentum;
+    }
+
+    struct Scalars {
+        Options o;
+        T lr;
+    };
+    LP_INLINE static Scalars at(const Options& options, T lr, T) { return {options, lr}; }
+
+    LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s, int form) {
+        T g = s.o.sign * gradient;
+        if (s.o.weight_decay != T(0)) g = fused_multiply_add(weight, s.o.weight_decay, g);
+        gradient = g;
+        T d = g;
+        if (form != kPlain) {
+            T& v = state[0];
+            v = form == kFirst ? g : fused_multiply_add(g, s.o.one_minus_dampening, s.o.momentum * v);
+            d = s.o.nesterov ? fused_multiply_add(v, s.o.momentum, g) : v;
+        }
+        weight = fused_multiply_add(d, -s.lr, weight);
+        return s.lr * d;
+    }
+};
+
+// I/O: read W, g, m, q (and max q with AMSGrad); write W, m, q (and max q).
+template <class T>
+struct Adam {
+    using Number = T;
+    static constexpr int kStates = 3;  // m, q, max q
+
+    struct Options {
+        T beta1, one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2, eps, weight_decay, sign;
+        bool decoupled;
+    };
+    static constexpr int kOptions = 6;  // beta1, beta2, eps, weight_decay, decoupled, maximize
+    static Options options(const double* o) {
+        return {T(o[0]),       T(1.0 - o[0]),     T(o[1]),
+                T(1.0 - o[1]), T(std::log(o[0])), T(std::log(o[1])),
+                T(o[2]),       T(o[3]),           o[5] != 0 ? T(-1) : T(1),
+                o[4] != 0};
+    }
+
+    enum Form { kPlain, kAmsgrad, kForms };
+    LP_INLINE static int form(const bool* present, bool) { return present[2] ? kAmsgrad : kPlain; }
+
+    struct Scalars {
+        Options o;
+        T step_size, root_correction, keep, shrink;
+    };
+    LP_INLINE static Scalars at(const Options& o, T lr, T step) {
+        const T correction1 = one_minus_exp(step * o.log_beta1), correction2 = one_minus_exp(step * o.log_beta2);
+        const T shrink = o.decoupled ? lr * o.weight_decay : T(0);
+        return {o, lr / correction1, square_root(correction2), T(1) - shrink, shrink};
+    }
+
+    LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s, int form) {
+        T g = s.o.sign * gradient;
+        if (!s.o.decoupled && s.o.weight_decay != T(0)) g = fused_multiply_add(weight, s.o.weight_decay, g);
+        gradient = g;
+        T &m = state[0], &q = state[1];
+        m = s.o.one_minus_beta1 < T(0.5) ? fused_multiply_add(s.o.one_minus_beta1, g - m, m)
+                                         : fused_multiply_add(-s.o.beta1, g - m, g);
+        q = fused_multiply_add(s.o.one_minus_beta2 * g, g, s.o.beta2 * q);
+        T largest = q;
+        if (form == kAmsgrad) largest = state[2] = q <= state[2] ? state[2] : q;  // a NaN stays one
+        const T d = m / (square_root(largest) / s.root_correction + s.o.eps);
+        const T u = fused_multiply_add(s.step_size, d, s.shrink * weight);
+        weight = fused_multiply_add(-s.step_size, d, s.keep * weight);
+        return u;
+    }
+};
 
 }  // namespace layerpipe

@@ -5,18 +5,21 @@ opt.step()
 past = opt.past_weight(param)      # an estimate of the weights six updates ago, without having kept them
 """
 
-from layerpipe_kernels import decay, history, ops, reference
+from layerpipe_kernels import decay, history, ops, options, reference
 from layerpipe_kernels.backend import available_backends, build_info
-from layerpipe_kernels.optim import SGD
+from layerpipe_kernels.optim import SGD, Adam, AdamW
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "Adam",
+    "AdamW",
     "available_backends",
     "build_info",
     "decay",
     "history",
     "ops",
+    "options",
     "reference",
 ]

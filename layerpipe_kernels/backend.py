@@ -1,8 +1,10 @@
-"""Which implementation runs a step: the C++ extension, or plain torch."""
+"""Which implementation runs a step: CUDA, Triton, C++ on the CPU, or plain torch."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
 import os
 from typing import Any
 
@@ -15,10 +17,23 @@ try:
 except ImportError as error:  # built without a compiler: everything still works, in plain torch
     _import_error = error
 
-CPP_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-BACKENDS = ("cpp", "reference")
-RECONSTRUCT: dict[torch.dtype, Any] = {
-    dtype: getattr(_C, f"reconstruct_{name}") for dtype, name in CPP_DTYPES.items() if _C is not None
+BACKENDS = ("cuda", "triton", "cpp", "reference")
+
+_GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU_DTYPES = (*_GPU_DTYPES, torch.float64)
+
+#: How to get what a forced backend lacks.
+_MISSING = {
+    "cuda": "this installation has no CUDA kernels ({why}); put nvcc on the PATH and reinstall layerpipe, or use "
+    "backend='triton'",
+    "triton": "Triton is not installed; pip install triton",
+    "cpp": "this installation has no C++ extension ({why}); install a C++ compiler (g++ or clang++) and reinstall "
+    "layerpipe",
+}
+_TAKES = {
+    "cuda": "float32, bfloat16 and float16 on a CUDA device",
+    "triton": "float32, bfloat16 and float16 on a GPU (on the CPU with TRITON_INTERPRET=1)",
+    "cpp": "float32, float64, bfloat16 and float16 on the CPU",
 }
 
 
@@ -27,9 +42,39 @@ def extension() -> Any:
     return _C
 
 
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _built(backend: str) -> bool:
+    if backend == "cuda":
+        return _C is not None and hasattr(_C, "CUDA")
+    return _has_triton() if backend == "triton" else backend == "reference" or _C is not None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _takes(backend: str, tensor: torch.Tensor) -> bool:
+    if backend == "reference":
+        return True
+    if backend == "cpp":
+        return tensor.is_cpu and tensor.dtype in _CPU_DTYPES
+    on_device = tensor.is_cuda or (backend == "triton" and (_interpreted() if tensor.is_cpu else True))
+    return on_device and tensor.dtype in _GPU_DTYPES
+
+
 def available_backends() -> tuple[str, ...]:
     """Backends that can run here, the preferred one first."""
-    return BACKENDS if _C is not None else ("reference",)
+    runs = {
+        "cuda": torch.cuda.is_available(),
+        "triton": torch.cuda.is_available() or _interpreted(),
+        "cpp": True,
+        "reference": True,
+    }
+    return tuple(backend for backend in BACKENDS if _built(backend) and runs[backend])
 
 
 def build_info() -> dict[str, Any]:
@@ -43,33 +88,29 @@ def build_info() -> dict[str, Any]:
 
 
 def choose(tensor: torch.Tensor, requested: str = "auto") -> str:
-    """The backend for a tensor of this device and dtype.
+    """The backend for weights of this device and dtype.
 
-    ``requested="auto"`` follows ``LAYERPIPE_BACKEND`` where it is set, and otherwise takes the C++ ops for float32 and
-    float64 on the CPU and plain torch for everything else.
+    ``requested="auto"`` follows ``LAYERPIPE_BACKEND`` where it is set. Otherwise it takes, on a CUDA device, the CUDA
+    kernels, else Triton's, and on the CPU the C++ ones; whatever these cannot take is done in plain torch.
 
     Raises:
         ValueError: an unknown backend, or one that cannot take this tensor.
-        RuntimeError: the C++ backend is asked for by name and was not built.
+        RuntimeError: a backend is asked for by name and is not there.
     """
-    if requested == "auto" and "LAYERPIPE_BACKEND" not in os.environ:
-        return "cpp" if tensor.dtype in CPP_DTYPES and _C is not None and tensor.is_cpu else "reference"
     source = "backend"
-    if requested == "auto" and (forced := os.environ.get("LAYERPIPE_BACKEND")):
-        requested, source = forced, "LAYERPIPE_BACKEND"
-    cpp_takes = tensor.device.type == "cpu" and tensor.dtype in CPP_DTYPES
     if requested == "auto":
-        return "cpp" if _C is not None and cpp_takes else "reference"
+        requested = os.environ.get("LAYERPIPE_BACKEND") or "auto"
+        if requested == "auto":
+            if tensor.is_cpu:
+                return "cpp" if _C is not None and tensor.dtype in _CPU_DTYPES else "reference"
+            fitting = (b for b in BACKENDS if _built(b) and _takes(b, tensor))
+            return next(fitting)
+        source = "LAYERPIPE_BACKEND"
     if requested not in BACKENDS:
         raise ValueError(f"{source}={requested!r} is unknown; there are: auto, {', '.join(BACKENDS)}")
-    if requested == "cpp":
-        if _C is None:
-            raise RuntimeError(
-                f"{source}='cpp', but this installation has no C++ extension ({_import_error}); install a C++ "
-                "compiler (g++ or clang++) and reinstall layerpipe"
-            )
-        if not cpp_takes:
-            raise ValueError(
-                f"{source}='cpp' takes float32 and float64 on the CPU, not {tensor.dtype} on {tensor.device}"
-            )
+    if not _built(requested):
+        why = _import_error if _C is None else "it was built without nvcc"
+        raise RuntimeError(f"{source}={requested!r}, but " + _MISSING[requested].format(why=why))
+    if not _takes(requested, tensor):
+        raise ValueError(f"{source}={requested!r} takes {_TAKES[requested]}, not {tensor.dtype} on {tensor.device}")
     return requested

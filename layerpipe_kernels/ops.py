@@ -1,92 +1,282 @@
-"""The kernels as functions on tensors.
+"""The kernels as functions on tensors, registered as operators of the library ``layerpipe``.
 
 Each takes contiguous, dense, floating-point tensors on one device, refuses anything else by name before it writes, and
-chooses its backend as :func:`layerpipe_kernels.backend.choose` says.
+chooses its backend as :func:`layerpipe_kernels.backend.choose` says. They work under :func:`torch.compile` without a
+graph break, and they count what they write in the tensors' versions, so that autograd notices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from layerpipe_kernels import backend as _backend
-from layerpipe_kernels import reference
-from layerpipe_kernels.plan import SgdPlan, check_disjoint, check_like, check_tensor
-from layerpipe_kernels.reference import SgdOptions
+from layerpipe_kernels import native, reference
+from layerpipe_kernels.checks import check_disjoint, check_like, check_options, check_tensor
+from layerpipe_kernels.options import MAX_EMAS, MAX_TERMS, NO_PAST, NOW, AdamOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.plan import Arrays, StepPlan
 
-MAX_EMAS = 3
-MAX_TERMS = 4
+Tensors = Sequence[Tensor]
+
+_library = torch.library.Library("layerpipe", "DEF")
+
+_ARRAYS = "Tensor(b!)[] emas, Tensor(c!)[] pasts, Tensor(d!)[] masters, Tensor(e!)[] counts"
+_MOMENT = "int t, Tensor(f!)? clock, Tensor? grad_scale, Tensor? found_inf, str backend"
+_DESIGN = "int delay, float[] decays, float[] taps, float update_tap, float fill_ratio, bool ema_of_gradient, int seed"
+
+_library.define(
+    f"sgd_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(g!)[] velocities, {_ARRAYS}, float lr, Tensor? lr_at, "
+    f"float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, {_DESIGN}, {_MOMENT}, "
+    "bool first) -> ()"
+)
+_library.define(
+    f"adamw_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(g!)[] exp_avgs, Tensor(h!)[] exp_avg_sqs, "
+    f"Tensor(i!)[] max_exp_avg_sqs, {_ARRAYS}, float lr, Tensor? lr_at, float beta1, float beta2, float eps, "
+    f"float weight_decay, bool decoupled, bool maximize, {_DESIGN}, {_MOMENT}) -> ()"
+)
+_library.define("ema_update_(Tensor(a!)[] emas, Tensor update, float[] decays, int seed, str backend) -> ()")
+_library.define("reconstruct(Tensor weight, Tensor[] terms, float[] taps, Tensor? taps_at, str backend) -> Tensor")
+_library.define(
+    "reconstruct_(Tensor(a!) out, Tensor weight, Tensor[] terms, float[] taps, Tensor? taps_at, str backend) -> ()"
+)
+
+
+def _run(
+    rule: str,
+    arrays: Arrays,
+    grads: Sequence[Tensor],
+    options: SgdOptions | AdamOptions,
+    design: PastDesign,
+    moment: Moment,
+    backend: str,
+    first: bool = False,
+) -> None:
+    if len(grads) != len(arrays.weights):
+        raise ValueError(f"{len(arrays.weights)} weights but {len(grads)} gradients")
+    if not arrays.weights:
+        return
+    plan = StepPlan(
+        rule,
+        arrays,
+        names=[f"weights[{i}]" for i in range(len(grads))],
+        backend=_backend.choose(arrays.weights[0], backend),
+        grad_dtype=grads[0].dtype,
+        reuse=True,
+    )
+    check_options(options, design, moment, plan.ema_count, plan.device)
+    plan.step(plan.check_grads(grads), options, design, moment, [True] * len(grads) if first else ())
+
+
+def _told(rest: Sequence[Any]) -> tuple[PastDesign, Moment, str]:
+    """The end of a step's arguments, in the order of their classes' fields."""
+    delay, decays, taps, *others = rest[: len(PastDesign._fields)]
+    *moment, backend = rest[len(PastDesign._fields) :]
+    return PastDesign(delay, tuple(decays), tuple(taps), *others), Moment(*moment), backend
+
+
+@torch.library.impl(_library, "sgd_step_", "CompositeExplicitAutograd")
+def _sgd_step(
+    weights: Tensors,
+    grads: Tensors,
+    velocities: Tensors,
+    emas: Tensors,
+    pasts: Tensors,
+    masters: Tensors,
+    counts: Tensors,
+    lr: float,
+    lr_at: Tensor | None,
+    *rest: Any,
+) -> None:
+    arrays = Arrays(weights, (velocities,) if velocities else (), emas, pasts, masters, counts)
+    own = len(SgdOptions._fields) - 1
+    options = SgdOptions(lr if lr_at is None else lr_at, *rest[:own])
+    *told, first = rest[own:]
+    design, moment, backend = _told(told)
+    _run("sgd", arrays, grads, options, design, moment, backend, first)
+
+
+@torch.library.impl(_library, "adamw_step_", "CompositeExplicitAutograd")
+def _adamw_step(
+    weights: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    max_exp_avg_sqs: Tensors,
+    emas: Tensors,
+    pasts: Tensors,
+    masters: Tensors,
+    counts: Tensors,
+    lr: float,
+    lr_at: Tensor | None,
+    *rest: Any,
+) -> None:
+    states = (exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else []))
+    own = len(AdamOptions._fields) - 1
+    options = AdamOptions(lr if lr_at is None else lr_at, *rest[:own])
+    design, moment, backend = _told(rest[own:])
+    _run("adam", Arrays(weights, states, emas, pasts, masters, counts), grads, options, design, moment, backend)
+
+
+@torch.library.impl(_library, "ema_update_", "CompositeExplicitAutograd")
+def _ema_update(emas: list[Tensor], update: Tensor, decays: list[float], seed: int, backend: str) -> None:
+    if not 1 <= len(emas) <= MAX_EMAS or len(emas) != len(decays):
+        raise ValueError(f"1 to {MAX_EMAS} EMAs with one decay each, got {len(emas)} and {len(decays)}")
+    check_tensor("update", update)
+    full = reference.state_dtype(update.dtype)
+    for i, (e, decay) in enumerate(zip(emas, decays, strict=True)):
+        check_tensor(f"emas[{i}]", e)
+        check_like(f"emas[{i}]", e, update, "ema", full, *([torch.bfloat16] if full == torch.float32 else []))
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decays[{i}] must be in [0, 1], got {decay}")
+    check_disjoint([*(f"emas[{i}]" for i in range(len(emas))), "update"], [*emas, update])
+    chosen = _backend.choose(update, backend)
+    if chosen == "reference":
+        reference.ema_update_(emas, update, decays, seed)
+    elif chosen == "triton":
+        from layerpipe_kernels import triton  # imports Triton, which not every machine has
+
+        triton.ema_update_(emas, update, decays, seed)
+    else:
+        native.ema_update_(emas, update, decays, seed)
+    torch.autograd.graph.increment_version(emas)
+
+
+@torch.library.impl(_library, "reconstruct_", "CompositeExplicitAutograd")
+def _reconstruct_(
+    out: Tensor, weight: Tensor, terms: list[Tensor], taps: list[float], taps_at: Tensor | None, backend: str
+) -> None:
+    factors = taps if taps_at is None else taps_at
+    if len(terms) != len(factors) or len(terms) > MAX_TERMS:
+        raise ValueError(f"0 to {MAX_TERMS} terms with one tap each, got {len(terms)} and {len(factors)}")
+    check_tensor("weight", weight)
+    check_tensor("out", out)
+    full = reference.state_dtype(out.dtype)
+    check_like("out", weight, out, "weight", out.dtype, full)
+    check_disjoint(["out", "weight"], [out, weight])
+    for i, term in enumerate(terms):
+        check_tensor(f"terms[{i}]", term)
+        narrow = [torch.bfloat16] if full == torch.float32 else []
+        check_like(f"terms[{i}]", term, weight, "term", full, *narrow)
+        check_disjoint(["out", f"terms[{i}]"], [out, term])
+    if taps_at is not None and (taps_at.dtype != torch.float32 or taps_at.device != weight.device):
+        raise ValueError(f"taps must be float32 on {weight.device}, got {taps_at.dtype} on {taps_at.device}")
+    _reconstruct_unchecked(weight, terms, factors, out, _backend.choose(weight, backend))
+    torch.autograd.graph.increment_version(out)
+
+
+@torch.library.impl(_library, "reconstruct", "CompositeExplicitAutograd")
+def _reconstruct(
+    weight: Tensor, terms: list[Tensor], taps: list[float], taps_at: Tensor | None, backend: str
+) -> Tensor:
+    out = torch.empty_like(weight, requires_grad=False)
+    _reconstruct_(out, weight, terms, taps, taps_at, backend)
+    return out
+
+
+for _name in ("sgd_step_", "adamw_step_", "ema_update_", "reconstruct_"):
+    torch.library.register_fake(f"layerpipe::{_name}", lambda *_: None, lib=_library)
+torch.library.register_fake("layerpipe::reconstruct", lambda weight, *_: torch.empty_like(weight), lib=_library)
+
+
+def _present(grads: Sequence[Tensor]) -> Sequence[Tensor]:
+    for i, grad in enumerate(grads):
+        if grad is None:
+            raise ValueError(f"weights[{i}] has no gradient; leave it out of this step")
+    return grads
+
+
+def _lr(lr: float | Tensor) -> tuple[float, Tensor | None]:
+    return (0.0, lr) if isinstance(lr, Tensor) else (lr, None)
 
 
 @torch.no_grad()
 def sgd_step_(
-    weights: Sequence[Tensor],  # (*) each
-    grads: Sequence[Tensor],  # (*) each
-    velocities: Sequence[Tensor] | None = None,  # (*) each
-    emas: Sequence[Tensor] | None = None,  # (K, *) each
-    pasts: Sequence[Tensor] | None = None,  # (*) each
+    weights: Sequence[Tensor],  # (*) each, updated in place
+    grads: Sequence[Tensor],  # (*) each, of the weights' dtype or float32
+    velocities: Sequence[Tensor] | None = None,  # (*) each, updated in place
+    emas: Sequence[Tensor] | None = None,  # (K, *) each, updated in place
+    pasts: Sequence[Tensor] | None = None,  # (*) each, written
     *,
     options: SgdOptions,
+    design: PastDesign = NO_PAST,
+    moment: Moment = NOW,
+    masters: Sequence[Tensor] | None = None,  # (*) float32 each, updated in place
+    counts: Sequence[Tensor] | None = None,  # () float32 each, counted up
     first: bool = False,
     backend: str = "auto",
 ) -> None:
     """SGD, the EMAs of the updates and the past weights of a list of tensors, in one pass and in place.
 
-    The formulas are those of :func:`layerpipe_kernels.reference.sgd_step_`. An optimizer that steps again and again
-    keeps its :class:`layerpipe_kernels.plan.SgdPlan` instead of calling this.
+    The formulas are those of :func:`layerpipe_kernels.reference.sgd_step_`, the bytes moved those of MATH's table. An
+    optimizer that steps again and again keeps its :class:`layerpipe_kernels.plan.StepPlan` instead of calling this.
+
+    Raises:
+        TypeError: a sparse or non-floating-point tensor.
+        ValueError: tensors or options that do not fit together; the message names the one. Nothing is written then.
     """
-    if len(grads) != len(weights):
-        raise ValueError(f"{len(weights)} weights but {len(grads)} gradients")
-    if not weights:
-        return
-    names = [f"weights[{i}]" for i in range(len(weights))]
-    plan = SgdPlan(weights, velocities, emas, pasts, names=names, backend=_backend.choose(weights[0], backend))
-    plan.step(plan.check_grads(grads), [first] * len(weights), options)
+    lr, lr_at = _lr(options.lr)
+    torch.ops.layerpipe.sgd_step_(
+        weights, _present(grads), velocities or (), emas or (), pasts or (), masters or (), counts or (), lr, lr_at,
+        *options[1:], *design, *moment, backend, first,
+    )  # fmt: skip
 
 
 @torch.no_grad()
-def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], *, backend: str = "auto") -> None:
+def adamw_step_(
+    weights: Sequence[Tensor],  # (*) each, updated in place
+    grads: Sequence[Tensor],  # (*) each, of the weights' dtype or float32
+    exp_avgs: Sequence[Tensor],  # (*) each, updated in place
+    exp_avg_sqs: Sequence[Tensor],  # (*) each, updated in place
+    counts: Sequence[Tensor],  # () float32 each, steps so far, counted up
+    emas: Sequence[Tensor] | None = None,  # (K, *) each, updated in place
+    pasts: Sequence[Tensor] | None = None,  # (*) each, written
+    *,
+    options: AdamOptions,
+    design: PastDesign = NO_PAST,
+    moment: Moment = NOW,
+    max_exp_avg_sqs: Sequence[Tensor] | None = None,  # (*) each, updated in place: AMSGrad
+    masters: Sequence[Tensor] | None = None,  # (*) float32 each, updated in place
+    backend: str = "auto",
+) -> None:
+    """AdamW (or Adam, with ``options.decoupled`` off) as :func:`sgd_step_` is SGD, with its errors.
+
+    The formulas are those of :func:`layerpipe_kernels.reference.adam_step_`.
+    """
+    lr, lr_at = _lr(options.lr)
+    torch.ops.layerpipe.adamw_step_(
+        weights, _present(grads), exp_avgs, exp_avg_sqs, max_exp_avg_sqs or (), emas or (), pasts or (), masters or (),
+        counts, lr, lr_at, *options[1:], *design, *moment, backend,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def ema_update_(
+    emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], *, seed: int = 0, backend: str = "auto"
+) -> None:
     """``E_k = decays[k] E_k + (1 - decays[k]) u`` for one to three EMAs of one update, in place.
 
     Args:
-        emas: ``(*)`` each, of the update's shape and dtype.
+        emas: ``(*)`` each, of the update's shape; float32 (float64 with a float64 update), or bfloat16, which is
+            rounded stochastically.
         update: ``(*)``.
         decays: one per EMA, in ``[0, 1]``.
+        seed: of the rounding; another one in every update.
 
     Raises:
         ValueError: lengths or shapes that do not fit, a decay out of range, a non-contiguous tensor.
         TypeError: a sparse or non-floating-point tensor.
     """
-    if not 1 <= len(emas) <= MAX_EMAS or len(emas) != len(decays):
-        raise ValueError(f"1 to {MAX_EMAS} EMAs with one decay each, got {len(emas)} and {len(decays)}")
-    check_tensor("update", update)
-    for i, (e, decay) in enumerate(zip(emas, decays, strict=True)):
-        check_tensor(f"emas[{i}]", e)
-        check_like(f"emas[{i}]", e, update, "ema")
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decays[{i}] must be in [0, 1], got {decay}")
-    names = [f"emas[{i}]" for i in range(len(emas))]
-    check_disjoint([*names, "update"], [*emas, update])
-    if _backend.choose(update, backend) == "cpp":
-        run = getattr(_backend.extension(), f"ema_update_{_backend.CPP_DTYPES[update.dtype]}")
-        run(
-            [e.data_ptr() for e in emas],
-            update.data_ptr(),
-            update.numel(),
-            list(decays),
-            torch.get_num_threads(),
-        )
-    else:
-        reference.ema_update_(emas, update, decays)
-    torch.autograd.graph.increment_version(list(emas))
+    torch.ops.layerpipe.ema_update_(emas, update, decays, seed, backend)
 
 
+@torch.no_grad()
 def reconstruct(
     weight: Tensor,
     terms: Sequence[Tensor],
-    taps: Sequence[float],
+    taps: Sequence[float] | Tensor,
     *,
     out: Tensor | None = None,
     backend: str = "auto",
@@ -94,42 +284,36 @@ def reconstruct(
     """``What = W + sum_k taps[k] terms[k]``: past weights from the current ones and up to four states.
 
     Args:
-        weight: ``(*)``, read.
-        terms: ``(*)`` each: EMAs of updates, a momentum buffer. Float32 where the weight is half precision.
-        taps: one factor per term.
+        weight: ``(*)``, read; the float32 master of a narrower ``out``, too.
+        terms: ``(*)`` each: EMAs of updates, a momentum buffer. Float32 where the weight is half precision; bfloat16
+            wherever float32 is.
+        taps: one factor per term; numbers, or float32 ``(K,)`` on the weight's device.
         out: ``(*)``, written; made if not given. May not share memory with what is read.
 
     Raises:
         ValueError: lengths, shapes, devices or dtypes that do not fit, non-contiguous or overlapping tensors.
         TypeError: a sparse or non-floating-point tensor.
     """
-    if len(terms) != len(taps) or len(terms) > MAX_TERMS:
-        raise ValueError(f"0 to {MAX_TERMS} terms with one tap each, got {len(terms)} and {len(taps)}")
-    check_tensor("weight", weight)
+    numbers, at = ((), taps) if isinstance(taps, Tensor) else (taps, None)
     if out is None:
-        out = torch.empty_like(weight, requires_grad=False)
-    else:
-        check_tensor("out", out)
-        check_like("out", out, weight, "out")
-        check_disjoint(["out", "weight"], [out, weight])
-    for i, term in enumerate(terms):
-        check_tensor(f"terms[{i}]", term)
-        check_like(f"terms[{i}]", term, weight, "term", reference.state_dtype(weight.dtype))
-        check_disjoint(["out", f"terms[{i}]"], [out, term])
-    with torch.no_grad():
-        if _backend.choose(weight, backend) == "cpp":
-            _backend.RECONSTRUCT[weight.dtype](
-                out.data_ptr(),
-                weight.data_ptr(),
-                weight.numel(),
-                [term.data_ptr() for term in terms],
-                list(taps),
-                torch.get_num_threads(),
-            )
-            torch.autograd.graph.increment_version(out)
-        else:
-            reference.reconstruct(weight, terms, taps, out)
+        result: Tensor = torch.ops.layerpipe.reconstruct(weight, terms, numbers, at, backend)
+        return result
+    torch.ops.layerpipe.reconstruct_(out, weight, terms, numbers, at, backend)
     return out
+
+
+def _reconstruct_unchecked(
+    weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float] | Tensor, out: Tensor, chosen: str
+) -> None:
+    if chosen in ("cpp", "cuda"):
+        native.reconstruct(weight, terms, taps, out, out.numel())
+    elif chosen == "triton":
+        from layerpipe_kernels import triton  # imports Triton, which not every machine has
+
+        triton.reconstruct(weight, terms, taps, out, out.numel())
+    else:
+        with torch.no_grad():
+            reference.reconstruct(weight, terms, taps, out)
 
 
 def mix(
@@ -139,36 +323,26 @@ def mix(
     ema: Tensor | None,
     ema_taps: Sequence[float],
     *,
-    out: Tensor | None = None,
+    out: Tensor,
     backend: str = "auto",
 ) -> Tensor:
     """:func:`reconstruct` for an optimizer's own state, which its plan has checked: called for every weight in every
-    delayed backward, so it checks nothing again.
+    delayed backward, so it checks nothing again, and counts no version.
 
     Args:
-        weight: ``(*)``, contiguous.
+        weight: ``(*)``, contiguous: the parameter, or its float32 master.
         velocity: ``(*)`` or ``None``.
         ema: ``(K, *)``, contiguous, or ``None``; its first ``len(ema_taps)`` averages are used.
-        out: ``(*)``, contiguous.
+        out: ``(*)``, contiguous, of the parameter's dtype.
     """
-    out = torch.empty_like(weight, requires_grad=False) if out is None else out
-    if _backend.choose(weight, backend) == "cpp":
-        terms, taps = [], []
-        if velocity is not None:
-            terms.append(velocity.data_ptr())
-            taps.append(velocity_tap)
-        if ema is not None:
-            first, step = ema.data_ptr(), weight.nbytes
-            terms += [first + k * step for k in range(len(ema_taps))]
-            taps += ema_taps
-        run = _backend.RECONSTRUCT[weight.dtype]
-        run(out.data_ptr(), weight.data_ptr(), weight.numel(), terms, taps, torch.get_num_threads())
+    chosen = _backend.choose(weight, backend)
+    if chosen in ("cpp", "cuda"):
+        native.mix(weight, velocity, velocity_tap, ema, ema_taps, out)
         return out
-    with torch.no_grad():
-        states = [] if velocity is None else [velocity]
-        factors = [] if velocity is None else [velocity_tap]
-        if ema is not None:
-            states += ema.unbind(0)[: len(ema_taps)]
-            factors += ema_taps
-        reference.reconstruct(weight, states, factors, out)
+    terms = [] if velocity is None else [velocity]
+    taps = [] if velocity is None else [velocity_tap]
+    if ema is not None:
+        terms += ema.unbind(0)[: len(ema_taps)]
+        taps += ema_taps
+    _reconstruct_unchecked(weight, terms, taps, out, chosen)
     return out

@@ -2,65 +2,55 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import backend as _backend
-from layerpipe_kernels import reference
-from layerpipe_kernels.reference import SgdOptions
+from layerpipe_kernels import native, reference
+from layerpipe_kernels.checks import check_disjoint, check_like, check_tensor, describe
+from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, Options, PastDesign, SgdOptions
+
+#: The optimizer's own state per rule, in the kernels' order; the last of Adam's is AMSGrad's.
+STATES = {"sgd": ("momentum buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
 
 
-def describe(name: str, tensor: Tensor) -> str:
-    return f"{name} (shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
+class Arrays(NamedTuple):
+    """A group's tensors: lists with one tensor per parameter, empty where the group has no such tensors."""
+
+    weights: Sequence[Tensor]  # (*) each, updated in place
+    states: tuple[Sequence[Tensor], ...] = ()  # (*) each, updated in place; see STATES
+    emas: Sequence[Tensor] = ()  # (K, *) each, updated in place; float32 or bfloat16
+    pasts: Sequence[Tensor] = ()  # (*) each, written
+    masters: Sequence[Tensor] = ()  # (*) float32 each, updated in place; the weights are their rounded copies
+    counts: Sequence[Tensor] = ()  # () float32 each, steps made so far, counted up; Adam needs them
+
+    def written(self) -> list[Tensor]:
+        lists = (self.weights, *self.states, self.emas, self.pasts, self.masters, self.counts)
+        return [tensor for tensors in lists for tensor in tensors]
 
 
-def check_tensor(name: str, tensor: Tensor, what: str = "tensor") -> None:
-    """Refuse what no backend can update in place, by name."""
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{what} {describe(name, tensor)} is {tensor.layout}; only dense tensors are supported")
-    if not tensor.dtype.is_floating_point:
-        raise TypeError(f"{what} {describe(name, tensor)} is not real floating point; keep it out of the optimizer")
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"{what} {describe(name, tensor)} is not contiguous, its strides are {tensor.stride()}; "
-            "replace it by tensor.contiguous()"
-        )
+class Runner(Protocol):
+    """A backend's own form of a group."""
+
+    def run(
+        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
+    ) -> None:
+        """Make the step on checked gradients."""
 
 
-def check_like(name: str, tensor: Tensor, weight: Tensor, what: str, dtype: torch.dtype | None = None) -> None:
-    wanted = dtype or weight.dtype
-    if tensor.shape != weight.shape or tensor.device != weight.device or tensor.dtype != wanted:
-        raise ValueError(
-            f"{what} of {describe(name, weight)} must have its shape and device and dtype {wanted}, "
-            f"got {describe(what, tensor)}"
-        )
-
-
-def check_disjoint(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
-    """Refuse written tensors that share memory."""
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name)
-        for name, t in zip(names, tensors, strict=True)
-        if t.numel() and t.device.type != "meta"
-    )
-    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
-        if begin < end:
-            raise ValueError(f"{first} and {second} share memory and would be updated twice in one step")
-
-
-class SgdPlan:
-    """The arrays of one parameter group and, where the C++ backend runs them, their table of chunks.
+class StepPlan:
+    """The arrays of one parameter group and the backend that runs their step.
 
     Args:
-        weights: ``(*)`` each, updated in place.
-        velocities: ``(*)`` each, or ``None`` without momentum.
-        emas: ``(K, *)`` each, or ``None`` without EMAs.
-        pasts: ``(*)`` each, written by the step, or ``None``.
+        rule: ``"sgd"`` or ``"adam"`` (AdamW too).
+        arrays: of the group.
         names: of the weights, for messages.
-        backend: ``"cpp"`` or ``"reference"``, as :func:`layerpipe_kernels.backend.choose` says.
+        backend: as :func:`layerpipe_kernels.backend.choose` says.
+        grad_dtype: of the gradients: the weights', or float32 where those are narrower.
+        chunk: elements per unit of work; 0 for the backend's own choice.
+        reuse: take the tables of an earlier plan of the same pointers, where there is one.
 
     Raises:
         TypeError: a sparse or non-floating-point tensor.
@@ -69,107 +59,118 @@ class SgdPlan:
 
     def __init__(
         self,
-        weights: Sequence[Tensor],
-        velocities: Sequence[Tensor] | None,
-        emas: Sequence[Tensor] | None,
-        pasts: Sequence[Tensor] | None,
+        rule: str,
+        arrays: Arrays,
         *,
         names: Sequence[str],
         backend: str,
+        grad_dtype: torch.dtype | None = None,
+        chunk: int = 0,
+        reuse: bool = False,
     ) -> None:
-        self.weights, self.velocities, self.emas, self.pasts = weights, velocities, emas, pasts
-        self.names, self.backend = names, backend
+        self.rule, self.arrays, self.names, self.backend = rule, arrays, names, backend
+        self.weights = arrays.weights
+        self.device, self.dtype = self.weights[0].device, self.weights[0].dtype
+        self.grad_dtype = grad_dtype or self.dtype
+        self.ema_count = len(arrays.emas[0]) if arrays.emas else 0
         self._check()
-        self.written = [*weights, *(velocities or ()), *(emas or ()), *(pasts or ())]
-        self._pointers = self.pointers(self.written)
-        self._sizes = [w.numel() for w in weights]
-        self._dtype = weights[0].dtype
-        self.ema_count = emas[0].shape[0] if emas else 0
-        self._plan = None
-        if backend == "cpp":
-            plan = getattr(_backend.extension(), f"StepPlan_{_backend.CPP_DTYPES[weights[0].dtype]}")
-            self._plan = plan(
-                self._sizes,
-                self.pointers(weights),
-                self.pointers(velocities or ()),
-                self.pointers(emas or ()),
-                self.ema_count,
-                self.pointers(pasts or ()),
-            )
+        self.written = arrays.written()
+        self._pointers = [t.data_ptr() for t in self.written]
+        self._sizes = [w.numel() for w in self.weights]
+        self.runner = self._reused() if reuse else self._runner(chunk)
 
-    @staticmethod
-    def pointers(tensors: Sequence[Tensor]) -> list[int]:
-        return [t.data_ptr() for t in tensors]
+    def _reused(self) -> Runner:
+        """Tables know pointers only, so they serve any tensors that lie at the same place."""
+        if self.backend == "reference":
+            return self._runner(0)
+        a = self.arrays
+        shape = tuple(map(len, (*a.states, a.emas, a.pasts, a.masters, a.counts))), self.ema_count
+        dtypes = self.dtype, self.grad_dtype, a.emas[0].dtype if a.emas else None
+        key = self.backend, self.rule, self.device, dtypes, shape, tuple(self._pointers), tuple(self._sizes)
+        runner = _runners.pop(key, None) or self._runner(0)
+        _runners[key] = runner
+        while len(_runners) > MAX_REUSED:
+            del _runners[next(iter(_runners))]
+        return runner
 
-    def fits(self, weights: Sequence[Tensor], states: Sequence[Tensor]) -> bool:
-        """Whether these are still the arrays that the plan was made for."""
+    def _runner(self, chunk: int) -> Runner:
+        if self.backend in ("cpp", "cuda"):
+            return native.NativeRunner(self.rule, self.arrays, self.grad_dtype, chunk)
+        if self.backend == "triton":
+            from layerpipe_kernels.triton import TritonRunner  # imports Triton, which not every machine has
+
+            return TritonRunner(self.rule, self.arrays, self.grad_dtype)
+        return ReferenceRunner(self.rule, self.arrays)
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these, in the order of :meth:`Arrays.written`, are still the arrays that the plan was made for."""
         return (
-            self.pointers([*weights, *states]) == self._pointers
-            and [w.numel() for w in weights] == self._sizes
-            and all(w.dtype == self._dtype and w.is_contiguous() for w in weights)
+            [t.data_ptr() for t in tensors] == self._pointers
+            and [w.numel() for w in self.weights] == self._sizes
+            and all(w.dtype == self.dtype and w.is_contiguous() for w in self.weights)
         )
 
     def _check(self) -> None:
-        device, dtype = self.weights[0].device, self.weights[0].dtype
-        state = reference.state_dtype(dtype)
+        arrays, kinds = self.arrays, STATES[self.rule]
+        check_tensor(self.names[0], self.weights[0], "parameter")
+        full = reference.state_dtype(self.dtype)
+        needed = len(kinds) - 1
+        if len(arrays.states) > len(kinds) or (self.rule == "adam" and len(arrays.states) < needed):
+            raise ValueError(f"{self.rule} keeps {', '.join(kinds)}, got {len(arrays.states)} lists of states")
+        if self.rule == "adam" and not arrays.counts:
+            raise ValueError("adam needs `counts`, the number of steps that each parameter has made")
+        if arrays.masters and self.dtype == full:
+            raise ValueError(f"master weights are for weights of 16 bits, not {self.dtype}")
+        if self.grad_dtype not in (self.dtype, full):
+            raise ValueError(f"gradients must be {self.dtype} or {full}, not {self.grad_dtype}")
+        average = arrays.emas[0].dtype if arrays.emas else full
+        if average not in (full, torch.bfloat16) or (average == torch.bfloat16 and full == torch.float64):
+            raise ValueError(f"EMAs of {self.dtype} weights are {full} or bfloat16 (never for float64), not {average}")
+        lists = {
+            **{kind: (tensors, full) for kind, tensors in zip(kinds, arrays.states, strict=False)},
+            "past weight": (arrays.pasts, self.dtype),
+            "master weight": (arrays.masters, torch.float32),
+        }
+        for what, tensors in (*((k, v) for k, (v, _) in lists.items()), ("ema", arrays.emas), ("count", arrays.counts)):
+            if tensors and len(tensors) != len(self.weights):
+                raise ValueError(f"{len(self.weights)} weights, but {len(tensors)} of: {what}")
         for i, (name, weight) in enumerate(zip(self.names, self.weights, strict=True)):
             check_tensor(name, weight, "parameter")
-            if weight.device != device:
+            if weight.device != self.device or weight.dtype != self.dtype:
                 raise ValueError(
-                    f"parameters on different devices in one group: {describe(self.names[0], self.weights[0])} and "
-                    f"{describe(name, weight)}; make a group for each"
+                    f"parameters of different devices or dtypes in one group: "
+                    f"{describe(self.names[0], self.weights[0])} and {describe(name, weight)}; make a group for each"
                 )
-            if self.velocities is not None:
-                check_tensor(name, self.velocities[i], "momentum buffer of")
-                check_like(name, self.velocities[i], weight, "momentum buffer", state)
-            if self.emas is not None:
-                check_tensor(name, self.emas[i], "ema of")
-                wanted = (self.emas[0].shape[0], *weight.shape)
-                if self.emas[i].shape != wanted or self.emas[i].dtype != state or self.emas[i].device != device:
+            for what, (tensors, dtype) in lists.items():
+                if tensors:
+                    check_tensor(name, tensors[i], f"{what} of")
+                    check_like(name, tensors[i], weight, what, dtype)
+            if arrays.emas:
+                check_tensor(name, arrays.emas[i], "ema of")
+                wanted = (self.ema_count, *weight.shape)
+                got = arrays.emas[i]
+                if got.shape != wanted or got.dtype != average or got.device != self.device:
                     raise ValueError(
-                        f"the ema of {describe(name, weight)} must be {wanted}, {state}, on its device, "
-                        f"got {describe('ema', self.emas[i])}"
+                        f"the ema of {describe(name, weight)} must be {wanted}, {average}, on its device, "
+                        f"got {describe('ema', got)}"
                     )
-            if self.pasts is not None:
-                check_tensor(name, self.pasts[i], "past weight of")
-                check_like(name, self.pasts[i], weight, "past weight")
-            if self.backend == "cpp" and weight.dtype != dtype:
-                raise ValueError(
-                    f"parameters of different dtypes in one group: {describe(self.names[0], self.weights[0])} and "
-                    f"{describe(name, weight)}; make a group for each"
-                )
-        kinds = (("", self.weights), ("momentum buffer of ", self.velocities or ()), ("ema of ", self.emas or ()),
-                 ("past weight of ", self.pasts or ()))  # fmt: skip
+            if arrays.counts:
+                count = arrays.counts[i]
+                if count.numel() != 1 or count.dtype != torch.float32 or count.device != self.device:
+                    raise ValueError(
+                        f"the step count of {describe(name, weight)} must be one float32 number on its device, "
+                        f"got {describe('count', count)}"
+                    )
+        named = [("", self.weights), *((f"{what} of ", tensors) for what, (tensors, _) in lists.items())]
+        named += [("ema of ", arrays.emas), ("step count of ", arrays.counts)]
         check_disjoint(
-            [kind + name for kind, tensors in kinds for name, _ in zip(self.names, tensors, strict=False)],
-            [t for _, tensors in kinds for t in tensors],
+            [kind + name for kind, tensors in named for name, _ in zip(self.names, tensors, strict=False)],
+            [t for _, tensors in named for t in tensors],
         )
-
-    def step(self, grads: Sequence[Tensor], first: Sequence[bool], options: SgdOptions) -> None:
-        """Run the step on checked gradients; the formulas are :func:`layerpipe_kernels.reference.sgd_step_`'s.
-
-        Raises:
-            ValueError: not one decay and one tap per EMA.
-        """
-        if not len(options.decays) == len(options.taps) == self.ema_count:
-            raise ValueError(
-                f"{self.ema_count} EMAs take as many decays and taps, got {len(options.decays)} and {len(options.taps)}"
-            )
-        if self._plan is not None:
-            self._plan.sgd_step(self.pointers(grads), first, **options._asdict(), threads=torch.get_num_threads())
-        else:
-            for i, (weight, grad) in enumerate(zip(self.weights, grads, strict=True)):
-                velocity = self.velocities[i] if self.velocities else None
-                ema = self.emas[i] if self.emas else None
-                past = self.pasts[i] if self.pasts else None
-                reference.sgd_step_(weight, grad, velocity, ema, past, options, first=first[i])
-        # A delayed backward that saved these tensors without the stage's hooks must fail, not be silently wrong.
-        torch.autograd.graph.increment_version(self.written)
 
     def check_grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients, contiguous, or an error that names the parameter whose gradient cannot be used."""
         checked = []
-        dtype, device = self.weights[0].dtype, self.weights[0].device.type
         for i, (grad, size) in enumerate(zip(grads, self._sizes, strict=True)):
             if grad.layout != torch.strided:
                 raise TypeError(
@@ -177,7 +178,68 @@ class SgdPlan:
                     "gradients are supported (for nn.Embedding: sparse=False)"
                 )
             # What autograd and the setter of .grad guarantee, checked cheaply; the details make the message.
-            if grad.dtype != dtype or grad.numel() != size or grad.device.type != device:
-                check_like(self.names[i], grad, self.weights[i], "gradient")
+            if grad.dtype != self.grad_dtype or grad.numel() != size or grad.device.type != self.device.type:
+                check_like(self.names[i], grad, self.weights[i], "gradient", self.grad_dtype)
             checked.append(grad if grad.is_contiguous() else grad.contiguous())
         return checked
+
+    def step(
+        self,
+        grads: Sequence[Tensor],
+        options: Options,
+        design: PastDesign = NO_PAST,
+        moment: Moment = NOW,
+        first: Sequence[bool] = (),
+    ) -> None:
+        """Make the step; the formulas are those of :mod:`layerpipe_kernels.reference`.
+
+        Args:
+            grads: from :meth:`check_grads`; nothing where the runner has collected them itself.
+            options: of the plan's rule.
+            design: what to keep of the past.
+            moment: which step this is.
+            first: per parameter, whether its momentum buffer holds nothing yet; empty if none is.
+
+        The options, the design and the moment are taken as they are: see
+        :func:`layerpipe_kernels.checks.check_options`.
+        """
+        self.runner.run(grads, first, options, design, moment)
+        # A delayed backward that saved these tensors without the stage's hooks must fail, not be silently wrong.
+        torch.autograd.graph.increment_version(self.written)
+
+
+#: The tables of the last groups stepped through an operator, the latest used last.
+_runners: dict[object, Runner] = {}
+MAX_REUSED = 32
+
+
+class ReferenceRunner:
+    """The step in plain torch, one tensor after the other."""
+
+    def __init__(self, rule: str, arrays: Arrays) -> None:
+        self.rule, self.arrays = rule, arrays
+
+    def run(
+        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
+    ) -> None:
+        a = self.arrays
+        for i, (weight, grad) in enumerate(zip(a.weights, grads, strict=True)):
+            states = [tensors[i] for tensors in a.states]
+            ema, past, master, count = (x[i] if x else None for x in (a.emas, a.pasts, a.masters, a.counts))
+            if isinstance(options, SgdOptions):
+                velocity = states[0] if states else None
+                reference.sgd_step_(
+                    weight, grad, velocity, ema, past, options, design, moment, master=master, count=count,
+                    first=bool(first and first[i]), tensor=i,
+                )  # fmt: skip
+            else:
+                assert isinstance(options, AdamOptions)
+                assert count is not None
+                largest = states[2] if len(states) > 2 else None
+                reference.adam_step_(
+                    weight, grad, states[0], states[1], largest, count, ema, past, options, design, moment,
+                    master=master, tensor=i,
+                )  # fmt: skip
+        overflowed = moment.found_inf is not None and bool(moment.found_inf != 0)
+        if moment.clock is not None and not overflowed:
+            moment.clock.add_(1)

@@ -1,37 +1,24 @@
 """The semantics of every kernel, in plain torch and MATH notation. Every backend is tested against it.
 
-Symbols: ``W`` weights, ``g`` gradient, ``v`` momentum buffer, ``u`` update, ``E`` EMA of updates,
-``What`` past weights.
+Symbols: ``W`` weights, ``g`` gradient, ``v`` momentum buffer, ``m`` and ``q`` Adam's averages, ``u`` update, ``E`` EMA
+of updates, ``What`` past weights.
 Half-precision weights are computed with in float32.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, PastDesign, SgdOptions
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of optimizer state and of all arithmetic for weights of ``dtype``."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-class SgdOptions(NamedTuple):
-    """What one step of SGD needs besides the arrays, the same for all tensors of a group."""
-
-    lr: float
-    momentum: float = 0.0
-    dampening: float = 0.0
-    weight_decay: float = 0.0
-    nesterov: bool = False
-    maximize: bool = False
-    ema_of_gradient: bool = False
-    decays: Sequence[float] = ()  # per EMA
-    taps: Sequence[float] = ()  # per EMA
-    update_tap: float = 0.0
 
 
 def sgd_step_(
@@ -41,50 +28,184 @@ def sgd_step_(
     ema: Tensor | None,  # (K, *) updated in place; None without EMAs
     past: Tensor | None,  # (*) written; None where the past weights are made later
     o: SgdOptions,
+    design: PastDesign = NO_PAST,
+    moment: Moment = NOW,
     *,
+    master: Tensor | None = None,  # (*) float32, updated in place; `weight` is then its rounded copy
+    count: Tensor | None = None,  # () float32, steps so far; counted up
     first: bool = False,
+    tensor: int = 0,
 ) -> None:
     """One step of SGD, the EMAs of its updates and, if asked for, the past weights.
 
-    ``u = lr * d``, ``W -= u``, ``E_k = decays[k] E_k + (1 - decays[k]) u``,
-    ``What = W + update_tap u + sum_k taps[k] E_k``, with ``d`` as in :class:`torch.optim.SGD`. ``first`` says that
-    ``velocity`` holds nothing yet. ``ema_of_gradient`` feeds the EMAs the gradient (weight decay included) instead.
+    ``u = lr * d``, ``W -= u``, with ``d`` as in :class:`torch.optim.SGD`; then ``E_k`` and ``What`` as in
+    :class:`layerpipe_kernels.options.PastDesign`. ``first`` says that ``velocity`` holds nothing yet; where there is a
+    ``count``, that says it. ``tensor`` is the number of this one in its group: of its random numbers.
     """
-    compute = state_dtype(weight.dtype)
-    w = weight.to(compute)
-    g = grad.to(compute)
-    if o.maximize:
-        g = -g
+    if _overflowed(moment):
+        return
+    w = _full(weight, master)
+    g = _gradient(grad, w, moment, o.maximize)
     if o.weight_decay != 0:
         g = g.add(w, alpha=o.weight_decay)
     d = g
     if velocity is not None:
-        if first:
+        if first if count is None else bool(count == 0):
             velocity.copy_(g)
         else:
             velocity.mul_(o.momentum).add_(g, alpha=1 - o.dampening)
         d = g.add(velocity, alpha=o.momentum) if o.nesterov else velocity
-    w = w.add(d, alpha=-o.lr)
-    u = d * o.lr
+    lr = _scalar(o.lr, w)
+    w, u = w.add(d * -lr) if isinstance(lr, Tensor) else w.add(d, alpha=-lr), d * lr
+    _keep(w, u, g, weight, master, ema, past, design, moment, tensor)
+    if count is not None:
+        count.add_(1)
+
+
+def adam_step_(
+    weight: Tensor,  # (*) updated in place
+    grad: Tensor,  # (*)
+    exp_avg: Tensor,  # (*) updated in place
+    exp_avg_sq: Tensor,  # (*) updated in place
+    max_exp_avg_sq: Tensor | None,  # (*) updated in place; None without AMSGrad
+    count: Tensor,  # () float32, steps so far; counted up
+    ema: Tensor | None,  # (K, *) updated in place; None without EMAs
+    past: Tensor | None,  # (*) written; None where the past weights are made later
+    o: AdamOptions,
+    design: PastDesign = NO_PAST,
+    moment: Moment = NOW,
+    *,
+    master: Tensor | None = None,  # (*) float32, updated in place; `weight` is then its rounded copy
+    tensor: int = 0,
+) -> None:
+    """One step of Adam or AdamW, otherwise as :func:`sgd_step_`. The update ``u`` includes the weight decay."""
+    if _overflowed(moment):
+        return
+    count.add_(1)
+    w = _full(weight, master)
+    g = _gradient(grad, w, moment, o.maximize)
+    if o.weight_decay != 0 and not o.decoupled:
+        g = g.add(w, alpha=o.weight_decay)
+    exp_avg.lerp_(g, 1 - o.beta1)
+    exp_avg_sq.mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
+    largest = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        largest = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
+    # 1 - beta**step, with digits to spare where it is small. A scalar tensor does not change the others' dtype.
+    step = count.double()
+    correction1, correction2 = -torch.expm1(step * _log(o.beta1)), -torch.expm1(step * _log(o.beta2))
+    lr = _scalar(o.lr, w)
+    d = exp_avg / (largest.sqrt() / correction2.sqrt() + o.eps) * (lr / correction1)
+    shrink = lr * o.weight_decay if o.decoupled else 0.0
+    u = d + w * shrink
+    w = w * (1 - shrink) - d
+    _keep(w, u, g, weight, master, ema, past, design, moment, tensor)
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x else -math.inf
+
+
+def _overflowed(moment: Moment) -> bool:
+    return moment.found_inf is not None and bool(moment.found_inf != 0)
+
+
+def _full(weight: Tensor, master: Tensor | None) -> Tensor:
+    return weight.to(state_dtype(weight.dtype)) if master is None else master
+
+
+def _gradient(grad: Tensor, w: Tensor, moment: Moment, maximize: bool) -> Tensor:
+    g = grad.to(w.dtype)
+    if moment.grad_scale is not None:
+        g = g * moment.grad_scale.to(w.dtype).reciprocal()
+    return -g if maximize else g
+
+
+def _scalar(value: float | Tensor, like: Tensor) -> float | Tensor:
+    return value.to(like.dtype) if isinstance(value, Tensor) else value
+
+
+def _keep(
+    w: Tensor,
+    u: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    master: Tensor | None,
+    ema: Tensor | None,
+    past: Tensor | None,
+    design: PastDesign,
+    moment: Moment,
+    tensor: int,
+) -> None:
+    """Store the new weights, average the update, and write the past weights."""
+    t = moment.t if moment.clock is None else int(moment.clock) + 1
+    decays, taps, update_tap = design.at(t)
     weight.copy_(w)
-    if ema is not None:
-        ema_update_(list(ema.unbind(0)), g if o.ema_of_gradient else u, o.decays)
+    if master is not None:
+        master.copy_(w)
+    emas = ema.unbind(0) if ema is not None else ()
+    averages = []  # before they are rounded
+    for k, (e, decay) in enumerate(zip(emas, decays, strict=True)):
+        average = e.to(w.dtype) * decay + (g if design.ema_of_gradient else u) * (1 - decay)
+        _store_average(e, average, hash32(hash32(design.seed ^ hash32(t)) + tensor * 3 + k))
+        averages.append(average)
     if past is not None:
-        estimate = w.add(u, alpha=o.update_tap)
-        for e, tap in zip(ema.unbind(0) if ema is not None else (), o.taps, strict=True):
-            estimate.add_(e, alpha=tap)
+        estimate = w.add(u, alpha=update_tap)
+        for average, tap in zip(averages, taps, strict=True):
+            estimate.add_(average, alpha=tap)
         past.copy_(estimate)
 
 
-def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float]) -> None:
+def _store_average(e: Tensor, average: Tensor, key: int) -> None:
+    if e.dtype == torch.bfloat16:
+        e.copy_(round_stochastic(average, key))
+    else:
+        e.copy_(average)
+
+
+def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int = 0) -> None:
     """``E_k = decays[k] E_k + (1 - decays[k]) u``, in place."""
-    for e, decay in zip(emas, decays, strict=True):
-        e.mul_(decay).add_(update.to(e.dtype), alpha=1 - decay)
+    u = update.to(state_dtype(update.dtype))
+    for k, (e, decay) in enumerate(zip(emas, decays, strict=True)):
+        _store_average(e, e.to(u.dtype) * decay + u * (1 - decay), hash32(hash32(seed) + k))
 
 
-def reconstruct(weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float], out: Tensor) -> None:
-    """``What = W + sum_k taps[k] terms[k]``, written to ``out``."""
+def reconstruct(weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float] | Tensor, out: Tensor) -> None:
+    """``What = W + sum_k taps[k] terms[k]``, written to ``out``; ``taps`` numbers, or a tensor ``(K,)``."""
     estimate = weight.to(state_dtype(weight.dtype), copy=True)
     for term, tap in zip(terms, taps, strict=True):
-        estimate.add_(term.to(estimate.dtype), alpha=tap)
+        estimate.add_(term.to(estimate.dtype) * tap)
     out.copy_(estimate)
+
+
+_MASK = 0xFFFFFFFF
+
+
+def _hash(x: Tensor) -> Tensor:
+    """:func:`hash32` of every element of an int64 tensor."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def hash32(x: int) -> int:
+    """A bijection of 32-bit numbers that spreads every bit (lowbias32 by Chris Wellons): the kernels' random bits."""
+    x &= _MASK
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
+    return x ^ (x >> 16)
+
+
+def round_stochastic(x: Tensor, key: int) -> Tensor:
+    """float32 ``(*)`` to bfloat16, up or down with the probability that makes the mean exact.
+
+    The random bits of an element depend on ``key`` and on its index alone, and are the same on every backend.
+    """
+    index = torch.arange(x.numel(), device=x.device).view(x.shape)
+    random = _hash(index ^ (key & _MASK)) & 0xFFFF
+    bits = x.contiguous().view(torch.int32).to(torch.int64) & _MASK
+    finite = (bits & 0x7F800000) != 0x7F800000
+    rounded = (torch.where(finite, bits + random, bits) >> 16) & 0xFFFF
+    rounded = torch.where(x.isnan(), 0x7FC0 | (bits >> 16), rounded)
+    signed = torch.where(rounded >= 0x8000, rounded - 0x10000, rounded).to(torch.int16)
+    return signed.view(torch.bfloat16)

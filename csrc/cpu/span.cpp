@@ -2,6 +2,8 @@
 // that the linker cannot merge a function compiled for one processor with its namesake compiled for another.
 #include "span.h"
 
+#include <algorithm>
+
 #define LP_STRING_(x) #x
 #define LP_STRING(x) LP_STRING_(x)
 #define LP_CONCAT_(a, b) a##b
@@ -10,24 +12,98 @@
 namespace layerpipe {
 namespace {
 
-template <class T, bool kMomentum, bool kFirst, int kEmas, bool kPast>
-void sgd_loop(const SgdArrays<T>& a, const SgdScalars<T>& scalars, int64_t begin, int64_t end) {
-    const SgdScalars<T> s = scalars;
+// Arrays that are not of the type computed with pass through a buffer that stays in the first-level cache.
+constexpr int64_t kTile = 512;
+
+template <class T, class S>
+void widen(const void* base, int64_t at, int64_t count, T* to) {
+    const S* __restrict from = static_cast<const S*>(base) + at;
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(to_compute(from[i]));
+}
+
+template <class T>
+T* stage(const Array& array, int64_t at, int64_t count, T* buffer) {
+    if (!array.base) return nullptr;
+    if (array.dtype == DtypeOf<T>::value) return static_cast<T*>(array.base) + at;
+    switch (array.dtype) {
+        case Dtype::bf16: widen<T, bf16>(array.base, at, count, buffer); break;
+        case Dtype::f16: widen<T, f16>(array.base, at, count, buffer); break;
+        case Dtype::f32: widen<T, float>(array.base, at, count, buffer); break;
+        default: break;
+    }
+    return buffer;
+}
+
+// Where a result goes that the loop does not read: straight into the array, or into a buffer first.
+template <class T>
+T* destination(const Array& array, int64_t at, T* buffer) {
+    if (!array.base) return nullptr;
+    return array.dtype == DtypeOf<T>::value ? static_cast<T*>(array.base) + at : buffer;
+}
+
+template <class S, class T>
+void narrow(const Array& array, int64_t at, int64_t count, const T* from) {
+    S* __restrict to = static_cast<S*>(array.base) + at;
+    for (int64_t i = 0; i < count; ++i) to[i] = round_to<S, float>(static_cast<float>(from[i]));
+}
+
+template <class T>
+void unstage(const Array& array, int64_t at, int64_t count, const T* from) {
+    if (!array.base || array.dtype == DtypeOf<T>::value) return;
+    if (array.dtype == Dtype::bf16)
+        narrow<bf16>(array, at, count, from);
+    else if (array.dtype == Dtype::f16)
+        narrow<f16>(array, at, count, from);
+}
+
+template <class T>
+void unstage_stochastic(const Array& array, int64_t at, int64_t count, const T* from, uint32_t key) {
+    if (!array.base || array.dtype != Dtype::bf16) return;
+    bf16* __restrict to = static_cast<bf16*>(array.base) + at;
+    for (int64_t i = 0; i < count; ++i)
+        to[i] = round_stochastic(static_cast<float>(from[i]), hash32(key ^ static_cast<uint32_t>(at + i)));
+}
+
+template <class T>
+struct Spans {
+    T* weight;
+    const T* grad;
+    T* state[kMaxStates];
+    T* ema[kMaxEmas];
+    T* past;
+};
+
+template <class Rule, int kForm, int kEmas, bool kPast>
+void step_loop(const Spans<typename Rule::Number>& a, const TensorScalars<Rule>& scalars, int64_t count) {
+    using T = typename Rule::Number;
+    const TensorScalars<Rule> s = scalars;
     T* __restrict w = a.weight;
     const T* __restrict g = a.grad;
-    T* __restrict v = a.velocity;
-    T* __restrict e0 = a.ema;
-    T* __restrict e1 = kEmas > 1 ? a.ema + a.numel : nullptr;
-    T* __restrict e2 = kEmas > 2 ? a.ema + 2 * a.numel : nullptr;
+    T* __restrict s0 = a.state[0];
+    T* __restrict s1 = a.state[1];
+    T* __restrict s2 = a.state[2];
+    T* __restrict e0 = a.ema[0];
+    T* __restrict e1 = a.ema[1];
+    T* __restrict e2 = a.ema[2];
     T* __restrict past = a.past;
-    for (int64_t i = begin; i < end; ++i) {
-        T weight = w[i], velocity = kMomentum && !kFirst ? v[i] : T(0), ema[kMaxEmas];
+    // How many states are kept, and whether the step reads them, follows from its form.
+    constexpr bool kAdam = Rule::kStates == 3;
+    constexpr int kStates = kAdam ? 2 + kForm : kForm ? 1 : 0;
+    constexpr bool kRead = kAdam || kForm == 1;
+    for (int64_t i = 0; i < count; ++i) {
+        T weight = w[i], gradient = g[i] * s.grad_factor, state[kMaxStates] = {}, ema[kMaxEmas] = {};
+        if (kStates > 0 && kRead) state[0] = s0[i];
+        if (kStates > 1) state[1] = s1[i];
+        if (kStates > 2) state[2] = s2[i];
         if (kEmas > 0) ema[0] = e0[i];
         if (kEmas > 1) ema[1] = e1[i];
         if (kEmas > 2) ema[2] = e2[i];
-        const T estimate = sgd<T, kMomentum, kFirst, kEmas>(weight, g[i], velocity, ema, s);
+        const T update = Rule::step(weight, gradient, state, s.rule, kForm);
+        const T estimate = keep_past<T, kEmas>(weight, update, gradient, ema, s.past);
         w[i] = weight;
-        if (kMomentum) v[i] = velocity;
+        if (kStates > 0) s0[i] = state[0];
+        if (kStates > 1) s1[i] = state[1];
+        if (kStates > 2) s2[i] = state[2];
         if (kEmas > 0) e0[i] = ema[0];
         if (kEmas > 1) e1[i] = ema[1];
         if (kEmas > 2) e2[i] = ema[2];
@@ -35,51 +111,71 @@ void sgd_loop(const SgdArrays<T>& a, const SgdScalars<T>& scalars, int64_t begin
     }
 }
 
-template <class T, bool kMomentum, bool kFirst, int kEmas>
-void sgd_past(const SgdArrays<T>& a, const SgdScalars<T>& s, int64_t begin, int64_t end) {
-    if (a.past)
-        sgd_loop<T, kMomentum, kFirst, kEmas, true>(a, s, begin, end);
-    else
-        sgd_loop<T, kMomentum, kFirst, kEmas, false>(a, s, begin, end);
-}
+template <class Rule>
+using Loop = void (*)(const Spans<typename Rule::Number>&, const TensorScalars<Rule>&, int64_t count);
 
-template <class T, int kEmas>
-void sgd_momentum(const SgdArrays<T>& a, const SgdScalars<T>& s, int64_t begin, int64_t end) {
-    if (!a.velocity)
-        sgd_past<T, false, false, kEmas>(a, s, begin, end);
-    else if (a.first)
-        sgd_past<T, true, true, kEmas>(a, s, begin, end);
-    else
-        sgd_past<T, true, false, kEmas>(a, s, begin, end);
+template <class Rule, int kForm>
+Loop<Rule> loop_of(int emas, bool past) {
+    static constexpr Loop<Rule> loops[kMaxEmas + 1][2] = {
+        {step_loop<Rule, kForm, 0, false>, step_loop<Rule, kForm, 0, true>},
+        {step_loop<Rule, kForm, 1, false>, step_loop<Rule, kForm, 1, true>},
+        {step_loop<Rule, kForm, 2, false>, step_loop<Rule, kForm, 2, true>},
+        {step_loop<Rule, kForm, 3, false>, step_loop<Rule, kForm, 3, true>},
+    };
+    return loops[emas][past];
 }
 
 template <class T>
-void sgd_span(const SgdArrays<T>& a, const SgdScalars<T>& s, int64_t begin, int64_t end) {
-    switch (a.emas) {
-        case 0: return sgd_momentum<T, 0>(a, s, begin, end);
-        case 1: return sgd_momentum<T, 1>(a, s, begin, end);
-        case 2: return sgd_momentum<T, 2>(a, s, begin, end);
-        default: return sgd_momentum<T, 3>(a, s, begin, end);
+Loop<Sgd<T>> choose(const TensorScalars<Sgd<T>>& s, int emas, bool past) {
+    switch (s.form) {
+        case Sgd<T>::kPlain: return loop_of<Sgd<T>, Sgd<T>::kPlain>(emas, past);
+        case Sgd<T>::kMomentum: return loop_of<Sgd<T>, Sgd<T>::kMomentum>(emas, past);
+        default: return loop_of<Sgd<T>, Sgd<T>::kFirst>(emas, past);
     }
 }
 
 template <class T>
-void ema_span(const EmaArrays<T>& a, int64_t begin, int64_t end) {
-    for (int k = 0; k < a.emas; ++k) {
-        T* __restrict e = a.ema[k];
-        const T* __restrict u = a.update;
-        const T decay = a.decay[k], rest = a.one_minus_decay[k];
-        for (int64_t i = begin; i < end; ++i) ema_update<T, 1>(e + i, u[i], &decay, &rest);
+Loop<Adam<T>> choose(const TensorScalars<Adam<T>>& s, int emas, bool past) {
+    return s.form == Adam<T>::kPlain ? loop_of<Adam<T>, Adam<T>::kPlain>(emas, past)
+                                     : loop_of<Adam<T>, Adam<T>::kAmsgrad>(emas, past);
+}
+
+template <class Rule>
+void step_span(const Record& r, const void* grads, const Layout& layout, const TensorScalars<Rule>& s, int64_t begin,
+               int64_t end) {
+    using T = typename Rule::Number;
+    constexpr Dtype kNative = DtypeOf<T>::value;
+    const bool direct = layout.weight == kNative && layout.grad == kNative && layout.average == kNative;
+    const Loop<Rule> loop = choose(s, layout.emas, r.past != nullptr);
+    const Array weight{r.weight, layout.weight}, past{r.past, layout.weight};
+    const Array source = r.master ? Array{r.master, kNative} : weight;
+    const Array grad{const_cast<void*>(grads), layout.grad};
+    T buffer[3 + kMaxEmas][kTile];
+    for (int64_t at = begin; at < end;) {
+        const int64_t count = direct ? end - at : std::min(end - at, kTile);
+        Spans<T> a{};
+        a.weight = stage(source, at, count, buffer[0]);
+        a.grad = stage(grad, at, count, buffer[1]);
+        a.past = destination(past, at, buffer[2]);
+        for (int j = 0; j < Rule::kStates; ++j) a.state[j] = r.state[j] ? static_cast<T*>(r.state[j]) + at : nullptr;
+        for (int k = 0; k < layout.emas; ++k)
+            a.ema[k] = stage(Array{r.ema, layout.average}, at + k * r.numel, count, buffer[3 + k]);
+        loop(a, s, count);
+        unstage(weight, at, count, a.weight);
+        unstage(past, at, count, a.past);
+        for (int k = 0; k < layout.emas; ++k) {
+            const Array average{static_cast<char*>(r.ema) + k * r.numel * size_of(layout.average), layout.average};
+            unstage_stochastic(average, at, count, a.ema[k], s.key[k]);
+        }
+        at += count;
     }
 }
 
 template <class T, int kTerms>
-void reconstruct_loop(const Reconstruction<T>& r, int64_t begin, int64_t end) {
-    T* __restrict out = r.out;
-    const T* w = r.weight;
-    const T *t0 = r.term[0], *t1 = r.term[1], *t2 = r.term[2], *t3 = r.term[3];
-    const T a0 = r.tap[0], a1 = r.tap[1], a2 = r.tap[2], a3 = r.tap[3];
-    for (int64_t i = begin; i < end; ++i) {
+void reconstruct_loop(T* __restrict out, const T* w, const T* const* term, const T* tap, int64_t count) {
+    const T *t0 = term[0], *t1 = term[1], *t2 = term[2], *t3 = term[3];
+    const T a0 = tap[0], a1 = tap[1], a2 = tap[2], a3 = tap[3];
+    for (int64_t i = 0; i < count; ++i) {
         T past = w[i];
         if (kTerms > 0) past = fused_multiply_add(a0, t0[i], past);
         if (kTerms > 1) past = fused_multiply_add(a1, t1[i], past);
@@ -90,13 +186,39 @@ void reconstruct_loop(const Reconstruction<T>& r, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void reconstruct_span(const Reconstruction<T>& r, int64_t begin, int64_t end) {
-    switch (r.terms) {
-        case 0: return reconstruct_loop<T, 0>(r, begin, end);
-        case 1: return reconstruct_loop<T, 1>(r, begin, end);
-        case 2: return reconstruct_loop<T, 2>(r, begin, end);
-        case 3: return reconstruct_loop<T, 3>(r, begin, end);
-        default: return reconstruct_loop<T, 4>(r, begin, end);
+void reconstruct_span(const Reconstruction& r, int64_t begin, int64_t end) {
+    constexpr Dtype kNative = DtypeOf<T>::value;
+    static constexpr decltype(&reconstruct_loop<T, 0>) loops[kMaxTerms + 1] = {
+        reconstruct_loop<T, 0>, reconstruct_loop<T, 1>, reconstruct_loop<T, 2>,
+        reconstruct_loop<T, 3>, reconstruct_loop<T, 4>,
+    };
+    bool direct = r.out.dtype == kNative && r.weight.dtype == kNative;
+    for (int k = 0; k < r.terms; ++k) direct = direct && r.term[k].dtype == kNative;
+    T buffer[2 + kMaxTerms][kTile], tap[kMaxTerms];
+    for (int k = 0; k < kMaxTerms; ++k) tap[k] = k < r.terms ? static_cast<T>(r.tap[k]) : T(0);
+    for (int64_t at = begin; at < end;) {
+        const int64_t count = direct ? end - at : std::min(end - at, kTile);
+        const T* term[kMaxTerms] = {};
+        for (int k = 0; k < r.terms; ++k) term[k] = stage(r.term[k], at, count, buffer[2 + k]);
+        T* out = destination(r.out, at, buffer[0]);
+        loops[r.terms](out, stage(r.weight, at, count, buffer[1]), term, tap, count);
+        unstage(r.out, at, count, out);
+        at += count;
+    }
+}
+
+template <class T>
+void average_span(const Averages& a, int64_t begin, int64_t end) {
+    T update_buffer[kTile], buffer[kTile];
+    for (int64_t at = begin; at < end; at += kTile) {
+        const int64_t count = std::min(end - at, kTile);
+        const T* u = stage(a.update, at, count, update_buffer);
+        for (int k = 0; k < a.emas; ++k) {
+            T* __restrict e = stage(a.ema[k], at, count, buffer);
+            const T decay = static_cast<T>(a.decay[k]), rest = static_cast<T>(a.one_minus_decay[k]);
+            for (int64_t i = 0; i < count; ++i) ema_update<T, 1>(e + i, u[i], &decay, &rest);
+            unstage_stochastic(a.ema[k], at, count, e, a.key[k]);
+        }
     }
 }
 
@@ -105,8 +227,8 @@ void reconstruct_span(const Reconstruction<T>& r, int64_t begin, int64_t end) {
 extern const InstructionSet LP_CONCAT(instruction_set_, LP_ISA);
 const InstructionSet LP_CONCAT(instruction_set_, LP_ISA) = {
     LP_STRING(LP_ISA),
-    {sgd_span<float>, ema_span<float>, reconstruct_span<float>},
-    {sgd_span<double>, ema_span<double>, reconstruct_span<double>},
+    {step_span<Sgd<float>>, step_span<Adam<float>>, reconstruct_span<float>, average_span<float>},
+    {step_span<Sgd<double>>, step_span<Adam<double>>, reconstruct_span<double>, average_span<double>},
 };
 
 }  // namespace layerpipe

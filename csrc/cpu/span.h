@@ -3,44 +3,47 @@
 
 #include <cstdint>
 
-#include "../step.h"
+#include "../group.h"
 
 namespace layerpipe {
 
-template <class T>
-struct SgdArrays {
-    T* weight;
-    const T* grad;
-    T* velocity;  // null without momentum
-    T* ema;       // kEmas arrays, one behind the other, `numel` apart; null without EMAs
-    T* past;      // null unless the step materializes the past weights
-    int64_t numel;
+// What the arrays of a group hold. `state` and `master` are of the type that is computed with.
+struct Layout {
+    Dtype weight, grad, average;
     int emas;
-    bool first;  // no velocity yet
 };
 
-template <class T>
+// One array as the loop sees it: of any dtype in memory.
+struct Array {
+    void* base;
+    Dtype dtype;
+};
+
 struct Reconstruction {
-    T* out;
-    const T* weight;
-    const T* term[kMaxTerms];
-    T tap[kMaxTerms];
+    Array out, weight;
+    Array term[kMaxTerms];
+    double tap[kMaxTerms];
     int terms;
 };
 
-template <class T>
-struct EmaArrays {
-    T* ema[kMaxEmas];
-    T decay[kMaxEmas], one_minus_decay[kMaxEmas];
+struct Averages {
+    Array ema[kMaxEmas];
+    double decay[kMaxEmas], one_minus_decay[kMaxEmas];
+    uint32_t key[kMaxEmas];
     int emas;
-    const T* update;
+    Array update;
 };
+
+template <class Rule>
+using StepSpan = void (*)(const Record&, const void* grads, const Layout&, const TensorScalars<Rule>&, int64_t begin,
+                          int64_t end);
 
 template <class T>
 struct SpanKernels {
-    void (*sgd)(const SgdArrays<T>&, const SgdScalars<T>&, int64_t begin, int64_t end);
-    void (*ema)(const EmaArrays<T>&, int64_t begin, int64_t end);
-    void (*reconstruct)(const Reconstruction<T>&, int64_t begin, int64_t end);
+    StepSpan<Sgd<T>> sgd;
+    StepSpan<Adam<T>> adam;
+    void (*reconstruct)(const Reconstruction&, int64_t begin, int64_t end);
+    void (*average)(const Averages&, int64_t begin, int64_t end);
 };
 
 struct InstructionSet {

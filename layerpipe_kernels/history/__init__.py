@@ -9,7 +9,7 @@
 | ``blend`` | one to three EMAs | the best linear mixture of them and the newest update |
 """
 
-from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, Taps, copy_into
+from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, copy_into
 from layerpipe_kernels.history.blend import Blend
 from layerpipe_kernels.history.ema import Ema
 from layerpipe_kernels.history.latest import Latest
@@ -29,7 +29,6 @@ __all__ = [
     "Momentum",
     "Settings",
     "Stash",
-    "Taps",
     "copy_into",
     "make",
 ]

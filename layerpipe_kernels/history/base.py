@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerpipe_kernels import ops
 from layerpipe_kernels.decay import DecayRule
+from layerpipe_kernels.options import PastDesign
 
 State = dict[str, Any]
 
@@ -22,10 +23,13 @@ class Settings(NamedTuple):
     order: int = 2
     ema_decay: DecayRule | tuple[float, ...] | None = None
     ema_of: str = "update"
-    momentum: float = 0.0
+    momentum: float = 0.0  # SGD's; 0 without a momentum buffer
     nesterov: bool = False
+    correlation: float = 0.0  # of successive updates: SGD's momentum, Adam's beta1
+    newest: bool = False  # the newest update is still at hand after the step, as lr times the momentum buffer
     materialize: bool = False
     backend: str = "auto"
+    seed: int = 0  # of bfloat16 averages' rounding
 
 
 class Clock(NamedTuple):
@@ -33,13 +37,6 @@ class Clock(NamedTuple):
 
     t: int
     lr: float
-
-
-class Taps(NamedTuple):
-    """``What = W + update * u(t) + sum_k emas[k] * E_k(t)``."""
-
-    update: float
-    emas: tuple[float, ...]
 
 
 class Mixture(NamedTuple):
@@ -53,41 +50,38 @@ class Mixture(NamedTuple):
 class History(ABC):
     """The past weights of one parameter group.
 
-    Subclasses say which EMAs the optimizer's step must keep (:attr:`emas`, :meth:`decays`) and how to mix them
-    (:meth:`taps`), or keep something of their own (:meth:`before_update`, :meth:`past`).
+    Subclasses say what the optimizer's step must keep and how to mix it (:attr:`design`), or keep something of their
+    own (:meth:`before_update`, :meth:`past`).
 
     While ``t <= n`` the weights asked for are ``W(0)``: a pipeline that fills has no older ones.
     """
 
     kind: ClassVar[str]
-    emas: int = 0
+    needs_states: ClassVar[bool] = False  # in :meth:`before_update`
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.n = settings.delay
+        self.design = PastDesign(delay=self.n)
         if settings.materialize and self.kind not in ("ema", "momentum", "blend"):
             raise ValueError(f"materialize=True has nothing to write for past={self.kind!r}")
         if settings.ema_of != "update" and self.kind != "ema":
             raise ValueError(f"ema_of={settings.ema_of!r} goes with past='ema', not past={self.kind!r}")
 
-    def decays(self, t: int) -> tuple[float, ...]:
-        """The decay of each EMA in the update that makes version ``t`` (counted from 1)."""
-        return ()
-
-    def taps(self, clock: Clock) -> Taps:
-        """How to mix the newest update and the EMAs after ``clock.t`` updates."""
-        return Taps(0.0, ())
+    @property
+    def emas(self) -> int:
+        """How many averages the step keeps."""
+        return len(self.design.decays)
 
     def before_update(self, params: Sequence[Tensor], states: Sequence[State], t: int) -> None:  # noqa: B027
         """Called with the weights of version ``t``, before they change. Most kinds have nothing to do here."""
 
     def mixture(self, clock: Clock) -> Mixture:
         """Everything about :meth:`past` that does not depend on the parameter."""
-        taps = self.taps(clock)
-        emas = taps.emas
+        _, emas, update = self.design.at(clock.t) if clock.t else ((), (), 0.0)
         while emas and not emas[-1]:  # while the delays fill, one average knows it all
             emas = emas[:-1]
-        return Mixture(clock, taps.update * clock.lr, emas)
+        return Mixture(clock, update * clock.lr, emas)
 
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
@@ -98,14 +92,10 @@ class History(ABC):
         """
         velocity = state.get("momentum_buffer") if mixture.velocity and moved else None
         ema = state.get("ema") if mixture.emas else None
-        return ops.mix(param, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
-
-
-def running_mean_until(n: int, t: int, decay: float) -> float:
-    """The decay of update ``t``: an exact mean of all updates while ``t <= n``, so that the sum of ``n`` is exact, then
-    ``decay``, reached from below so that no early update keeps too much weight."""
-    mean = (t - 1) / t
-    return mean if t <= n else min(decay, mean)
+        if out is None:
+            out = torch.empty_like(param, requires_grad=False)
+        weight = state.get("master", param)
+        return ops.mix(weight, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
 
 
 def copy_into(out: Tensor | None, source: Tensor) -> Tensor:

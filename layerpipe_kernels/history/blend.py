@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from layerpipe_kernels import decay
-from layerpipe_kernels.history.base import Clock, History, Settings, Taps, running_mean_until
+from layerpipe_kernels.history.base import History, Settings
+from layerpipe_kernels.options import PastDesign
 
 
 class Blend(History):
@@ -11,8 +12,9 @@ class Blend(History):
 
     Short delays keep fewer: with the newest update at hand ``n - 1`` EMAs are enough, none at all for ``n = 1``.
 
-    ``u(t)`` comes free from the momentum buffer as ``lr v(t)``. Without momentum, and with Nesterov's, it is gone after
-    the step, and the EMAs do without it. ``ema_decay`` fixes the decays: one per EMA, or a rule for ``order=1``.
+    ``u(t)`` comes free from SGD's momentum buffer as ``lr v(t)``. Without momentum, with Nesterov's, and with Adam, it
+    is gone after the step, and the EMAs do without it, unless the step itself writes the past weights (``materialize``).
+    ``ema_decay`` fixes the decays: one per EMA, or a rule for ``order=1``.
     """
 
     kind = "blend"
@@ -21,10 +23,10 @@ class Blend(History):
         super().__init__(settings)
         if settings.order not in (1, 2, 3):
             raise ValueError(f"order must be 1, 2 or 3 EMAs, got {settings.order}")
-        if not 0 <= settings.momentum < 1:
-            raise ValueError(f"past='blend' needs a momentum in [0, 1), got {settings.momentum}")
-        newest = settings.momentum > 0 and not settings.nesterov
-        self.emas = decay.useful_order(self.n, settings.order, newest)
+        if not 0 <= settings.correlation < 1:
+            raise ValueError(f"past='blend' needs a momentum in [0, 1), got {settings.correlation}")
+        newest = settings.newest or settings.materialize  # the step itself always has the newest update
+        emas = decay.useful_order(self.n, settings.order, newest)
         decays: tuple[float, ...] | None = None
         if isinstance(settings.ema_decay, tuple):
             decays = settings.ema_decay
@@ -35,15 +37,12 @@ class Blend(History):
                     f"{settings.order} to fix them, got ema_decay={settings.ema_decay!r}"
                 )
             decays = (decay.resolve(settings.ema_decay, self.n),)
-        decays = decays[: self.emas] if decays is not None else None
-        self.design = decay.blend(self.n, self.emas, settings.momentum, newest, decays)
-
-    def decays(self, t: int) -> tuple[float, ...]:
-        return tuple(running_mean_until(self.n, t, b) for b in self.design.decays)
-
-    def taps(self, clock: Clock) -> Taps:
-        if clock.t <= self.n:  # all EMAs are still the mean of all updates: exact, and the first is enough
-            if not self.emas:  # n = 1
-                return Taps(float(clock.t), ())
-            return Taps(0.0, (float(clock.t), *[0.0] * (self.emas - 1)))
-        return Taps(self.n * self.design.update_tap, tuple(self.n * c for c in self.design.taps))
+        decays = decays[:emas] if decays is not None else None
+        blend = decay.blend(self.n, emas, settings.correlation, newest, decays)
+        self.design = PastDesign(
+            delay=self.n,
+            decays=blend.decays,
+            taps=tuple(self.n * tap for tap in blend.taps),
+            update_tap=self.n * blend.update_tap,
+            seed=settings.seed,
+        )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from layerpipe_kernels import decay
-from layerpipe_kernels.history.base import Clock, History, Settings, Taps, running_mean_until
+from layerpipe_kernels.history.base import Clock, History, Mixture, Settings
+from layerpipe_kernels.options import PastDesign
 
 
 class Ema(History):
@@ -15,7 +16,6 @@ class Ema(History):
     """
 
     kind = "ema"
-    emas = 1
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -25,11 +25,15 @@ class Ema(History):
             raise ValueError(f"ema_of must be 'update' or 'gradient', got {settings.ema_of!r}")
         if settings.ema_of == "gradient" and settings.materialize:
             raise ValueError("materialize=True needs ema_of='update'")
-        self.decay = decay.resolve("matched" if settings.ema_decay is None else settings.ema_decay, self.n)
+        rule = "matched" if settings.ema_decay is None else settings.ema_decay
+        self.design = PastDesign(
+            delay=self.n,
+            decays=(decay.resolve(rule, self.n),),
+            taps=(float(self.n),),
+            ema_of_gradient=settings.ema_of == "gradient",
+            seed=settings.seed,
+        )
 
-    def decays(self, t: int) -> tuple[float, ...]:
-        return (running_mean_until(self.n, t, self.decay),)
-
-    def taps(self, clock: Clock) -> Taps:
-        scale = clock.lr if self.settings.ema_of == "gradient" else 1.0
-        return Taps(0.0, (min(clock.t, self.n) * scale,))
+    def mixture(self, clock: Clock) -> Mixture:
+        made = super().mixture(clock)
+        return made._replace(emas=tuple(tap * clock.lr for tap in made.emas)) if self.design.ema_of_gradient else made

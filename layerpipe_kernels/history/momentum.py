@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from layerpipe_kernels.history.base import Clock, History, Settings, Taps
+from layerpipe_kernels.history.base import History, Settings
+from layerpipe_kernels.options import PastDesign
 
 
 class Momentum(History):
@@ -19,7 +20,5 @@ class Momentum(History):
             )
         if settings.nesterov and settings.materialize:
             raise ValueError("past='momentum' with nesterov cannot be materialized by the step")
-
-    def taps(self, clock: Clock) -> Taps:
-        mu, n = self.settings.momentum, min(clock.t, self.n)
-        return Taps((1 - mu**n) / (1 - mu), ())
+        mu = settings.momentum
+        self.design = PastDesign(delay=self.n, update_tap=(1 - mu**self.n) / (1 - mu), fill_ratio=mu)

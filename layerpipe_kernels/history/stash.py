@@ -14,6 +14,7 @@ class Stash(History):
     """Exact, and ``n`` copies of the weights: a ring in ``state["stash"]``, version ``t`` in slot ``t mod n``."""
 
     kind = "stash"
+    needs_states = True
 
     @torch.no_grad()
     def before_update(self, params: Sequence[Tensor], states: Sequence[State], t: int) -> None:

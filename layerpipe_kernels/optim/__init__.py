@@ -1,6 +1,7 @@
 """Optimizers with torch's names and defaults that also know their past weights."""
 
+from layerpipe_kernels.optim.adam import Adam, AdamW
 from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.sgd import SGD
 
-__all__ = ["SGD", "PastOptimizer"]
+__all__ = ["SGD", "Adam", "AdamW", "PastOptimizer"]

@@ -20,9 +20,15 @@ PAST_DEFAULTS: dict[str, Any] = {
     "order": 2,
     "ema_decay": None,
     "ema_of": "update",
+    "ema_dtype": None,
     "materialize": False,
+    "master_weights": False,
     "backend": "auto",
+    "seed": 0,
 }
+
+#: State that need not be of its parameter's dtype, which torch gives it when it loads.
+FULL_PRECISION = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master")
 
 #: What a parameter's state holds for its past; the rest is the optimizer's own.
 HISTORY_KEYS = ("ema", "stash", "past")
@@ -77,6 +83,8 @@ class PastOptimizer(torch.optim.Optimizer):
                     f"parameter {self.name(group, i)} of dtype {param.dtype} is not supported; "
                     "only real floating-point parameters are"
                 )
+        if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"ema_dtype must be torch.float32 or torch.bfloat16, got {group['ema_dtype']}")
         if group["past"] not in history.KINDS:
             raise ValueError(f"past={group['past']!r} is unknown; there are: {', '.join(history.KINDS)}")
         backend.choose(group["params"][0], group["backend"])
@@ -84,15 +92,19 @@ class PastOptimizer(torch.optim.Optimizer):
             history.make(group["past"], self._settings(group))
 
     def _settings(self, group: Group) -> history.Settings:
+        momentum = group.get("momentum", 0.0)
         return history.Settings(
             delay=group["delay"],
             order=group["order"],
             ema_decay=group["ema_decay"],
             ema_of=group["ema_of"],
-            momentum=group.get("momentum", 0.0),
+            momentum=momentum,
             nesterov=group.get("nesterov", False),
+            correlation=group["betas"][0] if "betas" in group else momentum,
+            newest=momentum > 0 and not group.get("nesterov", False),
             materialize=group["materialize"],
             backend=group["backend"],
+            seed=group["seed"],
         )
 
     def name(self, group: Group, i: int) -> str:
@@ -108,7 +120,7 @@ class PastOptimizer(torch.optim.Optimizer):
             return None
         settings = self._settings(group)
         # A schedule may move the momentum in every step; a design for the first one stays good, and its averages valid.
-        made_for = (group["past"], settings._replace(momentum=float(settings.momentum > 0)))
+        made_for = (group["past"], settings._replace(momentum=float(settings.momentum > 0), correlation=0.0))
         made = self._histories.get(id(group))
         if made is None or made[0] != made_for:
             made = self._histories[id(group)] = made_for, history.make(group["past"], settings)
@@ -129,10 +141,11 @@ class PastOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, index in zip(own["params"], saved["params"], strict=True):
-                dtype = reference.state_dtype(param.dtype)
-                for key in ("momentum_buffer", "ema") if dtype != param.dtype else ():
+                full = reference.state_dtype(param.dtype)
+                for key in FULL_PRECISION:
                     value = state_dict["state"].get(index, {}).get(key)
-                    if value is not None:
+                    dtype = value.dtype if key == "ema" and value is not None else full
+                    if value is not None and self.state[param][key].dtype != dtype:
                         self.state[param][key] = value.to(device=param.device, dtype=dtype, copy=True)
 
     def past_view(self, param: Tensor) -> Tensor:

@@ -9,11 +9,15 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from layerpipe_kernels import backend as backends
 from layerpipe_kernels import ops
-from layerpipe_kernels.reference import SgdOptions
+from layerpipe_kernels.options import AdamOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.plan import Arrays
 from tests.conftest import needs_cpp
+from tests.kernels.steps import Case, cloned
 
 PLAIN = SgdOptions(lr=0.1)
 step = functools.partial(ops.sgd_step_, options=PLAIN)
+adam = functools.partial(ops.adamw_step_, options=AdamOptions(lr=0.1))
+MEMORY = torch.randn(10)
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 
 
@@ -69,6 +73,24 @@ def strided() -> Tensor:
         (lambda: step([strided()], [torch.ones(6, 4)]), ValueError, r"weights\[0\].*not contiguous"),
         (lambda: step([torch.ones(4)], []), ValueError, "1 weights but 0"),
         (lambda: step([torch.ones(4)], [torch.ones(4)], [torch.ones(5)]), ValueError, "momentum"),
+        (lambda: step([torch.ones(4)], [None]), ValueError, r"weights\[0\] has no gradient"),
+        (lambda: step([torch.ones(4)], [torch.eye(2).to_sparse()]), TypeError, "gradient of .*sparse"),
+        (lambda: step([torch.ones(4).long()], [torch.ones(4)]), TypeError, r"weights\[0\].*floating point"),
+        (lambda: step([torch.ones(4), torch.ones(4).double()], [torch.ones(4)] * 2), ValueError, "different dev"),
+        (lambda: step([MEMORY[:8], MEMORY[4:]], [torch.ones(8), torch.ones(6)]), ValueError, "share memory"),
+        (lambda: step([torch.ones(4)], [torch.ones(4)], None, [torch.zeros(1, 4).half()], options=PLAIN,
+                      design=PastDesign(0, (0.5,), (0.0,))), ValueError, "EMAs of"),
+        (lambda: step([torch.ones(4)], [torch.ones(4)], masters=[torch.ones(4)]), ValueError, "master weights are for"),
+        (lambda: step([torch.ones(4)], [torch.ones(4)], options=SgdOptions(float("nan"))), ValueError, "lr is nan"),
+        (lambda: step([torch.ones(4)], [torch.ones(4)], design=PastDesign(delay=-1)), ValueError, "at least 0"),
+        (lambda: step([torch.ones(4)], [torch.ones(4)], design=PastDesign(update_tap=float("inf"))), ValueError, "tap"),
+        (lambda: step([torch.ones(4)], [torch.ones(4)], moment=Moment(clock=torch.zeros(2))), ValueError, "clock must"),
+        (lambda: adam([torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.ones(4)], []), ValueError, "counts"),
+        (lambda: adam([torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.tensor(0)]),
+         ValueError, "step count of"),
+        (lambda: adam(*[[torch.ones(4)]] * 4, [torch.tensor(0.0)]), ValueError, "share memory"),
+        (lambda: adam([torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.tensor(0.0)],
+                      options=AdamOptions(0.1, beta2=1.0)), ValueError, "beta2"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_by_name(call: object, error: type[Exception], message: str) -> None:
@@ -102,14 +124,88 @@ def test_parameters_that_require_gradients_are_stepped(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_averages_of_another_number_are_refused(backend: str) -> None:
-    weights = [torch.ones(4), torch.ones(4)]
-    three = SgdOptions(lr=1.0, decays=[0.5] * 3, taps=[0.0] * 3)
+    weights, three = [torch.ones(4), torch.ones(4)], PastDesign(0, (0.5,) * 3, (0.0,) * 3)
+    grads = [torch.ones(4)] * 2
     with pytest.raises(ValueError, match=r"ema of weights\[1\]"):
-        emas = [torch.zeros(3, 4), torch.zeros(1, 4)]
-        ops.sgd_step_(weights, weights, None, emas, options=three, backend=backend)
+        step(weights, grads, None, [torch.zeros(3, 4), torch.zeros(1, 4)], design=three, backend=backend)
     with pytest.raises(ValueError, match="as many decays and taps"):
-        ops.sgd_step_(weights, weights, None, None, options=three, backend=backend)
+        step(weights, grads, None, None, design=three, backend=backend)
     assert torch.equal(weights[0], torch.ones(4))
+
+
+def arguments(case: Case) -> tuple[object, ...]:
+    """A case as the registered operator takes it."""
+    arrays, grads = case.make()
+    lists = (arrays.emas, arrays.pasts, arrays.masters, arrays.counts)
+    options, design = case.options(), case.design(delay=4)
+    middle = (*options[1:], *design, 3, torch.tensor(2), torch.tensor(2.0), torch.tensor(0.0), "auto")
+    tail = (False,) if case.rule == "sgd" else ()
+    states = arrays.states if case.rule == "sgd" else (*arrays.states, ())
+    return (arrays.weights, grads, *states, *lists, 0.1, torch.tensor(0.1), *middle, *tail)
+
+
+@pytest.mark.parametrize("case", [Case(sizes=(4, 9)), Case("adam", torch.bfloat16, sizes=(4, 9), master=True)], ids=str)
+def test_steps_are_proper_operators(case: Case) -> None:
+    operator = {"sgd": torch.ops.layerpipe.sgd_step_, "adam": torch.ops.layerpipe.adamw_step_}[case.rule]
+    torch.library.opcheck(operator.default, arguments(case))
+
+
+def test_averages_and_reconstruction_are_proper_operators() -> None:
+    taps = torch.tensor([2.0])
+    weight, term = torch.randn(4, 3), torch.randn(4, 3)
+    torch.library.opcheck(torch.ops.layerpipe.ema_update_.default, ([weight], term, [0.5], 0, "auto"))
+    torch.library.opcheck(torch.ops.layerpipe.reconstruct.default, (weight, [term], [2.0], None, "auto"))
+    torch.library.opcheck(torch.ops.layerpipe.reconstruct.default, (weight, [term], [], taps, "auto"))
+    out = torch.empty_like(weight)
+    torch.library.opcheck(torch.ops.layerpipe.reconstruct_.default, (out, weight, [term], [2.0], None, "auto"))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_step_has_no_graph_break_and_the_same_bits(rule: str, compiler: str) -> None:
+    case = Case(rule, emas=2, sizes=(7, 64))
+    arrays, grads = case.make()
+
+    def train(a: Arrays, g: list[Tensor]) -> None:
+        rest = {"emas": a.emas, "pasts": a.pasts, "options": case.options(), "design": case.design()}
+        if rule == "sgd":
+            ops.sgd_step_(a.weights, g, *a.states, **rest)
+        else:
+            ops.adamw_step_(a.weights, g, *a.states, a.counts, **rest)
+
+    eager, compiled = cloned(arrays), cloned(arrays)
+    train(eager, grads)
+    torch.compile(train, fullgraph=True, backend=compiler)(compiled, grads)
+    assert all(map(torch.equal, eager.written(), compiled.written()))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_counts_what_it_writes_in_the_tensors_versions(rule: str, backend: str) -> None:
+    case = Case(rule, sizes=(5,))
+    arrays, grads = case.make()
+    before = [t._version for t in arrays.written()]
+    options, design = case.options(), case.design()
+    if rule == "sgd":
+        ops.sgd_step_(arrays.weights, grads, *arrays.states, arrays.emas, arrays.pasts, options=options, design=design,
+                      backend=backend)  # type: ignore[arg-type]  # fmt: skip
+    else:
+        ops.adamw_step_(arrays.weights, grads, *arrays.states, arrays.counts, arrays.emas, arrays.pasts,
+                        options=options, design=design, backend=backend)  # type: ignore[arg-type]  # fmt: skip
+    assert all(t._version > b for t, b in zip(arrays.written(), before, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_reconstruct_takes_narrow_terms_masters_and_taps_in_a_tensor(backend: str, dtype: torch.dtype) -> None:
+    master, velocity = torch.randn(1000), torch.randn(1000)
+    ema = torch.randn(1000).bfloat16()
+    out = torch.full((1000,), float("nan"), dtype=dtype)
+    ops.reconstruct(master, [velocity, ema], [0.5, -2.0], out=out, backend=backend)
+    want = master + 0.5 * velocity - 2.0 * ema.float()
+    torch.testing.assert_close(out, want.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    again = ops.reconstruct(master, [velocity, ema], torch.tensor([0.5, -2.0]), backend=backend)
+    torch.testing.assert_close(again, want)
 
 
 def test_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,10 +224,19 @@ def test_missing_forced_backend_says_how_to_get_it(monkeypatch: pytest.MonkeyPat
         backends.choose(torch.ones(1), "cpp")
 
 
-@needs_cpp
-def test_cpp_refuses_dtypes_it_has_no_loop_for() -> None:
-    with pytest.raises(ValueError, match="bfloat16"):
-        backends.choose(torch.ones(1, dtype=torch.bfloat16), "cpp")
+@pytest.mark.parametrize("backend", ["cuda", "triton", "cpp"])
+def test_a_backend_refuses_what_it_has_no_kernel_for(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_built", lambda _: True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=f"backend='{backend}' takes"):
+        backends.choose(torch.ones(1, dtype=torch.float64, device="meta"), backend)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_a_missing_gpu_backend_says_how_to_get_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_built", lambda _: False)
+    with pytest.raises(RuntimeError, match="nvcc" if backend == "cuda" else "pip install triton"):
+        backends.choose(torch.ones(1), backend)
 
 
 def test_build_info_says_what_is_there() -> None:

@@ -1,0 +1,43 @@
+// Gathers a step's gradients from Python without a Python loop.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "plan.h"
+
+namespace layerpipe {
+
+// Knows the objects that a plan was made from: the parameters of a group, those of them that have gradients, and the
+// tensors in their states. Looks at every one of them in every step, because anybody may have exchanged one.
+class Collector {
+   public:
+    // `params`: the group's list. `moving`: per parameter, whether the plan has it. `keys`: of the state's tensors that
+    // the plan has. `state`: the optimizer's, parameter to dict. `dtype`: of the gradients.
+    Collector(pybind11::list params, std::vector<bool> moving, pybind11::dict state, pybind11::tuple keys,
+              pybind11::object dtype);
+
+    // Takes the gradients into the plan and says true if all is as it was and every gradient is dense, contiguous and
+    // of the right dtype. Otherwise says false, and Python finds out what is different and whether it is wrong.
+    bool collect(StepPlan& plan, const pybind11::list& params, const pybind11::dict& state) const;
+
+   private:
+    struct Tensor {
+        pybind11::object object;
+        uint64_t address;
+    };
+    struct Entry {
+        Tensor param;
+        bool moving;
+        Py_hash_t hash;
+        pybind11::object state;
+        std::vector<Tensor> tensors;
+    };
+    std::vector<Entry> entries_;
+    pybind11::tuple keys_;
+    pybind11::object dtype_;
+};
+
+}  // namespace layerpipe

@@ -1,0 +1,64 @@
+// A parameter group in raw pointers: what both launchers and the code of one thread read.
+#pragma once
+
+#include <cstdint>
+
+#include "chunks.h"
+#include "step.h"
+
+namespace layerpipe {
+
+// One parameter. Arithmetic is in float (in double for double weights), and so are `master` and `state`.
+struct alignas(16) Record {
+    void* weight;
+    void* master;  // the weight in full precision, where `weight` is its rounded copy; else null
+    void* state[kMaxStates];
+    void* ema;     // averages one behind the other, `numel` apart; null without
+    void* past;    // null unless the step writes the past weights
+    float* count;  // steps this parameter has made, where the rule depends on it; else null
+    int64_t numel;
+    int32_t aligned;  // every array but the gradient starts at a multiple of 16 bytes
+};
+
+// What distinguishes one step from the next. Device pointers take precedence over the values beside them, so that a
+// step needs no look at the device: a captured graph replays it, and a step that overflowed changes nothing.
+struct Moment {
+    double lr;
+    const float* lr_at;
+    int64_t t;       // updates of the group, this one included; 0 is long after its delay has filled
+    int64_t* clock;  // updates before this one; counted up by the step
+    const float* grad_scale;
+    const float* found_inf;  // nonzero: change nothing
+};
+
+LP_INLINE bool overflowed(const Moment& m) { return m.found_inf && *m.found_inf != 0.0f; }
+
+// All that the arithmetic of one tensor needs besides its arrays.
+template <class Rule>
+struct TensorScalars {
+    using T = typename Rule::Number;
+    typename Rule::Scalars rule;
+    PastScalars<T> past;
+    T grad_factor;
+    int form;
+    uint32_t key[kMaxEmas];  // of the random bits with which an average is rounded
+};
+
+template <class Rule, int kEmas>
+LP_INLINE TensorScalars<Rule> tensor_scalars(const typename Rule::Options& options,
+                                             const PastDesign<typename Rule::Number>& design, const Moment& m,
+                                             const Record& r, int tensor, bool first) {
+    using T = typename Rule::Number;
+    const T count = r.count ? T(*r.count) : T(0);
+    const bool present[kMaxStates] = {r.state[0] != nullptr, r.state[1] != nullptr, r.state[2] != nullptr};
+    TensorScalars<Rule> s;
+    s.rule = Rule::at(options, m.lr_at ? T(*m.lr_at) : T(m.lr), count + T(1));
+    s.form = Rule::form(present, r.count ? count == T(0) : first);
+    s.past = past_at<T, kEmas>(design, m.clock ? *m.clock + 1 : m.t);
+    s.grad_factor = m.grad_scale ? T(1) / T(*m.grad_scale) : T(1);
+    LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) s.key[k] =
+        hash32(s.past.key + static_cast<uint32_t>(tensor * kMaxEmas + k));
+    return s;
+}
+
+}  // namespace layerpipe

@@ -1,0 +1,93 @@
+"""What no backend can work with is refused by name, before anything is written."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels.options import MAX_EMAS, AdamOptions, Moment, Options, PastDesign
+
+
+def describe(name: str, tensor: Tensor) -> str:
+    return f"{name} (shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
+
+
+def check_tensor(name: str, tensor: Tensor, what: str = "tensor") -> None:
+    """Refuse what no backend can update in place, by name."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{what} {describe(name, tensor)} is {tensor.layout}; only dense tensors are supported")
+    if not tensor.dtype.is_floating_point:
+        raise TypeError(f"{what} {describe(name, tensor)} is not real floating point; keep it out of the optimizer")
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{what} {describe(name, tensor)} is not contiguous, its strides are {tensor.stride()}; "
+            "replace it by tensor.contiguous()"
+        )
+
+
+def check_like(name: str, tensor: Tensor, weight: Tensor, what: str, *dtypes: torch.dtype) -> None:
+    wanted = dtypes or (weight.dtype,)
+    if tensor.shape != weight.shape or tensor.device != weight.device or tensor.dtype not in wanted:
+        raise ValueError(
+            f"{what} of {describe(name, weight)} must have its shape and device and dtype "
+            f"{' or '.join(map(str, wanted))}, got {describe(what, tensor)}"
+        )
+
+
+def check_disjoint(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Refuse written tensors that share memory."""
+    spans = sorted(
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), name)
+        for name, t in zip(names, tensors, strict=True)
+        if t.numel() and t.device.type != "meta"
+    )
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(f"{first} and {second} share memory and would be updated twice in one step")
+
+
+def check_scalar(name: str, value: Tensor | None, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """A tensor of one element that a kernel reads where it lies."""
+    if value is None:
+        return
+    if value.numel() != 1 or value.dtype != dtype or value.device != device:
+        raise ValueError(f"{name} must be one {dtype} number on {device}, got {describe(name, value)}")
+
+
+def check_options(options: Options, design: PastDesign, moment: Moment, emas: int, device: torch.device) -> None:
+    """Hyperparameters that would spoil the weights, and designs that do not fit the arrays.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, value in options._asdict().items():
+        if isinstance(value, Tensor):
+            check_scalar(name, value, device)
+        elif not math.isfinite(value):
+            raise ValueError(f"{name} is {value}; refusing to step")
+    if isinstance(options, AdamOptions):
+        for name in ("beta1", "beta2"):
+            if not 0.0 <= getattr(options, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(options, name)}")
+    if not len(design.decays) == len(design.taps) == emas:
+        raise ValueError(f"{emas} EMAs take as many decays and taps, got {len(design.decays)} and {len(design.taps)}")
+    if design.delay < 0 or moment.t < 0:
+        raise ValueError(f"delay and t are at least 0, got {design.delay} and {moment.t}")
+    if emas > MAX_EMAS:
+        raise ValueError(f"at most {MAX_EMAS} EMAs, got {emas}")
+    for k, decay in enumerate(design.decays):
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"decays[{k}] must be in [0, 1], got {decay}")
+    for name, number in (
+        *((f"taps[{k}]", tap) for k, tap in enumerate(design.taps)),
+        ("update_tap", design.update_tap),
+    ):
+        if not math.isfinite(number):
+            raise ValueError(f"{name} is {number}; refusing to step")
+    check_scalar("clock", moment.clock, device, torch.int64)
+    check_scalar("grad_scale", moment.grad_scale, device)
+    check_scalar("found_inf", moment.found_inf, device)

@@ -1,0 +1,204 @@
+"""The compiled kernels, on the CPU and on CUDA devices: tensors in, raw pointers out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels import backend as _backend
+from layerpipe_kernels.options import Moment, Options, PastDesign, SgdOptions
+
+if TYPE_CHECKING:
+    from layerpipe_kernels.plan import Arrays
+
+_extension: Any = _backend.extension()
+DTYPES: dict[torch.dtype, int] = (
+    {getattr(torch, name): number for name, number in _extension.DTYPES.items()} if _extension is not None else {}
+)
+
+
+def device_number(device: torch.device) -> int:
+    """As the kernels have it: CUDA's number, -1 for the CPU."""
+    return -1 if device.type == "cpu" else int(device.index or 0)
+
+
+def current_stream(number: int) -> int:
+    """The handle of the device's current stream, which every launch goes to; 0 on the CPU."""
+    return 0 if number < 0 else int(torch._C._cuda_getCurrentRawStream(number))
+
+
+def pointers(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+class NativeRunner:
+    """One group's pointers, chunks and, on a GPU, the table of them in its memory."""
+
+    def __init__(self, rule: str, arrays: Arrays, grad_dtype: torch.dtype, chunk: int = 0) -> None:
+        weights = arrays.weights
+        self.device = weights[0].device
+        self.number = device_number(self.device)
+        full = torch.float64 if weights[0].dtype == torch.float64 else torch.float32
+        self.plan = _extension.StepPlan(
+            rule,
+            device=self.number,
+            weight=DTYPES[weights[0].dtype],
+            grad=DTYPES[grad_dtype],
+            average=DTYPES[arrays.emas[0].dtype if arrays.emas else full],
+            emas=len(arrays.emas[0]) if arrays.emas else 0,
+            numels=[w.numel() for w in weights],
+            weights=pointers(weights),
+            masters=pointers(arrays.masters),
+            states=[pointers(state) for state in arrays.states],
+            averages=pointers(arrays.emas),
+            pasts=pointers(arrays.pasts),
+            counts=pointers(arrays.counts),
+            chunk=chunk,
+        )
+        self._configured: tuple[Any, PastDesign] | None = None
+        self._table = self._upload()
+
+    @property
+    def launches(self) -> int:
+        """Kernel launches per step; 0 on the CPU."""
+        return int(self.plan.launches)
+
+    def _upload(self) -> Tensor | None:
+        if self.number < 0:
+            return None
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the step's table of pointers cannot be made while a CUDA graph is captured: make one step before, "
+                "with the same parameters and gradients"
+            )
+        # The caching allocator may hand this memory on as soon as the plan is gone; the copy waits until it is done.
+        table = torch.frombuffer(bytearray(self.plan.table()), dtype=torch.uint8).to(self.device)
+        self.plan.set_table(table.data_ptr())
+        self._stream = current_stream(self.number)
+        return table
+
+    def run(
+        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
+    ) -> None:
+        """``grads`` is empty where a ``Collector`` has put the gradients into the plan."""
+        if self._configured is None or self._configured[0] != options[1:] or self._configured[1] is not design:
+            self._configure(options, design)
+        if grads:
+            self.plan.set_grads([g.data_ptr() for g in grads])
+        lr, lr_at = (0.0, options.lr.data_ptr()) if isinstance(options.lr, Tensor) else (options.lr, 0)
+        stream = current_stream(self.number)
+        if self._table is not None and stream != self._stream:
+            self._table.record_stream(torch.cuda.current_stream(self.device))
+        self.plan.step(
+            lr,
+            moment.t,
+            first,
+            lr_at,
+            _pointer(moment.clock),
+            _pointer(moment.grad_scale),
+            _pointer(moment.found_inf),
+            stream,
+            torch.get_num_threads() if self.number < 0 else 1,
+        )
+
+    def _configure(self, options: Options, design: PastDesign) -> None:
+        o = options
+        if isinstance(o, SgdOptions):
+            numbers = [o.momentum, o.dampening, o.weight_decay, float(o.nesterov), float(o.maximize)]
+        else:
+            numbers = [o.beta1, o.beta2, o.eps, o.weight_decay, float(o.decoupled), float(o.maximize)]
+        self.plan.configure(
+            numbers,
+            delay=design.delay,
+            decays=design.decays,
+            taps=design.taps,
+            update_tap=design.update_tap,
+            fill_ratio=design.fill_ratio,
+            ema_of_gradient=design.ema_of_gradient,
+            seed=design.seed & 0xFFFFFFFF,
+        )
+        self._configured = (options[1:], design)
+
+
+def mix(
+    weight: Tensor,
+    velocity: Tensor | None,
+    velocity_tap: float,
+    ema: Tensor | None,
+    ema_taps: Sequence[float],
+    out: Tensor,
+) -> None:
+    """:func:`layerpipe_kernels.ops.mix`: the averages by address, because cutting them out takes longest."""
+    number = device_number(weight.device)
+    terms, dtypes, taps = [], [], []
+    if velocity is not None:
+        terms.append(velocity.data_ptr())
+        dtypes.append(DTYPES[velocity.dtype])
+        taps.append(velocity_tap)
+    if ema is not None:
+        begin, step = ema.data_ptr(), weight.numel() * ema.element_size()
+        terms += [begin + k * step for k in range(len(ema_taps))]
+        dtypes += [DTYPES[ema.dtype]] * len(ema_taps)
+        taps += ema_taps
+    _extension.reconstruct(
+        number,
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        weight.data_ptr(),
+        DTYPES[weight.dtype],
+        weight.numel(),
+        terms,
+        dtypes,
+        taps,
+        0,
+        current_stream(number),
+        torch.get_num_threads() if number < 0 else 1,
+    )
+
+
+def reconstruct(
+    weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float] | Tensor, out: Tensor, numel: int
+) -> None:
+    """:func:`layerpipe_kernels.reference.reconstruct` of ``numel`` elements of contiguous tensors."""
+    number = device_number(weight.device)
+    if number < 0 and isinstance(taps, Tensor):
+        taps = taps.tolist()
+    at = taps.data_ptr() if isinstance(taps, Tensor) else 0
+    _extension.reconstruct(
+        number,
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        weight.data_ptr(),
+        DTYPES[weight.dtype],
+        numel,
+        [t.data_ptr() for t in terms],
+        [DTYPES[t.dtype] for t in terms],
+        () if at else taps,
+        at,
+        current_stream(number),
+        torch.get_num_threads() if number < 0 else 1,
+    )
+
+
+def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int) -> None:
+    """:func:`layerpipe_kernels.reference.ema_update_` on contiguous tensors."""
+    number = device_number(update.device)
+    _extension.ema_update(
+        number,
+        pointers(emas),
+        [DTYPES[e.dtype] for e in emas],
+        update.data_ptr(),
+        DTYPES[update.dtype],
+        update.numel(),
+        decays,
+        seed & 0xFFFFFFFF,
+        current_stream(number),
+        torch.get_num_threads() if number < 0 else 1,
+    )

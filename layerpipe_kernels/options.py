@@ -1,0 +1,82 @@
+"""What a step is told: the optimizer's rule, what to keep of the past, and where in time it is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+MAX_EMAS = 3
+MAX_TERMS = 4
+
+
+class SgdOptions(NamedTuple):
+    """SGD's hyperparameters, named and defined as in :class:`torch.optim.SGD`."""
+
+    lr: float | Tensor
+    momentum: float = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    maximize: bool = False
+
+
+class AdamOptions(NamedTuple):
+    """Adam's hyperparameters, named and defined as in :class:`torch.optim.AdamW`; AMSGrad is a state, not an option.
+
+    ``decoupled`` weight decay is AdamW's; without it the decay is added to the gradient, as in Adam.
+    """
+
+    lr: float | Tensor
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled: bool = True
+    maximize: bool = False
+
+
+Options = SgdOptions | AdamOptions
+
+
+class PastDesign(NamedTuple):
+    """What a step keeps of the past: constant over a training run, see :mod:`layerpipe_kernels.history`.
+
+    ``What = W + update_tap u + sum_k taps[k] E_k`` after ``E_k = decays[k] E_k + (1 - decays[k]) u``.
+    """
+
+    delay: int = 0  # n, in updates
+    decays: tuple[float, ...] = ()  # per EMA
+    taps: tuple[float, ...] = ()  # per EMA
+    update_tap: float = 0.0
+    fill_ratio: float = 1.0  # without EMAs, how an update was to the one after it while the delay fills
+    ema_of_gradient: bool = False
+    seed: int = 0  # of bfloat16 averages' stochastic rounding
+
+    def at(self, t: int) -> tuple[tuple[float, ...], tuple[float, ...], float]:
+        """Decays, taps and ``update_tap`` in update ``t``, counted from 1; 0 is long after the delay has filled.
+
+        While ``t <= n`` every EMA is the mean of all updates, so that ``t`` times it is exactly their sum. After that
+        no update may weigh more than it would in that mean.
+        """
+        if t == 0:
+            return self.decays, self.taps, self.update_tap
+        mean = (t - 1) / t
+        if t > self.delay:
+            return tuple(min(decay, mean) for decay in self.decays), self.taps, self.update_tap
+        if self.decays:
+            return (mean,) * len(self.decays), (float(t), *[0.0] * (len(self.taps) - 1)), 0.0
+        return (), (), sum(self.fill_ratio**i for i in range(t)) if self.update_tap else 0.0
+
+
+class Moment(NamedTuple):
+    """What distinguishes one step from the next. The tensors are read where they lie, without waiting for a device."""
+
+    t: int = 0  # updates of the group, this one included; 0 is long after its delay has filled
+    clock: Tensor | None = None  # int64 scalar: updates before this one, instead of ``t``; counted up by the step
+    grad_scale: Tensor | None = None  # float32 scalar that the gradients are divided by
+    found_inf: Tensor | None = None  # float32 scalar; nonzero: change nothing
+
+
+NO_PAST = PastDesign()
+NOW = Moment()

@@ -1,0 +1,90 @@
+"""The C++ and CUDA code without Python: under sanitizers on the host, and through nvcc's reports."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+ARCHITECTURES = ("80", "90", "100")
+UNITS = [(rule, weight) for rule in ("Sgd", "Adam") for weight in ("float", "bf16", "f16")]
+NVCC = ["nvcc", "-std=c++17", "-O3", "-fmad=false"]
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+def compiled(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    probe = tmp_path_factory.mktemp("probe") / "probe.cpp"
+    probe.write_text("int main() { return 0; }")
+    if compiler is None or subprocess.run([compiler, *flags, probe, "-o", probe.with_suffix("")]).returncode:
+        pytest.skip("no C++ compiler with sanitizers")
+    return [compiler, *flags]
+
+
+@pytest.mark.timeout(900)
+def test_a_gpu_threads_code_equals_the_cpus_bit_for_bit_under_sanitizers(sanitizers: list[str], tmp_path: Path) -> None:
+    """Every rule and dtype, every size around a pack and a chunk, aligned and not; nothing outside its own memory."""
+    sources = [ROOT / "tests/host/step_test.cpp", CSRC / "plan.cpp", CSRC / "cpu/launch.cpp", CSRC / "cpu/span.cpp"]
+    flags = ["-std=c++17", "-O0", "-ffp-contract=off", "-DLP_ISA=baseline", "-pthread"]
+    compiled([*sanitizers, *flags, *map(str, sources), "-o", str(tmp_path / "step_test")])
+    done = subprocess.run([tmp_path / "step_test"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[0]) > 500, done.stdout
+
+
+@needs_nvcc
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("rule", "weight"), UNITS)
+def test_kernels_spill_nothing_and_leave_room_for_two_blocks(rule: str, weight: str, tmp_path: Path) -> None:
+    code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    define = [f"-DLP_RULE={rule}", f"-DLP_WEIGHT={weight}"]
+    out = ["-Xptxas", "-v", "-fatbin", "-o", str(tmp_path / "step.fatbin")]
+    report = compiled([*NVCC, *code, *define, *out, str(CSRC / "cuda/step.cu")])
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+    print(f"{rule} {weight}: {min(registers)} to {max(registers)} registers")
+    assert len(registers) == 7 * len(ARCHITECTURES)  # without averages, and 1 to 3 of two dtypes
+    assert not any(spills), report
+    assert max(registers) <= 128  # of 64 Ki in a multiprocessor, 256 threads in a block: two blocks at least
+
+
+@needs_nvcc
+@pytest.mark.parametrize(("rule", "weight"), UNITS)
+def test_kernels_move_arrays_16_bytes_at_a_time(rule: str, weight: str, tmp_path: Path) -> None:
+    """In the PTX: per kernel, a load and a store of 16 bytes for each array, and the tail's of one element each."""
+    ptx = tmp_path / "step.ptx"
+    define = [f"-DLP_RULE={rule}", f"-DLP_WEIGHT={weight}"]
+    compiled([*NVCC, "-arch=compute_90", *define, "-ptx", "-o", str(ptx), str(CSRC / "cuda/step.cu")])
+    kernels = re.split(r"\.visible \.entry|\.entry ", ptx.read_text())[1:]
+    assert len(kernels) == 7
+    element = {"float": "32", "bf16": "16", "f16": "16"}[weight]
+    for kernel in kernels:
+        streams = re.findall(r"(ld|st)\.global(?:\.cs)?\.(v\d\.)?[a-z](\d+)", kernel)
+        wide = [(op, bits) for op, vector, bits in streams if vector == "v4."]
+        assert all(vector in ("", "v4.") for _, vector, _ in streams), "an access of 8 bytes"
+        assert all(bits == "32" for _, bits in wide)
+        # Weights, gradients, states and past weights; float ones beside 16-bit weights are two accesses each.
+        states, halves, emas = 1 if rule == "Sgd" else 3, 2 if element == "16" else 1, averages_of(kernel)
+        assert sum(op == "ld" for op, _ in wide) >= 2 + states * halves + emas
+        assert sum(op == "st" for op, _ in wide) >= 2 + states * halves + emas
+
+
+def averages_of(kernel: str) -> int:
+    """The number of averages, the only integer in a kernel's mangled name."""
+    found = re.search(r"Li(\d)E", kernel.split("(")[0])
+    assert found
+    return int(found[1])

@@ -1,0 +1,388 @@
+"""The Triton kernels against the reference: on a GPU, or on the CPU under ``TRITON_INTERPRET=1``, which must be set
+before the kernels are defined. That is why ``test_triton.py`` runs this file in a process of its own.
+
+Triton's interpreter truncates where a GPU rounds float32 to bfloat16, so results of 16 bits may be one unit apart.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from layerpipe_kernels import reference
+from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.plan import Arrays, ReferenceRunner
+from layerpipe_kernels.triton import TritonRunner, ema_update_, reconstruct
+from layerpipe_kernels.triton import runner as triton_runner
+from layerpipe_kernels.triton.number import one_minus_exp
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
+)
+
+
+@pytest.fixture(autouse=True)
+def _smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_runner, "CHUNK", CHUNK)
+
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+CHUNK = 1 << 12  # half the usual: two blocks of 16-bit, four of 32-bit elements
+SIZES = [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025, CHUNK - 1, CHUNK, CHUNK + 1]
+FEW = [0, 5, 1030]
+#: Relative: of 16 bits, one unit in the last place.
+PRECISION = {F32: 1e-5, F16: 2**-10, BF16: 2**-7}
+SGD = SgdOptions(lr=0.1, momentum=0.9, weight_decay=0.01)
+ADAM = AdamOptions(lr=0.1, weight_decay=0.01)
+
+
+def array(*shape: int, dtype: torch.dtype = F32, offset: int = 0) -> Tensor:
+    """Random, starting ``offset`` elements behind a multiple of 16 bytes."""
+    size = torch.Size(shape).numel()
+    return torch.randn(size + offset, device=DEVICE).to(dtype)[offset:].view(shape)
+
+
+def group(
+    rule: str,
+    sizes: list[int],
+    *,
+    weight: torch.dtype = F32,
+    master: bool = False,
+    ema: torch.dtype = F32,
+    emas: int = 0,
+    past: bool = True,
+    states: int | None = None,
+    counts: bool | None = None,
+    offset: int = 0,
+) -> Arrays:
+    """A group with the past weights poisoned: what is not written stays NaN. Of two tensors, one has the offset."""
+    states = {"sgd": 1, "adam": 2}[rule] if states is None else states
+    counts = rule == "adam" if counts is None else counts
+
+    def arrays(dtype: torch.dtype) -> list[Tensor]:
+        return [array(size, dtype=dtype, offset=offset * (i % 2)) for i, size in enumerate(sizes)]
+
+    masters = arrays(F32) if master else []
+    return Arrays(
+        weights=[m.to(weight) for m in masters] if master else arrays(weight),
+        states=tuple([s.abs_() for s in arrays(F32)] for _ in range(states)),
+        emas=[array(emas, s, dtype=ema, offset=offset * (i % 2)) for i, s in enumerate(sizes)] if emas else [],
+        pasts=[p.fill_(float("nan")) for p in arrays(weight)] if past else [],
+        masters=masters,
+        counts=[torch.tensor(float(3 * i % 5), device=DEVICE) for i in range(len(sizes))] if counts else [],
+    )
+
+
+def copied(tensor: Tensor) -> Tensor:
+    offset = tensor.storage_offset()
+    copy = torch.empty(tensor.numel() + offset, dtype=tensor.dtype, device=DEVICE)[offset:].view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+def duplicate(arrays: Arrays) -> Arrays:
+    """With the same alignment."""
+    lists: Any = {name: [copied(t) for t in tensors] for name, tensors in arrays._asdict().items() if name != "states"}
+    return Arrays(**lists, states=tuple([copied(t) for t in state] for state in arrays.states))
+
+
+def gradients(arrays: Arrays, dtype: torch.dtype | None = None, offset: int = 0) -> list[Tensor]:
+    return [array(*w.shape, dtype=dtype or w.dtype, offset=offset * (i % 2)) for i, w in enumerate(arrays.weights)]
+
+
+def assert_agree(got: Arrays, want: Arrays) -> None:
+    for name, ours, theirs in zip(Arrays._fields, got, want, strict=True):
+        pairs = zip(ours, theirs, strict=True) if name != "states" else (
+            pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True))  # fmt: skip
+        for i, (a, b) in enumerate(pairs):
+            torch.testing.assert_close(
+                a, b, rtol=PRECISION[a.dtype], atol=1e-5, msg=lambda m, name=name, i=i: f"{name}, tensor {i}: {m}"
+            )
+
+
+def check(
+    rule: str,
+    arrays: Arrays,
+    options: Options,
+    design: PastDesign = NO_PAST,
+    moment: Moment = NOW,
+    *,
+    grad: torch.dtype | None = None,
+    first: list[bool] | None = None,
+    offset: int = 0,
+    steps: int = 1,
+) -> Arrays:
+    """Steps by both, which must agree; returns what Triton has made."""
+    want = duplicate(arrays)
+    ours = TritonRunner(rule, arrays, grad or arrays.weights[0].dtype)
+    theirs = ReferenceRunner(rule, want)
+    clock = moment.clock
+    for step in range(steps):
+        grads = gradients(arrays, grad, offset)
+        ours.run(grads, first or [], options, design, moment)
+        copy = moment if clock is None else moment._replace(clock=torch.full_like(clock, int(clock) - 1))
+        theirs.run(grads, first or [], options, design, copy)
+        assert clock is None or int(clock) == int(copy.clock), f"clock after step {step}"  # type: ignore[arg-type]
+        assert_agree(arrays, want)
+        for ema, other in zip(arrays.emas, want.emas, strict=True):
+            if ema.dtype == BF16:  # the random bits are the same, so only a different last bit of a float32 is seen
+                assert (ema != other).sum() <= 0.01 * ema.numel() + 1
+    assert int(ours._done) == 0
+    return arrays
+
+
+DTYPES = [
+    (F32, F32, False, F32, 0),
+    (F32, F32, False, F32, 1),
+    (F32, F32, False, BF16, 2),
+    (BF16, BF16, False, BF16, 3),
+    (BF16, F32, False, F32, 2),
+    (BF16, BF16, True, BF16, 1),
+    (BF16, F32, True, F32, 3),
+    (F16, F16, False, BF16, 2),
+    (F16, F32, False, F32, 1),
+    (F16, F16, True, F32, 2),
+    (F16, F32, True, BF16, 0),
+]
+DESIGN = PastDesign(delay=4, decays=(0.5, 0.8, 0.9), taps=(-3.0, 5.0, 1.5), update_tap=2.0, seed=3_000_000_000)
+
+
+def design_of(emas: int) -> PastDesign:
+    return DESIGN._replace(decays=DESIGN.decays[:emas], taps=DESIGN.taps[:emas])
+
+
+@pytest.mark.parametrize("unaligned", ["sgd", "adam"])
+@pytest.mark.parametrize(("weight", "grad", "master", "ema", "emas"), DTYPES)
+def test_step_agrees_at_every_size_dtype_and_alignment(
+    unaligned: str,
+    weight: torch.dtype,
+    grad: torch.dtype,
+    master: bool,
+    ema: torch.dtype,
+    emas: int,
+) -> None:
+    i = DTYPES.index((weight, grad, master, ema, emas))
+    rule, options = (("sgd", SGD), ("adam", ADAM))[(i + (unaligned == "adam")) % 2]
+    offset = int(rule == unaligned)
+    arrays = group(rule, SIZES, weight=weight, master=master, ema=ema, emas=emas, offset=offset)
+    check(rule, arrays, options, design_of(emas), Moment(t=9), grad=grad, offset=offset)
+
+
+@pytest.mark.parametrize(("rule", "options"), [("sgd", SGD), ("adam", ADAM)], ids=["sgd", "adam"])
+def test_step_equals_the_reference_in_float64(rule: str, options: Options) -> None:
+    arrays = group(rule, FEW, emas=2)
+    grads = gradients(arrays)
+    want = Arrays(*([[t.double() for t in x] for x in y] if y and isinstance(y[0], list) else
+                    [t.double() for t in y] for y in arrays))  # type: ignore[misc, union-attr, attr-defined]  # fmt: skip
+    want = want._replace(states=tuple(want.states))
+    TritonRunner(rule, arrays, F32).run(grads, [], options, design_of(2), Moment(t=9))
+    ReferenceRunner(rule, want).run([g.double() for g in grads], [], options, design_of(2), Moment(t=9))
+    for name in ("weights", "emas", "pasts"):
+        for a, b in zip(getattr(arrays, name), getattr(want, name), strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize("emas", [0, 1, 3])
+def test_odd_stride_of_emas_is_not_taken_for_aligned(emas: int) -> None:
+    check("sgd", group("sgd", [CHUNK + 1, 1030], emas=emas, ema=BF16), SGD, design_of(emas))
+
+
+SGD_OPTIONS: list[dict[str, Any]] = [
+    {"momentum": 0.0},
+    {"dampening": 0.3},
+    {"nesterov": True},
+    {"nesterov": True, "weight_decay": 0.0},
+    {"maximize": True},
+    {"maximize": True, "nesterov": True, "dampening": 1.0},
+]
+
+
+@pytest.mark.parametrize("changes", SGD_OPTIONS, ids=str)
+@pytest.mark.parametrize("first", [None, [True, False, True]], ids=["later", "first"])
+@pytest.mark.parametrize("counts", [False, True])
+def test_sgd_options(changes: dict[str, Any], first: list[bool] | None, counts: bool) -> None:
+    options = SGD._replace(**changes)
+    arrays = group("sgd", [5, 0, 1030], emas=1, counts=counts, states=int(options.momentum != 0))
+    if first:
+        for state in arrays.states:
+            state[0].fill_(float("nan"))  # holds nothing yet
+        if counts:
+            arrays.counts[0].zero_()
+        elif arrays.states:
+            arrays.states[0][2].fill_(float("nan"))
+    check("sgd", arrays, options, design_of(1), first=first)
+
+
+ADAM_OPTIONS: list[dict[str, Any]] = [
+    {"decoupled": False},
+    {"maximize": True},
+    {"beta1": 0.3},
+    {"beta1": 0.0, "beta2": 0.0},
+    {"beta2": 0.9999, "weight_decay": 0.0},
+]
+
+
+@pytest.mark.parametrize("changes", ADAM_OPTIONS, ids=str)
+@pytest.mark.parametrize("states", [2, 3], ids=["adam", "amsgrad"])
+def test_adam_options(changes: dict[str, Any], states: int) -> None:
+    check("adam", group("adam", FEW, emas=1, states=states), ADAM._replace(**changes), design_of(1), steps=3)
+
+
+@pytest.mark.parametrize("clocked", [False, True])
+@pytest.mark.parametrize(("emas", "of_gradient"), [(0, False), (1, True), (3, False)])
+def test_the_design_is_evaluated_at_every_time(emas: int, clocked: bool, of_gradient: bool) -> None:
+    design = design_of(emas)._replace(fill_ratio=0.9, ema_of_gradient=of_gradient)
+    for t in (0, 1, 4, 5, 11):
+        clock = torch.tensor(t, device=DEVICE) if clocked else None
+        check("sgd", group("sgd", FEW, emas=emas), SGD, design, Moment(t=t, clock=clock))
+
+
+def test_a_filled_delay_without_update_tap_has_none() -> None:
+    check("sgd", group("sgd", FEW), SGD, design_of(0)._replace(update_tap=0.0), Moment(t=3))
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
+def test_overflow_changes_nothing(rule: str) -> None:
+    arrays = group(rule, FEW, emas=2, counts=True)
+    before = duplicate(arrays)
+    clock = torch.tensor(5, device=DEVICE)
+    runner = TritonRunner(rule, arrays, F32)
+    moment = Moment(clock=clock, found_inf=torch.tensor(1.0, device=DEVICE))
+    grads = [g.fill_(float("inf")) for g in gradients(arrays)]
+    runner.run(grads, [], SGD if rule == "sgd" else ADAM, design_of(2), moment)
+    for a, b in zip(arrays.written(), before.written(), strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    assert int(clock) == 5
+    assert int(runner._done) == 0
+
+
+@pytest.mark.parametrize(("rule", "options"), [("sgd", SGD), ("adam", ADAM)], ids=["sgd", "adam"])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_scalars_on_the_device(rule: str, options: Options, maximize: bool) -> None:
+    moment = Moment(
+        clock=torch.tensor(2, device=DEVICE),
+        grad_scale=torch.tensor(1024.0, device=DEVICE),
+        found_inf=torch.zeros((), device=DEVICE),
+    )
+    options = options._replace(lr=torch.tensor(0.05, device=DEVICE), maximize=maximize)
+    check(rule, group(rule, FEW, emas=2), options, design_of(2), moment, steps=4)
+
+
+def test_every_count_is_advanced_once_whatever_the_sizes() -> None:
+    for sizes in ([0], [0, 0], [1] * 130 + [0]):
+        arrays = check(
+            "sgd", group("sgd", sizes, counts=True), SGD, moment=Moment(clock=torch.tensor(0, device=DEVICE))
+        )
+        assert [float(c) for c in arrays.counts] == [3 * i % 5 + 1.0 for i in range(len(sizes))]
+
+
+def test_gradients_are_uploaded_only_when_they_have_moved() -> None:
+    arrays = group("sgd", FEW)
+    runner = TritonRunner("sgd", arrays, F32)
+    one, other = gradients(arrays), gradients(arrays)
+    uploads = []
+    for grads in (one, one, other):
+        before = [w.clone() for w in arrays.weights]
+        for velocity in arrays.states[0]:
+            velocity.zero_()
+        runner.run(grads, [], SGD._replace(weight_decay=0.0), NO_PAST, NOW)
+        uploads.append(runner._uploaded)
+        for w, old, g in zip(arrays.weights, before, grads, strict=True):
+            torch.testing.assert_close(w, old - 0.1 * g)
+    assert uploads[0] is uploads[1]
+    assert uploads[1] is not uploads[2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    decays=st.lists(st.floats(0, 0.999), max_size=3),
+    tap=st.floats(-5, 5),
+    t=st.integers(0, 6),
+    seed=st.integers(0, 2**32 - 1),
+    offset=st.integers(0, 1),
+    lr=st.floats(0, 1),
+    weight_decay=st.floats(0, 1),
+    maximize=st.booleans(),
+    rule=st.sampled_from(["sgd", "adam"]),
+)
+def test_any_hyperparameters(
+    sizes: list[int], decays: list[float], tap: float, t: int, seed: int, offset: int, rule: str, **hyper: Any
+) -> None:
+    torch.manual_seed(seed)
+    design = PastDesign(3, tuple(decays), (tap,) * len(decays), tap, seed=seed)
+    arrays = group(rule, sizes, emas=len(decays), offset=offset)
+    options = (SGD if rule == "sgd" else ADAM)._replace(**hyper)
+    check(rule, arrays, options, design, Moment(t=t), offset=offset)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 16, 2**31, 2**32 - 1])
+def test_random_bits_are_those_of_the_reference(seed: int, offset: int) -> None:
+    special = [0.0, 1e-45, -1e-40, 3.3895e38, 3.4028e38, float("inf"), -float("inf"), float("nan"), 1.0, -1.0]
+    update = array(4000, offset=offset)
+    update[: len(special)] = torch.tensor(special)
+    emas = [torch.zeros(4000 + offset, dtype=BF16, device=DEVICE)[offset:] for _ in range(3)]
+    ema_update_(emas, update, [0.0] * 3, seed)  # the average is then the update itself, exactly
+    for k, ema in enumerate(emas):
+        want = reference.round_stochastic(update, reference.hash32(reference.hash32(seed) + k))
+        assert torch.equal(ema.view(torch.int16), want.view(torch.int16))
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1023, 2048, 2049, 5000])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_ema_update(size: int, offset: int, dtype: torch.dtype) -> None:
+    emas = [array(size, offset=offset), array(size, dtype=BF16)]
+    want = [e.clone() for e in emas]
+    update = array(size, dtype=dtype)
+    ema_update_(emas, update, [0.9, 0.5], 7)
+    reference.ema_update_(want, update, [0.9, 0.5], 7)
+    for a, b in zip(emas, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=PRECISION[a.dtype], atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1023, 2048, 2049, 5000])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("weight", "out"), [(F32, F32), (BF16, BF16), (F16, F16), (F32, BF16)])
+@pytest.mark.parametrize("terms", [(F32,), (F32, BF16, BF16, F32)])
+def test_reconstruct(
+    size: int, offset: int, weight: torch.dtype, out: torch.dtype, terms: tuple[torch.dtype, ...]
+) -> None:
+    w, arrays = array(size, dtype=weight, offset=offset), [array(size, dtype=dtype) for dtype in terms]
+    taps = torch.randn(len(terms))
+    want = torch.empty(size, dtype=out, device=DEVICE)
+    reference.reconstruct(w, arrays, taps.tolist(), want)
+    for given_taps in (taps.tolist(), taps.to(DEVICE)):
+        got = array(size, dtype=out, offset=offset).fill_(float("nan"))
+        reconstruct(w, arrays, given_taps, got, size)
+        torch.testing.assert_close(got, want, rtol=PRECISION[out], atol=1e-5)
+
+
+@triton.jit
+def _one_minus_exp(x, y, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    tl.store(y + at, one_minus_exp(tl.load(x + at)))
+
+
+def test_one_minus_exp_keeps_its_digits() -> None:
+    x = -torch.logspace(-8, 2, 1024, dtype=torch.float32, device=DEVICE)
+    x[0] = -float("inf")
+    y = torch.empty_like(x)
+    _one_minus_exp[(1,)](x, y, 1024)
+    torch.testing.assert_close(y.double(), -torch.expm1(x.double()), rtol=4e-7, atol=0)
+
+
+def test_float64_is_refused_by_name() -> None:
+    weights = [torch.zeros(3, dtype=torch.float64, device=DEVICE)]
+    with pytest.raises(TypeError, match=r"weights .* not torch\.float64"):
+        TritonRunner("sgd", Arrays(weights), torch.float64)
