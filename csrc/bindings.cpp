@@ -193,8 +193,8 @@ PYBIND11_MODULE(_C, m) {
         .def_property_readonly("launches", &StepPlan::launches, "Kernel launches per step; 0 on the CPU.");
 
     py::class_<Collector>(m, "Collector", "Gathers a step's gradients without a Python loop.")
-        .def(py::init<py::list, std::vector<bool>, py::dict, py::tuple, py::object>(), "params"_a, "moving"_a,
-             "state"_a, "keys"_a, "dtype"_a)
+        .def(py::init<const py::list&, const std::vector<bool>&, const py::dict&, py::tuple, const py::object&>(),
+             "params"_a, "moving"_a, "state"_a, "keys"_a, "exchange"_a)
         .def("collect", &Collector::collect, "plan"_a, "params"_a, "state"_a);
 
     m.def("reconstruct", &run_reconstruct, "device"_a, "out"_a, "out_dtype"_a, "weight"_a, "weight_dtype"_a, "numel"_a,

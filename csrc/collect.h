@@ -14,19 +14,19 @@ namespace layerpipe {
 // tensors in their states. Looks at every one of them in every step, because anybody may have exchanged one.
 class Collector {
    public:
-    // `params`: the group's list. `moving`: per parameter, whether the plan has it. `keys`: of the state's tensors that
-    // the plan has. `state`: the optimizer's, parameter to dict. `dtype`: of the gradients.
-    Collector(pybind11::list params, std::vector<bool> moving, pybind11::dict state, pybind11::tuple keys,
-              pybind11::object dtype);
+    // `params`: the group's list. `moving`: per parameter, whether the plan has it. `state`: the optimizer's, parameter
+    // to dict. `keys`: of the state's tensors that the plan has. `exchange`: torch's DLPack capsule, or None.
+    Collector(const pybind11::list& params, const std::vector<bool>& moving, const pybind11::dict& state,
+              pybind11::tuple keys, const pybind11::object& exchange);
 
     // Takes the gradients into the plan and says true if all is as it was and every gradient is dense, contiguous and
-    // of the right dtype. Otherwise says false, and Python finds out what is different and whether it is wrong.
+    // of the plan's dtype. Otherwise says false, and Python finds out what is different and whether it is wrong.
     bool collect(StepPlan& plan, const pybind11::list& params, const pybind11::dict& state) const;
 
    private:
     struct Tensor {
         pybind11::object object;
-        uint64_t address;
+        const void* address;
     };
     struct Entry {
         Tensor param;
@@ -37,7 +37,7 @@ class Collector {
     };
     std::vector<Entry> entries_;
     pybind11::tuple keys_;
-    pybind11::object dtype_;
+    pybind11::object exchange_;
 };
 
 }  // namespace layerpipe

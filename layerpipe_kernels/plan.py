@@ -74,8 +74,10 @@ class StepPlan:
         self.grad_dtype = grad_dtype or self.dtype
         self.ema_count = len(arrays.emas[0]) if arrays.emas else 0
         self._check()
-        self.written = arrays.written()
-        self._pointers = [t.data_ptr() for t in self.written]
+        written = arrays.written()
+        # No graph saves an optimizer's state; where the arrays are a caller's own, it may.
+        self.versioned = written if reuse else [*arrays.weights, *arrays.pasts]
+        self._pointers = [t.data_ptr() for t in written]
         self._sizes = [w.numel() for w in self.weights]
         self.runner = self._reused() if reuse else self._runner(chunk)
 
@@ -191,7 +193,7 @@ class StepPlan:
         moment: Moment = NOW,
         first: Sequence[bool] = (),
     ) -> None:
-        """Make the step; the formulas are those of :mod:`layerpipe_kernels.reference`.
+        """Make the step, without a graph; the formulas are those of :mod:`layerpipe_kernels.reference`.
 
         Args:
             grads: from :meth:`check_grads`; nothing where the runner has collected them itself.
@@ -205,7 +207,7 @@ class StepPlan:
         """
         self.runner.run(grads, first, options, design, moment)
         # A delayed backward that saved these tensors without the stage's hooks must fail, not be silently wrong.
-        torch.autograd.graph.increment_version(self.written)
+        torch.autograd.graph.increment_version(self.versioned)
 
 
 #: The tables of the last groups stepped through an operator, the latest used last.
@@ -219,6 +221,7 @@ class ReferenceRunner:
     def __init__(self, rule: str, arrays: Arrays) -> None:
         self.rule, self.arrays = rule, arrays
 
+    @torch.no_grad()
     def run(
         self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
     ) -> None:

@@ -27,6 +27,9 @@ PAST_DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 
+#: The options that decide how a group has its past weights.
+_DESIGNED_BY = ("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov")
+
 #: State that need not be of its parameter's dtype, which torch gives it when it loads.
 FULL_PRECISION = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master")
 
@@ -118,12 +121,11 @@ class PastOptimizer(torch.optim.Optimizer):
         """How this group has its past weights; ``None`` for a delay of 0."""
         if not group["delay"]:
             return None
-        settings = self._settings(group)
         # A schedule may move the momentum in every step; a design for the first one stays good, and its averages valid.
-        made_for = (group["past"], settings._replace(momentum=float(settings.momentum > 0), correlation=0.0))
+        made_for = (*map(group.get, _DESIGNED_BY), bool(group.get("momentum", 0.0)))
         made = self._histories.get(id(group))
         if made is None or made[0] != made_for:
-            made = self._histories[id(group)] = made_for, history.make(group["past"], settings)
+            made = self._histories[id(group)] = made_for, history.make(group["past"], self._settings(group))
         return made[1]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

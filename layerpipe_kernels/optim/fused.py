@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
 
 from layerpipe_kernels import backend, native, reference
@@ -15,6 +16,10 @@ from layerpipe_kernels.history import Clock, History
 from layerpipe_kernels.optim.base import Group, PastOptimizer
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
+
+
+#: torch's C functions for looking at a tensor (DLPack), where it has them.
+_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
 class Kept(NamedTuple):
@@ -61,9 +66,33 @@ class FusedOptimizer(PastOptimizer):
         self._ready_groups: dict[int, _Ready] = {}
         self._fresh: set[Tensor] = set()  # parameters whose momentum buffer holds nothing yet
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the weights, and with them what their past is made of."""
+        """Update the weights, and with them what their past is made of.
+
+        Args:
+            closure: reevaluates the model and returns the loss, which is then returned.
+        """
+        if self._watched():
+            return self._watched_step(closure)
+        return self._step(closure)
+
+    # torch wraps every optimizer's step for its profiler and hooks, at the price of a small step; this one calls that
+    # wrapper when somebody looks.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _watched(self) -> bool:
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _torch_optimizer._global_optimizer_pre_hooks
+            or _torch_optimizer._global_optimizer_post_hooks
+            or torch._C._autograd._profiler_enabled()
+        )
+
+    def _watched_step(self, closure: Callable[[], Any] | None) -> Any:
+        return torch.optim.Optimizer.profile_hook_step(type(self)._step)(self, closure)
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -123,6 +152,7 @@ class FusedOptimizer(PastOptimizer):
         except KeyError:
             return False  # somebody took an array away: begin it anew
 
+    @torch.no_grad()
     def _prepare(self, group: Group, kept: Kept, moving: list[Tensor]) -> _Ready:
         params = group["params"]
         states = [self._state(p, group, kept) for p in moving]
@@ -144,7 +174,7 @@ class FusedOptimizer(PastOptimizer):
         collector = None
         if chosen in ("cpp", "cuda"):
             flags = [p.grad is not None for p in params]
-            collector = backend.extension().Collector(params, flags, self.state, kept.names(), plan.grad_dtype)
+            collector = backend.extension().Collector(params, flags, self.state, kept.names(), _EXCHANGE)
         return _Ready(kept, plan, moving, [p for p in params if p.grad is None], collector)
 
     def _state(self, param: Tensor, group: Group, kept: Kept) -> dict[str, Any]:
@@ -173,6 +203,7 @@ class FusedOptimizer(PastOptimizer):
             self._still.difference_update(moving)
         self._still.update(still)
 
+    @torch.no_grad()
     def _age(self, still: Sequence[Tensor], past: History, clock: Clock) -> None:
         """A parameter without a gradient was updated by zero: its averages fade, its weights stay."""
         for param in still:
