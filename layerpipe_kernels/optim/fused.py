@@ -17,7 +17,6 @@ from layerpipe_kernels.optim.base import Group, PastOptimizer
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
 
-
 #: torch's C functions for looking at a tensor (DLPack), where it has them.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 

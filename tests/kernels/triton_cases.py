@@ -13,14 +13,14 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from layerpipe_kernels import reference
 from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, Options, PastDesign, SgdOptions
 from layerpipe_kernels.plan import Arrays, ReferenceRunner
-from layerpipe_kernels.triton import TritonRunner, ema_update_, reconstruct
+from layerpipe_kernels.triton import TritonRunner, access, ema_update_, reconstruct
 from layerpipe_kernels.triton import runner as triton_runner
 from layerpipe_kernels.triton.number import one_minus_exp
 
@@ -34,6 +34,19 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def _smaller_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_runner, "CHUNK", CHUNK)
+
+
+@pytest.fixture(autouse=True)
+def _claims_of_alignment_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter does not care where an access starts; a GPU refuses 16 bytes from anywhere else."""
+
+    def checked_at(base: Any, start: Any, VEC: int) -> Any:
+        first = base + start
+        assert VEC == 1 or int(first.handle.data.item()) % 16 == 0, "said to be aligned, but is not"
+        return first
+
+    if INTERPRETED:
+        monkeypatch.setattr(access, "_at", checked_at)
 
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -196,6 +209,14 @@ def test_odd_stride_of_emas_is_not_taken_for_aligned(emas: int) -> None:
     check("sgd", group("sgd", [CHUNK + 1, 1030], emas=emas, ema=BF16), SGD, design_of(emas))
 
 
+@pytest.mark.parametrize("emas", [1, 2])
+@pytest.mark.parametrize("kind", ["weights", "states", "emas", "pasts", "masters", "gradients"])
+def test_one_unaligned_array_is_enough(kind: str, emas: int) -> None:
+    aligned, offset = (group("sgd", [9, 1030], weight=BF16, master=True, emas=emas, offset=o) for o in (0, 1))
+    arrays = aligned if kind == "gradients" else aligned._replace(**{kind: getattr(offset, kind)})
+    check("sgd", arrays, SGD, design_of(emas), offset=int(kind == "gradients"))
+
+
 SGD_OPTIONS: list[dict[str, Any]] = [
     {"momentum": 0.0},
     {"dampening": 0.3},
@@ -302,7 +323,33 @@ def test_gradients_are_uploaded_only_when_they_have_moved() -> None:
     assert uploads[1] is not uploads[2]
 
 
-@settings(max_examples=30, deadline=None)
+def test_a_captured_step_keeps_its_own_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told, without a graph, that the stream is being captured."""
+    if not INTERPRETED:
+        pytest.skip("on a GPU a real capture shows it")
+    table = lambda: torch.empty((2, len(FEW)), dtype=torch.int64)
+    monkeypatch.setattr(TritonRunner, "_slot", lambda self: triton_runner._Slot(table(), table()))
+    arrays = group("sgd", FEW)
+    runner = TritonRunner("sgd", arrays, F32)
+    eager, captured = gradients(arrays), gradients(arrays, offset=1)
+
+    def step(grads: list[Tensor], capturing: bool) -> dict[str, Any]:
+        monkeypatch.setattr(triton_runner._device, "capturing", lambda device: capturing)
+        return runner.arguments(grads, [], SGD, NO_PAST, NOW)
+
+    before = step(eager, False)
+    graph = step(captured, True)
+    with pytest.raises(RuntimeError, match="a second CUDA graph"):
+        step(captured, True)
+    after = step(eager, False)
+    assert before["grads"] is after["grads"]
+    assert before["grads"].tolist()[0] == [g.data_ptr() for g in eager]
+    assert graph["grads"].tolist()[0] == [g.data_ptr() for g in captured]
+    assert (before["ALIGNED"], graph["ALIGNED"], after["ALIGNED"]) == (True, False, True)
+    assert step(captured, True)["grads"] is not graph["grads"]
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=3),
     decays=st.lists(st.floats(0, 0.999), max_size=3),
