@@ -34,7 +34,7 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from bench import environment
 from bench.networks import NETWORKS, Shape, parameters
-from layerpipe_kernels import reference
+from layerpipe_kernels import native, reference
 from layerpipe_kernels.options import Moment, PastDesign, SgdOptions
 from layerpipe_kernels.traffic import Traffic
 
@@ -401,10 +401,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=0.2, help="per variant and round")
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's)")
+    parser.add_argument(
+        "--chunk", type=int, default=0, help="elements per block of the compiled kernels (default: theirs)"
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the reference out")
     parser.add_argument("--json", type=Path, help="write the measurements")
     parser.add_argument("--plot", type=Path, help="write a roofline")
     args = parser.parse_args()
+    native.default_chunk = args.chunk
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -20,6 +20,10 @@ DTYPES: dict[torch.dtype, int] = (
 )
 
 
+#: Elements per block of work where a plan does not say; 0 for the kernels' own choice. For benches.
+default_chunk = 0
+
+
 def device_number(device: torch.device) -> int:
     """As the kernels have it: CUDA's number, -1 for the CPU."""
     return -1 if device.type == "cpu" else int(device.index or 0)
@@ -60,7 +64,7 @@ class NativeRunner:
             averages=pointers(arrays.emas),
             pasts=pointers(arrays.pasts),
             counts=pointers(arrays.counts),
-            chunk=chunk,
+            chunk=chunk or default_chunk,
         )
         self._configured: tuple[Any, PastDesign] | None = None
         self._table = self._upload()
