@@ -161,6 +161,7 @@ class Compiled(Variant):
                 reference.sgd_step_(w, g, v, e, past, options, design)
 
         self.compiled = torch.compile(all_tensors, dynamic=False)
+        self.scalars: dict[float, Tensor] = {}  # as tensors, so that another value is not another program
         self.t = 0
 
     @torch.no_grad()
@@ -169,8 +170,9 @@ class Compiled(Variant):
         decays, taps, _ = PastDesign(DELAY, (lk.decay.matched(DELAY),), (float(DELAY),)).at(self.t)
         grads = [p.grad for p in self.params]
         weights = [p.detach() for p in self.params]
-        device = weights[0].device  # as tensors, so that another value is not another program
-        decay, tap = (torch.tensor(x, device=device) for x in (decays[0], taps[0]))
+        decay, tap = (
+            self.scalars.setdefault(x, torch.tensor(x, device=weights[0].device)) for x in (decays[0], taps[0])
+        )
         self.compiled(weights, grads, self.velocities, self.emas, self.out, decay, tap)
 
     def pasts(self) -> Sequence[Tensor]:

@@ -152,7 +152,7 @@ def _keep(
     if past is not None:
         estimate = w.add(u, alpha=update_tap)
         for average, tap in zip(averages, taps, strict=True):
-            estimate.add_(average, alpha=tap)
+            estimate.add_(average * tap)
         past.copy_(estimate)
 
 

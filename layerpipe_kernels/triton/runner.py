@@ -38,8 +38,8 @@ class TritonRunner:
 
     def __init__(self, rule: str, arrays: Arrays, grad_dtype: torch.dtype) -> None:
         weights = arrays.weights
-        self.rule, self.arrays = rule, arrays
-        self.device = weights[0].device
+        # No tensor is kept: the tables serve whatever lies at these addresses.
+        self.device, self.tensors = weights[0].device, len(weights)
         emas = len(arrays.emas[0]) if arrays.emas else 0
         average = arrays.emas[0].dtype if arrays.emas else torch.float32
         _device.check_device(step_kernel, self.device)
@@ -167,7 +167,7 @@ class TritonRunner:
     def _slot(self) -> _Slot | None:
         if self.device.type != "cuda":
             return None
-        shape = (2, len(self.arrays.weights))
+        shape = (2, self.tensors)
         return _Slot(
             torch.empty(shape, dtype=torch.int64, pin_memory=True),
             torch.empty(shape, dtype=torch.int64, device=self.device),
