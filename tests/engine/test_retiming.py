@@ -180,7 +180,7 @@ def test_the_pipeline_is_gradient_descent_with_late_gradients(schedule: str, gro
 
 def test_retiming_changes_no_output() -> None:
     derivation = derive(5, singles(5))
-    late = [step.graph for step in derivation.steps if "delayed LMS" in step.title][0]
+    late = next(step.graph for step in derivation.steps if "delayed LMS" in step.title)
     assert losses(late, 5) == losses(derivation.graph, 5)
     assert losses(late, 5) != losses(derivation.sequential, 5)
 
@@ -315,5 +315,5 @@ def test_the_textbook_correlator() -> None:
 def test_a_loop_without_a_register_is_refused() -> None:
     graph = training_graph(1)
     graph.edges[Node("W", 0), Node("F", 0)]["registers"] = 0
-    with pytest.raises(RetimingError, match="a loop without a register: .*F0"):
+    with pytest.raises(RetimingError, match=r"a loop without a register: .*F0"):
         retiming.clock_period(graph)
