@@ -1,0 +1,134 @@
+"""LayerPipe's schedule (Unnikrishnan and Parhi, arXiv 2108.06629), as we read its abstract.
+
+*Intra-layer*: a weight gradient ``G`` is a task of its own. It does not hold up the activation gradient ``B``, and may
+run on another processor than its layer's forward. *Inter-layer*: an activation gradient is divided into two parts that
+two neighbouring processors compute, so that every processor has the same to do.
+
+Placement: the tasks ``B F G`` of the first layer, then of the second, ... are laid out on a line and cut into one
+stretch per processor; a cut may fall between tasks, or inside a ``B`` wherever it balances best.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from layerpipe.simulate.events import Key, Task, Wait
+from layerpipe.simulate.schedules import StageCost
+
+
+class Piece(NamedTuple):
+    """What one processor does of a layer: ``share`` of one of its tasks."""
+
+    kind: str
+    layer: int
+    part: int
+    processor: int
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    pieces: list[Piece]
+    period: float  # the busiest processor's seconds per minibatch
+
+
+def place(layers: Sequence[StageCost], processors: int) -> Placement:
+    """The cut of the line whose busiest processor has the least to do.
+
+    For a given period, filling one processor after the other to the brim is best; the least feasible period is found
+    by bisection.
+
+    Raises:
+        ValueError: fewer than one processor.
+    """
+    if processors < 1:
+        raise ValueError(f"a schedule needs at least one processor, got {processors}")
+    whole = sum(layer.seconds for layer in layers)
+    low, high = whole / processors, whole
+    best = _fill(layers, processors, high)
+    assert best is not None
+    for _ in range(50):
+        middle = (low + high) / 2
+        found = _fill(layers, processors, middle)
+        if found is None:
+            low = middle
+        else:
+            best, high = found, middle
+    return Placement(best, high)
+
+
+def _fill(layers: Sequence[StageCost], processors: int, period: float) -> list[Piece] | None:
+    pieces: list[Piece] = []
+    processor, room = 0, period * (1 + 1e-12)
+    for number, layer in enumerate(layers):
+        for kind, seconds in (("B", layer.backward), ("F", layer.forward), ("G", layer.gradient + layer.update)):
+            left, part = seconds, 0
+            if left > room and kind == "B" and room > 0:
+                pieces.append(Piece(kind, number, part, processor, room / seconds))
+                left, part = left - room, 1
+            if left > room or part:
+                processor, room = processor + 1, period * (1 + 1e-12)
+            if left > room or processor >= processors:
+                return None
+            pieces.append(Piece(kind, number, part, processor, left / seconds if seconds else 1.0))
+            room -= left
+    return pieces
+
+
+def layerpipe(
+    layers: Sequence[StageCost], processors: int, minibatches: int, weights: Sequence[int] | None = None
+) -> list[Task]:
+    """The tasks of a placed network; a processor that is free takes the oldest minibatch's.
+
+    As many minibatches are let in as one takes to pass, so that nobody waits and staleness stays bounded.
+
+    Args:
+        layers: costs of each layer, not of stages.
+        weights: bytes of each layer's; they are sent where a layer's tasks are spread over processors.
+    """
+    placement = place(layers, processors)
+    by_layer: dict[tuple[str, int], list[Piece]] = {}
+    for piece in placement.pieces:
+        by_layer.setdefault((piece.kind, piece.layer), []).append(piece)
+    stretch = sum(layer.forward + layer.backward + layer.gradient for layer in layers)
+    admitted = max(1, -(-round(1000 * 2 * stretch / placement.period) // 1000)) if placement.period else 1
+    tasks = []
+    for m in range(minibatches):
+        for piece in placement.pieces:
+            tasks.append(_task(layers, by_layer, piece, m, admitted, weights))
+    return tasks
+
+
+def _task(
+    layers: Sequence[StageCost],
+    by_layer: dict[tuple[str, int], list[Piece]],
+    piece: Piece,
+    minibatch: int,
+    admitted: int,
+    weights: Sequence[int] | None,
+) -> Task:
+    kind, number, part, processor, share = piece
+    layer = layers[number]
+    key = Key(kind, number, minibatch, part)
+    last = number == len(layers) - 1
+    priority = (minibatch, {"B": 0, "F": 1, "G": 2}[kind])
+    if kind == "F":
+        after = [Wait(Key("F", number - 1, minibatch), layer.received)] if number else []
+        if not number and minibatch >= admitted:  # let in when the oldest one is done
+            after.append(Wait(Key("G", 0, minibatch - admitted)))
+        return Task(key, processor, layer.forward, tuple(after), priority)
+    after = [Wait(Key("F", number, minibatch), 0 if last else layers[number + 1].received)]
+    if not last:
+        after += [
+            Wait(Key("B", number + 1, minibatch, p.part), round(layers[number + 1].received * p.share))
+            for p in by_layer["B", number + 1]
+        ]
+    if kind == "B":
+        return Task(key, processor, layer.backward * share, tuple(after), priority)
+    if number:
+        after.append(Wait(Key("F", number - 1, minibatch), layer.received))  # the saved input
+    homes = {p.processor for k in "FB" for p in by_layer[k, number]} - {processor}
+    sends = tuple((home, weights[number]) for home in sorted(homes)) if weights else ()
+    return Task(key, processor, layer.gradient + layer.update, tuple(after), priority, True, sends)
