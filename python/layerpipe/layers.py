@@ -58,7 +58,8 @@ class LayerGraph:
 
     layers: list[Layer]
     flows: list[Flow]
-    crossing: list[int]  # bytes that cross a cut before each layer and, last, the output's end: [layers + 1]
+    crossing: list[int]  # bytes that cross a cut before each layer: [layers + 1], the first the input's, the last 0
+    tied: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)  # a weight that two layers use
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -115,9 +116,12 @@ def _profile(
     layers, crossing = [], [_bytes(values)]
     maker: dict[fx.Node, tuple[int, int]] = {}  # a value that crosses -> who made it, its bytes
     flows: dict[tuple[int | None, int], int] = {}
+    users: dict[nn.Parameter, int] = {}
+    tied = []
     for i, (piece, unit) in enumerate(zip(parts, units, strict=True)):
         layer, values = _run(piece, unit, values, storages, first=i == 0)
         layers.append(dataclasses.replace(layer, seconds=_split_backward(measured[i], layer) if measured else None))
+        tied += [(name, users[p], i) for name, p in unit.named_parameters() if users.setdefault(p, i) != i]
         crossing.append(_bytes(values) if i < len(parts) - 1 else 0)
         for node in {source for n in piece.nodes for source in n.all_input_nodes}:
             if node in maker:
@@ -125,7 +129,7 @@ def _profile(
                 flows[source, i] = flows.get((source, i), 0) + size
         for node, value in zip(piece.outputs, values, strict=False):
             maker.setdefault(node, (i, _bytes((value,))))
-    return LayerGraph(layers, [Flow(*key, size) for key, size in flows.items()], crossing)
+    return LayerGraph(layers, [Flow(*key, size) for key, size in flows.items()], crossing, tied)
 
 
 class _Storages:

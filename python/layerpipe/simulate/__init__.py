@@ -8,7 +8,7 @@
 from layerpipe.simulate.events import Event, Key, Link, Task, Timeline, Wait, in_order, run
 from layerpipe.simulate.layerpipe import Placement, layerpipe, place
 from layerpipe.simulate.report import Report, report, to_chrome
-from layerpipe.simulate.schedules import Builder, StageCost, gpipe, lockstep, one_f_one_b, sequential
+from layerpipe.simulate.schedules import Builder, StageCost, gpipe, lockstep, one_f_one_b, sequential, together
 
 #: Schedules of stages with a processor each; ``layerpipe`` places layers and takes other arguments.
 BUILDERS: dict[str, Builder] = {
@@ -40,4 +40,5 @@ __all__ = [
     "run",
     "sequential",
     "to_chrome",
+    "together",
 ]

@@ -89,70 +89,82 @@ def run(tasks: Iterable[Task], link: Link = Link()) -> Timeline:  # noqa: B008 (
     Raises:
         ValueError: two tasks of one key, a wait for a task that does not exist, or tasks that wait for each other.
     """
-    by_key: dict[Key, Task] = {}
-    for task in tasks:
-        if by_key.setdefault(task.key, task) is not task:
-            raise ValueError(f"two tasks are called {task.key!r}")
-    missing = {key: {wait.key for wait in task.after} for key, task in by_key.items()}
-    readers: dict[Key, list[Key]] = defaultdict(list)
-    parcels: dict[Key, dict[int, int]] = defaultdict(dict)  # a task's result goes to each processor once
-    for task in by_key.values():
-        for wait in dict.fromkeys(task.after):
-            if wait.key not in by_key:
-                raise ValueError(f"{task.key!r} waits for {wait.key!r}, which does not exist")
-            readers[wait.key].append(task.key)
-            if by_key[wait.key].processor != task.processor:
-                known = parcels[wait.key]
-                known[task.processor] = max(known.get(task.processor, 0), wait.bytes)
-
-    processors = 1 + max((task.processor for task in by_key.values()), default=-1)
-    ready: list[list[tuple[tuple[int, ...], int, Key]]] = [[] for _ in range(processors)]
-    free, link_free = [True] * processors, defaultdict[tuple[int, int], float](float)
+    work = list(tasks)
+    readers, missing, parcels = _connect(work)
+    processors = 1 + max((task.processor for task in work), default=-1)
+    ready: list[list[tuple[tuple[int, ...], int, int]]] = [[] for _ in range(processors)]
+    free = [True] * processors
+    link_free: dict[tuple[int, int], float] = defaultdict(float)
     count = itertools.count()  # equal times and priorities: first come, first served
-    agenda: list[tuple[float, int, str, Key, int]] = []
+    agenda: list[tuple[float, int, bool, int, int]] = []  # when, _, whether a task ended or came by link, which, where
     ran: list[Event] = []
     messages: list[Event] = []
 
-    def resolved(reader: Key, key: Key) -> None:
-        missing[reader].discard(key)
-        if not missing[reader]:
-            task = by_key[reader]
-            heapq.heappush(ready[task.processor], (task.priority, next(count), reader))
-
     def start(processor: int, now: float) -> None:
         if free[processor] and ready[processor]:
-            task = by_key[heapq.heappop(ready[processor])[2]]
+            number = heapq.heappop(ready[processor])[2]
+            task, end = work[number], now + work[number].seconds
             free[processor] = False
-            ran.append(Event(task.key, processor, now, now + task.seconds, updates=task.updates))
-            heapq.heappush(agenda, (now + task.seconds, next(count), "end", task.key, processor))
+            ran.append(Event(task.key, processor, now, end, updates=task.updates))
+            heapq.heappush(agenda, (end, next(count), True, number, processor))
 
-    def send(key: Key, source: int, target: int, size: int, now: float) -> None:
+    def send(number: int, source: int, target: int, size: int, now: float) -> None:
         begin = max(now, link_free[source, target])
         link_free[source, target] = done = begin + size / link.bandwidth
-        messages.append(Event(key, source, begin, done + link.latency, target, size))
-        heapq.heappush(agenda, (done + link.latency, next(count), "arrived", key, target))
+        messages.append(Event(work[number].key, source, begin, done + link.latency, target, size))
+        heapq.heappush(agenda, (done + link.latency, next(count), False, number, target))
 
-    for key, waits in missing.items():
-        if not waits:
-            resolved(key, key)
+    for number, task in enumerate(work):
+        if not missing[number]:
+            heapq.heappush(ready[task.processor], (task.priority, next(count), number))
     for processor in range(processors):
         start(processor, 0.0)
     while agenda:
-        now = agenda[0][0]
-        touched: set[int] = set()
+        now, touched = agenda[0][0], set()
         while agenda and agenda[0][0] == now:  # all that happens at once, before anybody chooses
-            _, _, what, key, processor = heapq.heappop(agenda)
+            _, _, ended, number, processor = heapq.heappop(agenda)
             touched.add(processor)
-            if what == "end":
+            if ended:
                 free[processor] = True
-                for target, size in (*parcels[key].items(), *by_key[key].sends):
-                    send(key, processor, target, size, now)
-            for reader in readers[key]:
-                if by_key[reader].processor == processor:
-                    resolved(reader, key)
+                for target, size in (*parcels[number].items(), *work[number].sends):
+                    send(number, processor, target, size, now)
+            for reader in readers[number].get(processor, ()):
+                missing[reader] -= 1
+                if not missing[reader]:
+                    heapq.heappush(ready[processor], (work[reader].priority, next(count), reader))
+            if not ended:
+                readers[number].pop(processor, None)  # what nobody waits for may come there, too
         for processor in sorted(touched):
             start(processor, now)
-    if len(ran) < len(by_key):
-        stuck = next(key for key in by_key if missing[key])
-        raise ValueError(f"{stuck!r} and others wait for each other, first for {min(missing[stuck])!r}")
+    if len(ran) < len(work):
+        stuck = next(number for number, left in enumerate(missing) if left)
+        others = ", ".join(repr(wait.key) for wait in work[stuck].after)
+        raise ValueError(f"tasks wait for each other: {work[stuck].key!r} for {others}")
     return Timeline(ran, messages, processors)
+
+
+def _connect(work: Sequence[Task]) -> tuple[list[dict[int, list[int]]], list[int], list[dict[int, int]]]:
+    """By task number: who waits for it, by processor; for how many it waits; bytes it sends, by processor.
+
+    A result goes to each processor once, whoever reads it there.
+    """
+    numbers: dict[Key, int] = {}
+    for number, task in enumerate(work):
+        if numbers.setdefault(task.key, number) != number:
+            raise ValueError(f"two tasks are called {task.key!r}")
+    readers: list[dict[int, list[int]]] = [{} for _ in work]
+    parcels: list[dict[int, int]] = [{} for _ in work]
+    missing = []
+    for number, task in enumerate(work):
+        sources: dict[int, int] = {}
+        for wait in task.after:
+            if wait.key not in numbers:
+                raise ValueError(f"{task.key!r} waits for {wait.key!r}, which does not exist")
+            source = numbers[wait.key]
+            sources[source] = max(sources.get(source, 0), wait.bytes)
+        missing.append(len(sources))
+        for source, size in sources.items():
+            readers[source].setdefault(task.processor, []).append(number)
+            if work[source].processor != task.processor:
+                parcels[source][task.processor] = max(parcels[source].get(task.processor, 0), size)
+    return readers, missing, parcels

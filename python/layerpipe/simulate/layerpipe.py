@@ -11,11 +11,12 @@ stretch per processor; a cut may fall between tasks, or inside a ``B`` wherever 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from layerpipe.simulate.events import Key, Task, Wait
-from layerpipe.simulate.schedules import StageCost
+from layerpipe.simulate.schedules import StageCost, together
 
 
 class Piece(NamedTuple):
@@ -89,16 +90,34 @@ def layerpipe(
         weights: bytes of each layer's; they are sent where a layer's tasks are spread over processors.
     """
     placement = place(layers, processors)
+    seconds = sum(layer.forward + layer.backward + layer.gradient for layer in layers)
+    layers, pieces, weights = _merged(layers, placement.pieces, weights)
     by_layer: dict[tuple[str, int], list[Piece]] = {}
-    for piece in placement.pieces:
+    for piece in pieces:
         by_layer.setdefault((piece.kind, piece.layer), []).append(piece)
-    stretch = sum(layer.forward + layer.backward + layer.gradient for layer in layers)
-    admitted = max(1, -(-round(1000 * 2 * stretch / placement.period) // 1000)) if placement.period else 1
-    tasks = []
-    for m in range(minibatches):
-        for piece in placement.pieces:
-            tasks.append(_task(layers, by_layer, piece, m, admitted, weights))
-    return tasks
+    admitted = max(1, math.ceil(2 * seconds / placement.period)) if placement.period else 1
+    return [_task(layers, by_layer, piece, m, admitted, weights) for m in range(minibatches) for piece in pieces]
+
+
+def _merged(
+    layers: Sequence[StageCost], pieces: Sequence[Piece], weights: Sequence[int] | None
+) -> tuple[list[StageCost], list[Piece], list[int] | None]:
+    """Neighbouring layers that one processor has to itself, made one: the same work in fewer tasks."""
+    homes: list[set[int]] = [set() for _ in layers]
+    for piece in pieces:
+        homes[piece.layer].add(piece.processor)
+    groups: list[list[int]] = []
+    for number, home in enumerate(homes):
+        if groups and len(home) == 1 and homes[groups[-1][-1]] == home:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    group_of = {number: i for i, group in enumerate(groups) for number in group}
+    kept = [piece._replace(layer=group_of[piece.layer]) for piece in pieces]
+    sums = None if weights is None else [sum(weights[number] for number in group) for group in groups]
+    return [together([layers[n] for n in group]) for group in groups], list(dict.fromkeys(
+        piece._replace(share=1.0) if len(groups[piece.layer]) > 1 else piece for piece in kept
+    )), sums  # fmt: skip
 
 
 def _task(

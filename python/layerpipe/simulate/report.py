@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 from collections import defaultdict
@@ -47,7 +48,7 @@ def report(timeline: Timeline) -> Report:
     makespan = timeline.makespan
     return Report(
         makespan=makespan,
-        period=_period(timeline, minibatches),
+        period=_period(timeline),
         busy=busy,
         bubble=1 - sum(busy) / (makespan * timeline.processors),
         bytes_sent=round(sum(message.bytes for message in timeline.messages) / minibatches),
@@ -56,28 +57,29 @@ def report(timeline: Timeline) -> Report:
     )
 
 
-def _period(timeline: Timeline, minibatches: int) -> float:
-    """Mean distance of the last stage's updates over the middle half of the run, where the pipe neither fills nor
-    drains."""
+def _period(timeline: Timeline) -> float:
+    """Mean distance between the ends of minibatches while new ones still come in, the first half left out."""
     ends: dict[int, float] = defaultdict(float)
     for event in timeline.tasks:
         ends[event.key.minibatch] = max(ends[event.key.minibatch], event.end)
-    first, last = minibatches // 4, minibatches - 1 - minibatches // 4
-    if last <= first:
-        return timeline.makespan / minibatches
-    return (ends[last] - ends[first]) / (last - first)
+    entered = max(event.start for event in timeline.tasks if event.key.kind == "F" and event.key.stage == 0)
+    steady = sorted(end for end in ends.values() if end <= entered)
+    steady = steady[len(steady) // 2 :]
+    if len(steady) < 2:
+        return timeline.makespan / len(ends)
+    return (steady[-1] - steady[0]) / (len(steady) - 1)
 
 
 def _staleness(events: list[Event]) -> int:
     """Counted: updates that end after a forward has begun and before its backward begins."""
-    updates = [event.end for event in events if event.updates]
+    updates = sorted(event.end for event in events if event.updates)
     starts: dict[tuple[str, int], float] = {}
     for event in events:
         key = event.key.kind, event.key.minibatch
         starts[key] = min(starts.get(key, event.start), event.start)
     return max(
         (
-            sum(begin < end <= starts["B", m] for end in updates)
+            bisect.bisect_right(updates, starts["B", m]) - bisect.bisect_right(updates, begin)
             for (kind, m), begin in starts.items()
             if kind == "F" and ("B", m) in starts
         ),

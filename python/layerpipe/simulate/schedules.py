@@ -40,6 +40,14 @@ class StageCost:
         )  # fmt: skip
 
 
+def together(costs: Sequence[StageCost]) -> StageCost:
+    """Consecutive layers as one."""
+    return StageCost(
+        sum(c.forward for c in costs), sum(c.backward for c in costs), sum(c.gradient for c in costs),
+        sum(c.update for c in costs), costs[0].received, sum(c.saved for c in costs),
+    )  # fmt: skip
+
+
 #: Stages, minibatches, parts of a minibatch -> tasks.
 Builder = Callable[[Sequence[StageCost], int, int], list[Task]]
 
