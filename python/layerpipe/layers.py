@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerpipe.tracing import Piece, SplitStage, pieces
+from layerpipe.tracing import Piece, SplitStage, pieces, unique_names
 
 Tensors = tuple[Any, ...]
 #: What writing an activation costs beside arithmetic, as seen on one core with ResNet-18's layers.
@@ -118,8 +118,9 @@ def _profile(
     flows: dict[tuple[int | None, int], int] = {}
     users: dict[nn.Parameter, int] = {}
     tied = []
+    names = unique_names(parts)
     for i, (piece, unit) in enumerate(zip(parts, units, strict=True)):
-        layer, values = _run(piece, unit, values, storages, first=i == 0)
+        layer, values = _run(names[i], unit, values, storages, first=i == 0)
         layers.append(dataclasses.replace(layer, seconds=_split_backward(measured[i], layer) if measured else None))
         tied += [(name, users[p], i) for name, p in unit.named_parameters() if users.setdefault(p, i) != i]
         crossing.append(_bytes(values) if i < len(parts) - 1 else 0)
@@ -146,11 +147,11 @@ class _Storages:
             self.bytes += storage.nbytes() if count else 0
 
 
-def _run(piece: Piece, unit: nn.Module, inputs: Tensors, storages: _Storages, *, first: bool) -> tuple[Layer, Tensors]:
+def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, first: bool) -> tuple[Layer, Tensors]:
     """A layer's costs and its outputs."""
     inputs = tuple(_like(x, requires_grad=not first) for x in inputs)
-    params = {name: _fake(p).requires_grad_() for name, p in unit.named_parameters()}
-    state = {**params, **{name: _fake(b) for name, b in unit.named_buffers()}}
+    params = {key: _fake(p).requires_grad_() for key, p in unit.named_parameters()}
+    state = {**params, **{key: _fake(b) for key, b in unit.named_buffers()}}
     for param in params.values():
         storages.add(param, count=False)
     before = storages.bytes
@@ -168,12 +169,12 @@ def _run(piece: Piece, unit: nn.Module, inputs: Tensors, storages: _Storages, *,
         both = _backward_flops(outputs, [*tensors, *params.values()])
     except Exception as error:  # whatever the model's own code raises without data
         raise ValueError(
-            f"{piece.name} cannot be run without data ({str(error).splitlines()[0]}); balance by 'params', or "
+            f"{name} cannot be run without data ({str(error).splitlines()[0]}); balance by 'params', or "
             "give the stages by hand"
         ) from error
     made = [y for y in outputs if isinstance(y, Tensor) and not any(y is x for x in inputs)]
     layer = Layer(
-        name=piece.name,
+        name=name,
         parameters=sum(p.numel() for p in params.values()),
         weights=sum(p.nbytes for p in params.values()),
         largest=max((p.nbytes for p in params.values()), default=0),

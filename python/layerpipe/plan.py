@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,6 +93,15 @@ class Plan:
         """For ``layerpipe.split(model, stages, at=...)``."""
         return [stage.layers[0].name for stage in self.stages[1:]]
 
+    @property
+    def skips(self) -> list[tuple[str, str, int]]:
+        """Connections that cross more than one boundary, and the activations of how many minibatches they hold."""
+        found = []
+        for a, b, data in self.derivation.graph.edges(data=True):
+            if a.kind == b.kind == "F" and data["registers"] > self.derivation.clocking.boundary:
+                found.append((str(a.layer), str(b.layer), int(data["registers"])))
+        return found
+
     def speedup(self, schedule: str) -> float:
         """Over one processor that does it all."""
         return sum(stage.cost.seconds for stage in self.stages) / self.reports[schedule].period
@@ -102,6 +111,7 @@ class Plan:
         return {
             "schedule": self.schedule,
             "at": self.at,
+            "skips": self.skips,
             "stages": [
                 {
                     "layers": [layer.name for layer in stage.layers],
@@ -166,18 +176,21 @@ def plan(
         ], dtype=float)  # fmt: skip
         return by_layer, np.outer(in_flight, [0, *layers.crossing[1:]]).astype(float)
 
-    def cut(count: int) -> tuple[list[int], Derivation]:
+    def cut(count: int) -> list[int]:
+        # Delays depend on how many stages there are, not on what is in them.
         found = retiming.derive(count, [[s] for s in range(count)], schedule)
         memory, received = kept(found.delays, found.in_flight) if memory_per_stage else (None, None)
         scratch = max((layer.largest for layer in layers.layers), default=0) if past != "stash" and count > 1 else 0
         cap = memory_per_stage - scratch if memory_per_stage else np.inf
-        return balanced(weights, count, memory=memory, received=received, cap=cap), found
+        return balanced(weights, count, memory=memory, received=received, cap=cap)
 
     if stages is not None or memory_per_stage is None:
-        cuts, derivation = cut(min(4, len(layers)) if stages is None else _stages(stages, layers))
+        cuts = cut(min(4, len(layers)) if stages is None else _stages(stages, layers))
     else:
-        cuts, derivation = _fewest(cut, len(layers))
+        cuts = _fewest(cut, len(layers))
     _refuse_tied(layers, cuts)
+    names = [layer.name for layer in layers.layers]
+    derivation = retiming.derive(layers.graph(), [names[a:b] for a, b in itertools.pairwise(cuts)], schedule)
 
     made = []
     for s, (a, b) in enumerate(itertools.pairwise(cuts)):
@@ -197,7 +210,7 @@ def plan(
     timelines = {}
     for name in simulate:
         if name == "layerpipe":
-            tasks = layerpipe(costs, len(made), minibatches, [layer.weights for layer in layers.layers])
+            tasks = layerpipe(costs, len(made), minibatches, [layer.weights for layer in layers.layers], machine.link)
         else:
             count = minibatches if name in ("1f1b", "lockstep") else 6
             tasks = BUILDERS[name]([stage.cost for stage in made], count, microbatches)
@@ -217,11 +230,11 @@ def _stages(stages: int, layers: LayerGraph) -> int:
     return stages
 
 
-def _fewest(cut: Any, most: int) -> tuple[list[int], Derivation]:
+def _fewest(cut: Callable[[int], list[int]], most: int) -> list[int]:
     """The fewest stages for which there is a cut."""
     for count in range(1, most + 1):
         try:
-            return cut(count)  # type: ignore[no-any-return]
+            return cut(count)
         except ValueError as error:
             reason = error
     raise ValueError(f"no number of stages helps: {reason}")

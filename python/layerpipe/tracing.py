@@ -64,13 +64,23 @@ def pieces(model: nn.Module) -> list[Piece]:
     return [Piece(crossing[a], work[a:b], crossing[b]) for a, b in itertools.pairwise([*kept, len(work)])]
 
 
+def unique_names(parts: Sequence[Piece]) -> list[str]:
+    """Each piece's name; the second use of a layer is ``name#2``."""
+    seen: dict[str, int] = {}
+    names = []
+    for piece in parts:
+        seen[piece.name] = count = seen.get(piece.name, 0) + 1
+        names.append(piece.name if count == 1 else f"{piece.name}#{count}")
+    return names
+
+
 def find_cuts(model: nn.Module, parts: list[Piece], names: Sequence[str]) -> list[int]:
     """Which pieces these layers begin.
 
     Raises:
         ValueError: no cut is possible before one of them; the message says why.
     """
-    starts = {piece.name: i for i, piece in enumerate(parts)}
+    starts = {name: i for i, name in enumerate(unique_names(parts))}
     cuts = []
     for name in names:
         if name not in starts or not starts[name]:

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from layerpipe.simulate.events import Key, Task, Wait
+from layerpipe.simulate.events import Key, Link, Task, Wait
 from layerpipe.simulate.schedules import StageCost, together
 
 
@@ -79,7 +80,11 @@ def _fill(layers: Sequence[StageCost], processors: int, period: float) -> list[P
 
 
 def layerpipe(
-    layers: Sequence[StageCost], processors: int, minibatches: int, weights: Sequence[int] | None = None
+    layers: Sequence[StageCost],
+    processors: int,
+    minibatches: int,
+    weights: Sequence[int] | None = None,
+    link: Link = Link(),  # noqa: B008 (immutable)
 ) -> list[Task]:
     """The tasks of a placed network; a processor that is free takes the oldest minibatch's.
 
@@ -88,13 +93,19 @@ def layerpipe(
     Args:
         layers: costs of each layer, not of stages.
         weights: bytes of each layer's; they are sent where a layer's tasks are spread over processors.
+        link: how long a minibatch is under way also depends on it.
     """
     placement = place(layers, processors)
     seconds = sum(layer.forward + layer.backward + layer.gradient for layer in layers)
     layers, pieces, weights = _merged(layers, placement.pieces, weights)
     by_layer: dict[tuple[str, int], list[Piece]] = {}
+    homes: dict[int, set[int]] = defaultdict(set)
     for piece in pieces:
         by_layer.setdefault((piece.kind, piece.layer), []).append(piece)
+        homes[piece.layer].add(piece.processor)
+    for piece in pieces:
+        if piece.layer and piece.kind != "G" and homes[piece.layer] != homes[piece.layer - 1]:
+            seconds += layers[piece.layer].received / link.bandwidth + link.latency
     admitted = max(1, math.ceil(2 * seconds / placement.period)) if placement.period else 1
     return [_task(layers, by_layer, piece, m, admitted, weights) for m in range(minibatches) for piece in pieces]
 
