@@ -10,6 +10,14 @@ import numpy as np
 Array = np.ndarray[Any, Any]
 
 
+class CapError(ValueError):
+    """No cut keeps to the cap; ``least`` is one that some cut keeps to."""
+
+    def __init__(self, parts: int, cap: float, least: float) -> None:
+        super().__init__(f"no cut into {parts} parts keeps every part to {cap:.4g}; {least:.4g} would do")
+        self.least = least
+
+
 def balance(
     costs: Sequence[float],
     parts: int,
@@ -31,8 +39,8 @@ def balance(
         cap: bytes that no part may exceed.
 
     Raises:
-        ValueError: more parts than layers, negative costs, or a cap that no cut keeps to; the message says which one
-            would do.
+        CapError: a cap that no cut keeps to; it says which one would do.
+        ValueError: more parts than layers, or negative costs.
     """
     count = len(costs)
     if not 1 <= parts <= count:
@@ -49,10 +57,7 @@ def balance(
     cuts = _best(spans, links, parts, ends, needs, cap)
     if cuts is None:
         assert needs is not None
-        least = _least_cap(needs, parts, ends)
-        raise ValueError(
-            f"no cut of {count} layers into {parts} parts keeps every part to {cap:.4g}: one needs {least:.4g}"
-        )
+        raise CapError(parts, cap, _least_cap(needs, parts, ends))
     return cuts
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from layerpipe import retiming
+from layerpipe.balance import CapError
 from layerpipe.balance import balance as balanced
 from layerpipe.layers import Layer, LayerGraph
 from layerpipe.memory import Memory, history_copies, stage_memory
@@ -182,7 +183,13 @@ def plan(
         memory, received = kept(found.delays, found.in_flight) if memory_per_stage else (None, None)
         scratch = max((layer.largest for layer in layers.layers), default=0) if past != "stash" and count > 1 else 0
         cap = memory_per_stage - scratch if memory_per_stage else np.inf
-        return balanced(weights, count, memory=memory, received=received, cap=cap)
+        try:
+            return balanced(weights, count, memory=memory, received=received, cap=cap)
+        except CapError as error:
+            raise ValueError(
+                f"no cut into {count} stages keeps every stage to {(cap + scratch) / 1e9:.3g} GB under {schedule} and "
+                f"past={past!r}; {(error.least + scratch) / 1e9:.3g} GB would do"
+            ) from error
 
     if stages is not None or memory_per_stage is None:
         cuts = cut(min(4, len(layers)) if stages is None else _stages(stages, layers))
@@ -210,7 +217,10 @@ def plan(
     timelines = {}
     for name in simulate:
         if name == "layerpipe":
-            tasks = layerpipe(costs, len(made), minibatches, [layer.weights for layer in layers.layers], machine.link)
+            # Its tasks come in no fixed order: more of them, so that their jitter averages out.
+            tasks = layerpipe(
+                costs, len(made), 64 + minibatches, [layer.weights for layer in layers.layers], machine.link
+            )
         else:
             count = minibatches if name in ("1f1b", "lockstep") else 6
             tasks = BUILDERS[name]([stage.cost for stage in made], count, microbatches)

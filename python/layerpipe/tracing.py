@@ -83,8 +83,9 @@ def find_cuts(model: nn.Module, parts: list[Piece], names: Sequence[str]) -> lis
     starts = {name: i for i, name in enumerate(unique_names(parts))}
     cuts = []
     for name in names:
-        if name not in starts or not starts[name]:
-            raise ValueError(f"cannot cut before {name}: {_why_not(model, name)}")
+        if not starts.get(name):
+            reason = "the first stage begins with it" if name in starts else _why_not(model, name)
+            raise ValueError(f"cannot cut before {name}: {reason}")
         cuts.append(starts[name])
     if cuts != sorted(set(cuts)):
         raise ValueError(f"the layers to cut before must follow the forward's order, each once; got {', '.join(names)}")
@@ -92,13 +93,11 @@ def find_cuts(model: nn.Module, parts: list[Piece], names: Sequence[str]) -> lis
 
 
 def _why_not(model: nn.Module, name: str) -> str:
-    work, crossing, reasons = _cuts(model)
+    work, _, reasons = _cuts(model)
     at = next((i for i, node in enumerate(work) if node.op == "call_module" and node.target == name), None)
     if at is None:
         return "the forward calls no such layer"
-    if at in reasons:
-        return reasons[at]
-    return "it has no parameters before the next cut" if at in crossing else "it is the first layer"
+    return reasons.get(at, "there are no parameters from there to the next cut, or none before it")
 
 
 def _cuts(model: nn.Module) -> tuple[list[fx.Node], dict[int, list[fx.Node]], dict[int, str]]:

@@ -59,7 +59,7 @@ def memory_table(plan: Plan) -> Table:
         rows.append([some.weights, some.activations, *(stage.memory[kind].total for kind in kinds)])
     largest = max(max(row) for row in rows)
     unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if largest >= s)
-    table = _table(f"Memory in {unit}", "stage", "weights", "in flight", "activations", *kinds)
+    table = _table(f"Memory in {unit}", "stage", "weights", "in\nflight", "activ-\nations", *kinds)
     table.caption = "Under each kind: weights, gradients, momentum, history, scratch and activations together."
     for i, (stage, row) in enumerate(zip(plan.stages, rows, strict=True)):
         cells = [_fixed(value / size) for value in row]

@@ -4,16 +4,17 @@
 run on another processor than its layer's forward. *Inter-layer*: an activation gradient is divided into two parts that
 two neighbouring processors compute, so that every processor has the same to do.
 
-Placement: the tasks ``B F G`` of the first layer, then of the second, ... are laid out on a line and cut into one
-stretch per processor; a cut may fall between tasks, or inside a ``B`` wherever it balances best.
+Placement: the tasks ``F``, ``B``, ``G`` of the first layer, in whatever order is best, then those of the second, ...
+are laid out on a line and cut into one stretch per processor; a cut may fall between tasks, or anywhere inside a ``B``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from layerpipe.simulate.events import Key, Link, Task, Wait
@@ -37,10 +38,10 @@ class Placement:
 
 
 def place(layers: Sequence[StageCost], processors: int) -> Placement:
-    """The cut of the line whose busiest processor has the least to do.
+    """The line and the cut whose busiest processor has the least to do.
 
-    For a given period, filling one processor after the other to the brim is best; the least feasible period is found
-    by bisection.
+    For a given period, filling one processor after the other to the brim is best; the least period for which that
+    succeeds is found by bisection.
 
     Raises:
         ValueError: fewer than one processor.
@@ -51,7 +52,7 @@ def place(layers: Sequence[StageCost], processors: int) -> Placement:
     low, high = whole / processors, whole
     best = _fill(layers, processors, high)
     assert best is not None
-    for _ in range(50):
+    for _ in range(40):
         middle = (low + high) / 2
         found = _fill(layers, processors, middle)
         if found is None:
@@ -61,22 +62,43 @@ def place(layers: Sequence[StageCost], processors: int) -> Placement:
     return Placement(best, high)
 
 
+class _Filled(NamedTuple):
+    processor: int
+    room: float  # that is left on it
+    pieces: list[Piece]
+
+
 def _fill(layers: Sequence[StageCost], processors: int, period: float) -> list[Piece] | None:
-    pieces: list[Piece] = []
-    processor, room = 0, period * (1 + 1e-12)
+    period *= 1 + 1e-9
+    state = _Filled(0, period, [])
     for number, layer in enumerate(layers):
-        for kind, seconds in (("B", layer.backward), ("F", layer.forward), ("G", layer.gradient + layer.update)):
-            left, part = seconds, 0
-            if left > room and kind == "B" and room > 0:
-                pieces.append(Piece(kind, number, part, processor, room / seconds))
-                left, part = left - room, 1
-            if left > room or part:
-                processor, room = processor + 1, period * (1 + 1e-12)
-            if left > room or processor >= processors:
-                return None
-            pieces.append(Piece(kind, number, part, processor, left / seconds if seconds else 1.0))
-            room -= left
-    return pieces
+        tasks = {"B": layer.backward, "F": layer.forward, "G": layer.gradient + layer.update}
+        found = (_pour(number, tasks, order, state, period) for order in itertools.permutations("BFG"))
+        ways = [way for way in found if way is not None and way.processor < processors]
+        if not ways:
+            return None
+        # Fewer processors and more room can only be better for all that follows.
+        state = min(ways, key=lambda way: (way.processor, -way.room))
+    return state.pieces
+
+
+def _pour(
+    layer: int, tasks: Mapping[str, float], order: Sequence[str], state: _Filled, period: float
+) -> _Filled | None:
+    """One layer's tasks in this order, or None where one does not fit into a period."""
+    processor, room, pieces = state.processor, state.room, list(state.pieces)
+    for kind in order:
+        left, part = tasks[kind], 0
+        if kind == "B" and left > room > 1e-6 * period:  # no crumbs
+            pieces.append(Piece(kind, layer, part, processor, room / left))
+            left, part = left - room, 1
+        if part or left > room:
+            processor, room = processor + 1, period
+        if left > room:
+            return None
+        pieces.append(Piece(kind, layer, part, processor, left / tasks[kind] if left else 1.0))
+        room -= left
+    return _Filled(processor, room, pieces)
 
 
 def layerpipe(

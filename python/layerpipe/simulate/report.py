@@ -48,7 +48,8 @@ def report(timeline: Timeline) -> Report:
     makespan = timeline.makespan
     return Report(
         makespan=makespan,
-        period=_period(timeline),
+        # What the window saw may be work done ahead; in the long run the busiest processor sets the pace.
+        period=max(_period(timeline), max(busy) / minibatches),
         busy=busy,
         bubble=1 - sum(busy) / (makespan * timeline.processors),
         bytes_sent=round(sum(message.bytes for message in timeline.messages) / minibatches),
