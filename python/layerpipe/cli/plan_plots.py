@@ -121,16 +121,22 @@ def _filled(timeline: Timeline) -> float:
 
 
 def _draw_timeline(axes: Any, timeline: Timeline, span: float, *, numbers: bool) -> None:
-    scale = 1e3
+    from matplotlib.collections import PatchCollection
+    from matplotlib.colors import to_rgba
+    from matplotlib.patches import Rectangle
+
+    scale, boxes, colours = 1e3, [], []
     for event in timeline.tasks:
-        if event.start >= span or event.end <= event.start:
+        width = min(event.end, span) - event.start
+        if width <= 0:
             continue
-        y, width = timeline.processors - 1 - event.processor, min(event.end, span) - event.start
-        axes.barh(y, width * scale, left=event.start * scale, height=0.86, color=COLOURS[event.key.kind],
-                  alpha=0.7 + 0.3 * (event.key.minibatch % 2), edgecolor="white", linewidth=0.4)  # fmt: skip
+        y, left = timeline.processors - 1 - event.processor, event.start * scale
+        boxes.append(Rectangle((left, y - 0.43), width * scale, 0.86))
+        colours.append(to_rgba(COLOURS[event.key.kind], 0.7 + 0.3 * (event.key.minibatch % 2)))
         if numbers and width > 0.012 * span:
-            axes.text((event.start + width / 2) * scale, y, str(event.key.minibatch), ha="center", va="center",
+            axes.text(left + width / 2 * scale, y, str(event.key.minibatch), ha="center", va="center",
                       fontsize=7, color="white")  # fmt: skip
+    axes.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors="white", linewidths=0.4))
     step = 1 if timeline.processors <= 16 else timeline.processors // 8
     ticks = range(0, timeline.processors, step)
     axes.set(xlim=(0, span * scale), ylim=(-0.6, timeline.processors - 0.4), ylabel="processor")

@@ -82,10 +82,11 @@ def load(
             raise ValueError(f"{name} needs the shape of its input, e.g. --input 3,224,224 or --input 1024:int64")
     else:
         raise ValueError(f"model {name!r} is unknown; there are: {', '.join(CATALOG)}, or package.module:factory")
-    try:
-        inspect.signature(factory).bind(**options)
-    except TypeError as error:
-        raise ValueError(f"{name} does not take these options: {error}") from error
+    if options:
+        try:
+            inspect.signature(factory).bind_partial(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} does not take these options: {error}") from error
     with torch.device(device):
         model = factory(**options)
         examples = tuple(torch.zeros(batch, *shape.sizes, dtype=shape.dtype) for shape in shapes)
