@@ -224,7 +224,7 @@ def plan(
         else:
             count = minibatches if name in ("1f1b", "lockstep") else 6
             tasks = BUILDERS[name]([stage.cost for stage in made], count, microbatches)
-        timelines[name] = run(tasks, machine.link)
+        timelines[name] = run(tasks, machine.link, len(made))
     reports = {name: report(timeline) for name, timeline in timelines.items()}
     return Plan(layers, schedule, made, derivation, timelines, reports)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,31 +144,39 @@ def _draw_timeline(axes: Any, timeline: Timeline, span: float, *, numbers: bool)
 
 
 def memory(path: Path, plan: Plan) -> Path:
-    """Bytes per stage, a group of bars per stage and a bar per kind of past weights."""
+    """Bytes per stage and kind of past weights: stacked bars, or a line per kind where stages are many."""
+    kinds = list(plan.stages[0].memory)
+    unit, divisor = _unit(max(m.total for stage in plan.stages for m in stage.memory.values()))
+    fig, axes = new_figure(figsize=(max(8.0, min(12.0, len(plan.stages) + 3)), 5))
+    if len(plan.stages) <= MOST_DRAWN:
+        _memory_bars(axes, plan, kinds, divisor)
+        axes.set(xticks=range(len(plan.stages)))
+    else:
+        for kind in kinds:
+            axes.step(range(len(plan.stages)), [stage.memory[kind].total / divisor for stage in plan.stages],
+                      where="mid", label=kind)  # fmt: skip
+        axes.set(ylim=(0, None))
+        axes.grid(alpha=0.3)
+        axes.legend(title="past weights")
+    axes.set(xlabel="stage", ylabel=unit, title=f"Memory per stage, {plan.schedule}")
+    return save(fig, path)
+
+
+def _memory_bars(axes: Any, plan: Plan, kinds: Sequence[str], divisor: float) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
-    kinds = list(plan.stages[0].memory)
     parts = plan.stages[0].memory[kinds[0]]._fields
-    unit, divisor = _unit(max(m.total for stage in plan.stages for m in stage.memory.values()))
-    fig, axes = new_figure(figsize=(max(8.0, min(24.0, 1.0 * len(plan.stages) + 3)), 5))
-    colours = colormaps["tab10"]
-    width = 0.85 / len(kinds)
-    few = len(plan.stages) <= MOST_DRAWN
-    for k, (s, stage) in itertools.product(range(len(kinds)), enumerate(plan.stages)):
+    colours, width = colormaps["tab10"], 0.85 / len(kinds)
+    for (k, kind), (s, stage) in itertools.product(enumerate(kinds), enumerate(plan.stages)):
         bottom, x = 0.0, s + (k - (len(kinds) - 1) / 2) * width
         for i, part in enumerate(parts):
-            size = getattr(stage.memory[kinds[k]], part) / divisor
+            size = getattr(stage.memory[kind], part) / divisor
             axes.bar(x, size, width * 0.92, bottom=bottom, color=colours(i))
             bottom += size
-        if few:
-            axes.text(x, bottom, f" {kinds[k]}", rotation=90, ha="center", va="bottom", fontsize=8)
-    stride = max(1, len(plan.stages) // 16)
-    axes.set(xticks=range(0, len(plan.stages), stride), xlabel="stage", ylabel=unit,
-             title=f"Memory per stage, {plan.schedule}; bars from left to right: {', '.join(kinds)}")  # fmt: skip
-    axes.margins(y=0.25 if few else 0.05)
+        axes.text(x, bottom, f" {kind}", rotation=90, ha="center", va="bottom", fontsize=8)
+    axes.margins(y=0.25)
     axes.legend(handles=[Patch(color=colours(i), label=part) for i, part in enumerate(parts)], fontsize=9)
-    return save(fig, path)
 
 
 def _unit(largest: float) -> tuple[str, float]:

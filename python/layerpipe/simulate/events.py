@@ -83,15 +83,19 @@ def in_order(tasks: Sequence[Task]) -> list[Task]:
     return chained
 
 
-def run(tasks: Iterable[Task], link: Link = Link()) -> Timeline:  # noqa: B008 (immutable)
-    """Simulate.
+def run(
+    tasks: Iterable[Task],
+    link: Link = Link(),  # noqa: B008 (immutable)
+    processors: int = 0,
+) -> Timeline:
+    """Simulate, on as many ``processors`` as the tasks name or more.
 
     Raises:
         ValueError: two tasks of one key, a wait for a task that does not exist, or tasks that wait for each other.
     """
     work = list(tasks)
     readers, missing, parcels = _connect(work)
-    processors = 1 + max((task.processor for task in work), default=-1)
+    processors = max(processors, 1 + max((task.processor for task in work), default=-1))
     ready: list[list[tuple[tuple[int, ...], int, int]]] = [[] for _ in range(processors)]
     free = [True] * processors
     link_free: dict[tuple[int, int], float] = defaultdict(float)
