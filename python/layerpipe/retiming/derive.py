@@ -45,8 +45,12 @@ class Step(NamedTuple):
     changes: dict[tuple[Node, Node], tuple[int, int]]  # edge -> registers before, after
 
     def __str__(self) -> str:
-        edges = ", ".join(f"{a}→{b} {old}→{new}" for (a, b), (old, new) in self.changes.items())
-        return f"{self.title}\n      {edges or 'no edge changes'}"
+        saved = [a.kind in "XF" and b.kind in "BG" for a, b in self.changes]
+        changes = [f"{a}→{b} {old}→{new}" for (a, b), (old, new) in self.changes.items()]
+        shown = [text for text, is_saved in zip(changes, saved, strict=True) if not is_saved]
+        if any(saved):
+            shown.append(f"and {sum(saved)} from what a forward saves")
+        return f"{self.title}\n      {', '.join(shown)}" if shown else self.title
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
