@@ -78,6 +78,14 @@ def test_minibatches_in_flight() -> None:
     assert derive(4, singles(4), "sequential").in_flight == [1, 1, 1, 1]
 
 
+def test_1f1b_gives_forward_and_backward_turns_on_one_processor() -> None:
+    """Minibatches come every second tick; a stage's forwards fall on the ticks that its backwards leave free."""
+    derivation = derive(5, [[0, 1], [2], [3, 4]], "1f1b")
+    for layer in range(5):
+        apart = derivation.lags[Node("B", layer)] - derivation.lags[Node("F", layer)]
+        assert apart % derivation.clocking.slow == 1
+
+
 def test_a_skip_connection_gets_a_register_at_every_boundary_it_crosses() -> None:
     layers = retiming.chain(6)
     layers.add_edges_from([(0, 4), (2, 3), (1, 5)])

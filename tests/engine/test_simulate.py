@@ -58,6 +58,18 @@ def test_the_slowest_stage_sets_the_pace() -> None:
         assert report(run(BUILDERS[name](stages, 60, 1))).period == pytest.approx(5)
 
 
+def test_gpipe_updates_once_per_minibatch() -> None:
+    costs = [StageCost(1, 1, 1, update=10)] * 2
+    tasks = BUILDERS["gpipe"](costs, 3, 4)
+    assert sum(task.updates for task in tasks) == 2 * 3
+    assert sum(task.seconds for task in tasks) == pytest.approx(2 * 3 * (3 + 10))
+
+
+def test_an_update_that_ends_when_a_backward_starts_counts() -> None:
+    costs = [StageCost(forward=0, backward=1, gradient=1)] * 3  # nothing lies between two backwards
+    assert report(run(BUILDERS["1f1b"](costs, 20, 1))).staleness == [2, 1, 0]
+
+
 def test_links_take_time_and_1f1b_feels_it_before_lockstep_does() -> None:
     stages = [EVEN] * 4
     slow = Link(latency=0.7)
