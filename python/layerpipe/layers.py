@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerpipe.tracing import Piece, SplitStage, pieces, unique_names
+from layerpipe.cuts import Piece, SplitStage, pieces, unique_names
 
 Tensors = tuple[Any, ...]
 #: What writing an activation costs beside arithmetic, as seen on one core with ResNet-18's layers.

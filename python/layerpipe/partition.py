@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 
 from layerpipe.balance import balance as balanced
+from layerpipe.cuts import SplitStage, find_cuts, pieces
 from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph, profile_units
-from layerpipe.tracing import SplitStage, find_cuts, pieces
 
 BALANCES = ("flops", "time", "params", "bytes")
 

@@ -198,11 +198,20 @@ def derive(layers: nx.DiGraph | int, grouping: Sequence[Sequence[Hashable]], sch
     return Derivation(stages, schedule, sequential, graph, input_delay, gradient_delays, lags)
 
 
-def lockstep_delays(stages: int) -> list[int]:
-    """The delay of every stage when each boundary holds one register in each direction: ``[2 (P-1), ..., 2, 0]``."""
+def delays(stages: int, schedule: str) -> list[int]:
+    """The delay of every stage of a chain.
+
+    Raises:
+        ValueError: no stages, or an unknown schedule.
+    """
     if stages < 1:
         raise ValueError(f"a pipeline has at least one stage, got {stages}")
-    return derive(stages, [[s] for s in range(stages)], "lockstep").delays
+    return derive(stages, [[s] for s in range(stages)], schedule).delays
+
+
+def lockstep_delays(stages: int) -> list[int]:
+    """The delay of every stage when each boundary holds one register in each direction: ``[2 (P-1), ..., 2, 0]``."""
+    return delays(stages, "lockstep")
 
 
 def _stage_of(graph: nx.DiGraph, stages: Sequence[Sequence[Hashable]]) -> Mapping[Node, int]:
