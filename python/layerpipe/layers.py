@@ -29,6 +29,7 @@ class Layer:
     parameters: int = 0
     weights: int = 0  # bytes of the parameters
     largest: int = 0  # bytes of the largest parameter
+    no_past: int = 0  # bytes of the parameters whose past no backward reads: of a first layer that only meets data
     forward_flops: float = 0.0
     backward_flops: float = 0.0  # gradient of the input; 0 in the first layer, where nobody wants it
     gradient_flops: float = 0.0  # gradient of the weights
@@ -156,8 +157,12 @@ def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, fi
         storages.add(param, count=False)
     before = storages.bytes
 
+    weights = {p.untyped_storage()._cdata: p.nbytes for p in params.values()}
+    read = set()  # weights that the backward will read
+
     def pack(tensor: Tensor) -> Tensor:
         storages.add(tensor)
+        read.add(tensor.untyped_storage()._cdata)
         return tensor
 
     try:
@@ -178,6 +183,7 @@ def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, fi
         parameters=sum(p.numel() for p in params.values()),
         weights=sum(p.nbytes for p in params.values()),
         largest=max((p.nbytes for p in params.values()), default=0),
+        no_past=0 if not first or read & weights.keys() else sum(weights.values()),
         forward_flops=float(forward.get_total_flops()),
         backward_flops=backward,
         gradient_flops=both - backward,

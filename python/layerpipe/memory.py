@@ -40,7 +40,15 @@ def history_copies(past: str, delay: int, *, order: int = 2, momentum: float = 0
 
 
 def stage_memory(
-    *, weights: int, largest: int, activations: int, delay: int, past: str, order: int = 2, momentum: float = 0.9
+    *,
+    weights: int,
+    largest: int,
+    activations: int,
+    delay: int,
+    past: str,
+    order: int = 2,
+    momentum: float = 0.9,
+    no_past: int = 0,
 ) -> Memory:
     """What a stage keeps.
 
@@ -51,8 +59,9 @@ def stage_memory(
         delay: its ``n``.
         past: kind of past weights, with the ``order`` of a blend.
         momentum: of SGD; without there is no buffer.
+        no_past: bytes of parameters whose past no backward reads.
     """
     copies = history_copies(past, delay, order=order, momentum=momentum)
     # A stashed version is handed out where it lies; everything else is written before the backward reads it.
     scratch = largest if delay and past != "stash" else 0
-    return Memory(weights, weights, weights if momentum else 0, copies * weights, scratch, activations)
+    return Memory(weights, weights, weights if momentum else 0, copies * (weights - no_past), scratch, activations)

@@ -171,8 +171,8 @@ def plan(
     def kept(delays: Sequence[int], in_flight: Sequence[int]) -> tuple[Any, Any]:
         # Additive over layers but for scratch, which is at most the largest weight of all.
         by_layer = np.array([
-            [stage_memory(weights=layer.weights, largest=0, activations=f * layer.saved, delay=n, past=past,
-                          order=order, momentum=momentum).total for layer in layers.layers]
+            [stage_memory(weights=layer.weights, no_past=layer.no_past, largest=0, activations=f * layer.saved, delay=n,
+                          past=past, order=order, momentum=momentum).total for layer in layers.layers]
             for n, f in zip(delays, in_flight, strict=True)
         ], dtype=float)  # fmt: skip
         return by_layer, np.outer(in_flight, [0, *layers.crossing[1:]]).astype(float)
@@ -206,7 +206,8 @@ def plan(
         activations = flying * (cost.saved + (cost.received if a else 0))
         memory = {
             kind: stage_memory(
-                weights=sum(layer.weights for layer in part), largest=max(layer.largest for layer in part),
+                weights=sum(layer.weights for layer in part), no_past=sum(layer.no_past for layer in part),
+                largest=max(layer.largest for layer in part),
                 activations=activations, delay=n, past=kind, order=order, momentum=momentum,
             )
             for kind in ("stash", "latest", "ema", "momentum", "blend")

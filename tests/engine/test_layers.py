@@ -65,6 +65,7 @@ def test_arithmetic_and_bytes_of_a_linear_layer() -> None:
     assert (second.forward_flops, second.backward_flops, second.gradient_flops) == (2 * 7 * 20 * 5,) * 3
     assert first.backward_flops == 0  # nobody wants the gradient of the data
     assert (first.input_bytes, first.output_bytes) == (4 * 7 * 10, 4 * 7 * 20)
+    assert (first.no_past, second.no_past) == (first.weights, 0)  # a weight enters only its input's gradient
     # Kept: the input and the ReLU's output; the second layer's input is that same tensor.
     assert (first.saved, second.saved) == (4 * 7 * 30, 0)
 

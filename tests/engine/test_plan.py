@@ -80,6 +80,16 @@ def test_copies_per_kind() -> None:
     assert none == (100, 100, 100, 0, 0, 7)
 
 
+def test_weights_that_only_meet_data_need_no_past() -> None:
+    model, (x,) = chain()
+    found = plan(profile(model, (x,)), stages=4, past="stash").stages
+    first, rest = found[0].layers[0].weights, sum(layer.weights for layer in found[0].layers[1:])
+    assert found[0].memory["stash"].history == 6 * rest
+    assert found[0].memory["stash"].weights == first + rest
+    model[0] = nn.LayerNorm(16)  # whose backward reads its weight
+    assert profile(model, (x,)).layers[0].no_past == 0
+
+
 def test_the_fewest_stages_that_fit() -> None:
     graph = layers()
     whole = plan(graph, stages=1).stages[0].memory["blend"].total
