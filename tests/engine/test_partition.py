@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe import split
-from layerpipe.partition import _balanced, is_split, label
+from layerpipe.balance import balance as balanced
+from layerpipe.partition import is_split, label
 
 
 def sequential() -> nn.Sequential:
@@ -79,7 +80,7 @@ def test_balance_is_optimal() -> None:
                 max(sum(costs[a:b]) for a, b in itertools.pairwise([0, *inner, count]))
                 for inner in itertools.combinations(range(1, count), parts - 1)
             )
-            cuts = _balanced(costs, parts)
+            cuts = balanced(costs, parts)
             assert cuts[0] == 0
             assert cuts[-1] == count
             assert sorted(set(cuts)) == cuts
@@ -192,7 +193,7 @@ def test_a_skip_connection_stays_in_one_stage() -> None:
     [
         (sequential(), {"stages": 9, "balance": "params"}, "into 9 stages: it has 4 splittable layers"),
         (sequential(), {"stages": 0}, "at least one stage"),
-        (sequential(), {"stages": 2, "balance": "colour"}, "flops, time, params"),
+        (sequential(), {"stages": 2, "balance": "colour"}, "flops, time, params, bytes"),
         (sequential(), {"stages": 2}, "example_inputs"),
         (Branching(), {"stages": 2, "balance": "params"}, "cannot be traced.*by hand"),
         (Tied(), {"stages": 3, "balance": "params"}, "tied weights"),

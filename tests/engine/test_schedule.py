@@ -1,46 +1,8 @@
 from __future__ import annotations
 
-import networkx as nx
 import pytest
 
-from layerpipe import retiming
 from layerpipe import schedule as schedules
-from layerpipe.retiming import Node
-
-
-@pytest.mark.parametrize("stages", range(1, 13))
-def test_the_solver_finds_two_registers_per_stage_downstream(stages: int) -> None:
-    derivation = retiming.pipeline(retiming.training_graph(stages))
-    rule = [2 * (stages - 1 - s) for s in range(stages)]
-    assert derivation.delays == rule
-    assert derivation.inserted == rule
-
-
-@pytest.mark.parametrize("stages", [2, 5])
-def test_retiming_is_legal(stages: int) -> None:
-    graph = retiming.training_graph(stages)
-    derivation = retiming.pipeline(graph)
-    for a, b, data in derivation.graph.edges(data=True):
-        assert data["registers"] >= int(data["boundary"]), f"{a} -> {b}"
-    # Retiming keeps the registers of every cycle; only delayed LMS adds some, on G -> W.
-    for cycle in nx.simple_cycles(graph):
-        edges = list(zip(cycle, [*cycle[1:], cycle[0]], strict=True))
-        before = sum(graph.edges[e]["registers"] for e in edges)
-        after = sum(derivation.graph.edges[e]["registers"] for e in edges)
-        added = sum(derivation.inserted[b.stage] for a, b in edges if (a.kind, b.kind) == ("G", "W"))
-        assert after == before + added
-
-
-def test_each_boundary_carries_one_register_each_way() -> None:
-    graph = retiming.pipeline(retiming.training_graph(4)).graph
-    for s in range(3):
-        assert graph.edges[Node("F", s), Node("F", s + 1)]["registers"] == 1
-        assert graph.edges[Node("B", s + 1), Node("B", s)]["registers"] == 1
-
-
-def test_no_stage_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one stage"):
-        retiming.training_graph(0)
 
 
 @pytest.mark.parametrize("name", ["lockstep", "sequential"])

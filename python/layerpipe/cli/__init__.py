@@ -1,4 +1,4 @@
-"""``layerpipe train`` and ``layerpipe compare``."""
+"""``layerpipe train``, ``layerpipe compare`` and ``layerpipe plan``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The two commands."""
+"""The commands."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from rich.console import Console
 
 from layerpipe import data as datasets
 from layerpipe.cli import options as o
+from layerpipe.cli import plan as planning
 from layerpipe.cli import plots, report
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory, default_path
@@ -28,6 +29,7 @@ app = typer.Typer(
     help="Train networks as asynchronous pipelines whose past weights are reconstructed, not stored.",
 )
 INTERRUPTED = 130
+app.command()(planning.plan)
 
 
 @app.callback()

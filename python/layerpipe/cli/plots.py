@@ -12,7 +12,7 @@ from layerpipe.cli.training import Result
 from layerpipe.pipeline import Event
 
 
-def _figure(**kwargs: Any) -> tuple[Any, Any]:
+def new_figure(**kwargs: Any) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -21,11 +21,12 @@ def _figure(**kwargs: Any) -> tuple[Any, Any]:
     return plt.subplots(**kwargs, layout="constrained")
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure.savefig(path, dpi=120)
     plt.close(figure)
+    return path
 
 
 def smooth(values: Sequence[float], span: int = 15) -> np.ndarray[Any, Any]:
@@ -36,7 +37,7 @@ def smooth(values: Sequence[float], span: int = 15) -> np.ndarray[Any, Any]:
 
 def loss(path: Path, runs: Mapping[str, Result]) -> None:
     """Training loss against steps: each minibatch faintly, their running mean boldly."""
-    figure, axes = _figure(figsize=(8, 4.5))
+    figure, axes = new_figure(figsize=(8, 4.5))
     for name, result in runs.items():
         if not result.steps:
             continue
@@ -46,12 +47,12 @@ def loss(path: Path, runs: Mapping[str, Result]) -> None:
     axes.set(xlabel="minibatches", ylabel="training loss (cross entropy)", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def reconstruction(path: Path, result: Result, past: str) -> None:
     """Relative error of the past weights in each stage against its updates."""
-    figure, axes = _figure(figsize=(8, 4.5))
+    figure, axes = new_figure(figsize=(8, 4.5))
     for i, stage in enumerate(result.stages):
         readings = [r for r in stage.readings if r.error > 0]
         if readings:
@@ -67,7 +68,7 @@ def reconstruction(path: Path, result: Result, past: str) -> None:
         axes.legend()
     else:
         axes.text(0.5, 0.5, "exact in every stage", transform=axes.transAxes, ha="center")
-    _save(figure, path)
+    save(figure, path)
 
 
 def timeline(path: Path, trace: Sequence[Event], names: Sequence[str], ticks: int | None = None) -> None:
@@ -77,7 +78,7 @@ def timeline(path: Path, trace: Sequence[Event], names: Sequence[str], ticks: in
 
     stages = len(names)
     ticks = ticks or 2 * (stages - 1) + 7
-    figure, axes = _figure(figsize=(max(7.0, 0.75 * ticks), 0.75 * stages + 1.6))
+    figure, axes = new_figure(figsize=(max(7.0, 0.75 * ticks), 0.75 * stages + 1.6))
     colours = colormaps["tab10"]
     for event in trace:
         if event.tick >= ticks:
@@ -95,12 +96,12 @@ def timeline(path: Path, trace: Sequence[Event], names: Sequence[str], ticks: in
              yticklabels=[f"stage {s}\n{name}" for s, name in enumerate(names)],
              title="F: forward, B: backward and update; the number is the minibatch")  # fmt: skip
     axes.grid(axis="x", alpha=0.3)
-    _save(figure, path)
+    save(figure, path)
 
 
 def comparison(path: Path, curves: Mapping[str, Sequence[Result]], title: str) -> None:
     """Test accuracy and training loss of several kinds of past weights; bands show the spread over seeds."""
-    figure, (left, right) = _figure(figsize=(12, 4.8), ncols=2)
+    figure, (left, right) = new_figure(figsize=(12, 4.8), ncols=2)
     for name, results in curves.items():
         _band(left, name, [[accuracy for _, accuracy in r.tests] for r in results],
               [step for step, _ in max((r.tests for r in results), key=len)])  # fmt: skip
@@ -111,7 +112,7 @@ def comparison(path: Path, curves: Mapping[str, Sequence[Result]], title: str) -
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _band(axes: Any, name: str, series: Sequence[Sequence[float]], x: Sequence[int]) -> None:

@@ -1,0 +1,93 @@
+"""Cutting a chain into parts whose most expensive one is as cheap as can be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+
+class CapError(ValueError):
+    """No cut keeps to the cap; ``least`` is one that some cut keeps to."""
+
+    def __init__(self, parts: int, cap: float, least: float) -> None:
+        super().__init__(f"no cut into {parts} parts keeps every part to {cap:.4g}; {least:.4g} would do")
+        self.least = least
+
+
+def balance(
+    costs: Sequence[float],
+    parts: int,
+    *,
+    crossing: Sequence[float] | None = None,
+    memory: Array | None = None,
+    received: Array | None = None,
+    cap: float = np.inf,
+) -> list[int]:
+    """Cuts ``0 = c_0 < ... < c_parts = len(costs)``; exact, by dynamic programming over parts.
+
+    Args:
+        costs: of each layer, in any unit; not negative.
+        parts: how many.
+        crossing: ``[layers + 1]``, the cost of the link that a cut before each layer makes, in the same unit: no link
+            may be slower than the slowest part.
+        memory: ``[parts, layers]``, bytes of each layer in each part; a delay makes early parts keep more.
+        received: ``[parts, layers + 1]``, bytes that a part keeps of what it receives when it begins with that layer.
+        cap: bytes that no part may exceed.
+
+    Raises:
+        CapError: a cap that no cut keeps to; it says which one would do.
+        ValueError: more parts than layers, or negative costs.
+    """
+    count = len(costs)
+    if not 1 <= parts <= count:
+        raise ValueError(f"cannot cut {count} layers into {parts} parts")
+    if min(costs) < 0:
+        raise ValueError("costs must not be negative")
+    ends = np.arange(count + 1)
+    links = np.zeros(count + 1) if crossing is None else np.array([0, *crossing[1:count], 0], dtype=float)
+    spans = _spans(np.asarray(costs, dtype=float))
+    needs = None
+    if memory is not None and np.isfinite(cap):
+        kept = np.zeros((parts, count + 1)) if received is None else received
+        needs = [_spans(memory[p]) + kept[p][:, None] for p in range(parts)]
+    cuts = _best(spans, links, parts, ends, needs, cap)
+    if cuts is None:
+        assert needs is not None
+        raise CapError(parts, cap, _least_cap(needs, parts, ends))
+    return cuts
+
+
+def _spans(values: Array) -> Array:
+    """``[start, end]``: sums of ``values[start:end]``, infinite where that is empty."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return np.where(np.triu(np.ones((len(total), len(total)), dtype=bool), 1), total - total[:, None], np.inf)
+
+
+def _best(
+    spans: Array, links: Array, parts: int, ends: Array, needs: list[Array] | None, cap: float
+) -> list[int] | None:
+    before = np.where(ends == 0, 0.0, np.inf)  # the most expensive of p parts that end here
+    chosen = []
+    for p in range(parts):
+        worst = np.maximum(np.maximum(before, links)[:, None], spans)  # [start, end] of part p
+        if needs is not None:
+            worst = np.where(needs[p] <= cap, worst, np.inf)
+        chosen.append(worst.argmin(axis=0))
+        before = worst[chosen[-1], ends]
+    if not np.isfinite(before[-1]):
+        return None
+    cuts = [len(ends) - 1]
+    for starts in reversed(chosen):
+        cuts.append(int(starts[cuts[-1]]))
+    return cuts[::-1]
+
+
+def _least_cap(needs: list[Array], parts: int, ends: Array) -> float:
+    before = np.where(ends == 0, 0.0, np.inf)
+    for p in range(parts):
+        before = np.maximum(before[:, None], needs[p]).min(axis=0)
+    return float(before[-1])

@@ -1,0 +1,107 @@
+"""Models by name, to look at and not to train: on the meta device, with an input that fits."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from layerpipe.models.gpt import gpt2
+from layerpipe.models.mlp import mlp
+from layerpipe.models.resnet import resnet18
+
+
+class InputShape(NamedTuple):
+    """One example without the minibatch: its sizes and dtype."""
+
+    sizes: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+
+class Entry(NamedTuple):
+    factory: Callable[..., nn.Module]
+    inputs: Callable[[Mapping[str, Any]], list[InputShape]]  # from the factory's options
+
+
+def _torchvision(name: str) -> Callable[..., nn.Module]:
+    def build(**options: Any) -> nn.Module:
+        try:
+            from torchvision import models
+        except ImportError as error:
+            raise ImportError(f"{name} is torchvision's; pip install torchvision") from error
+        return getattr(models, name)(**options)  # type: ignore[no-any-return]
+
+    return build
+
+
+def _images(size: int, channels: int = 3) -> Callable[[Mapping[str, Any]], list[InputShape]]:
+    return lambda o: [InputShape((o.get("channels", channels), o.get("size", size), o.get("size", size)))]
+
+
+CATALOG = {
+    "resnet18": Entry(resnet18, _images(32)),  # the one that `layerpipe train` trains
+    "resnet50": Entry(_torchvision("resnet50"), _images(224)),
+    "vgg16": Entry(_torchvision("vgg16"), _images(224)),
+    "gpt2": Entry(gpt2, lambda o: [InputShape((o.get("context", 1024),), torch.int64)]),
+    "mlp": Entry(mlp, _images(28, channels=1)),
+}
+
+
+def load(
+    name: str,
+    *,
+    batch: int,
+    options: Mapping[str, Any] | None = None,
+    inputs: Sequence[InputShape] = (),
+    device: str = "meta",
+) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A model and example inputs.
+
+    Args:
+        name: one of :data:`CATALOG`, or ``package.module:factory``.
+        batch: examples in a minibatch.
+        options: keyword arguments of the factory.
+        inputs: shapes of one example; a factory of your own needs them.
+        device: ``"meta"`` allocates nothing.
+
+    Raises:
+        ValueError: no such model or factory, options it does not take, or no input shape.
+        ImportError: a package is missing.
+    """
+    options = dict(options or {})
+    if name in CATALOG:
+        entry = CATALOG[name]
+        factory, shapes = entry.factory, list(inputs) or entry.inputs(options)
+    elif ":" in name:
+        factory, shapes = _find(name), list(inputs)
+        if not shapes:
+            raise ValueError(f"{name} needs the shape of its input, e.g. --input 3,224,224 or --input 1024:int64")
+    else:
+        raise ValueError(f"model {name!r} is unknown; there are: {', '.join(CATALOG)}, or package.module:factory")
+    if options:
+        try:
+            inspect.signature(factory).bind_partial(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name} does not take these options: {error}") from error
+    with torch.device(device):
+        model = factory(**options)
+        examples = tuple(torch.zeros(batch, *shape.sizes, dtype=shape.dtype) for shape in shapes)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{name} returned a {type(model).__name__}, not an nn.Module")
+    return model, examples
+
+
+def _find(name: str) -> Callable[..., Any]:
+    path, _, attribute = name.partition(":")
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        raise ImportError(f"{name}: {error}") from error
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise ValueError(f"{name}: {path} has no function or class {attribute!r}")
+    return factory  # type: ignore[no-any-return]

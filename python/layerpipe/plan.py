@@ -1,0 +1,262 @@
+"""A pipeline before it is trained: the cut, the delays, the memory, and what each schedule would give."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from layerpipe import retiming
+from layerpipe.balance import CapError
+from layerpipe.balance import balance as balanced
+from layerpipe.layers import Layer, LayerGraph
+from layerpipe.memory import Memory, history_copies, stage_memory
+from layerpipe.partition import costs_by
+from layerpipe.retiming import Derivation
+from layerpipe.simulate import BUILDERS, Link, Report, StageCost, Timeline, layerpipe, report, run, together
+
+#: Schedules that a plan compares.
+SCHEDULES = (*BUILDERS, "layerpipe")
+
+
+#: PCIe 4.0 x16, each way.
+A100_LINK = Link(bandwidth=32e9, latency=5e-6)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """One processor of the pipeline and the links between them.
+
+    The defaults are an NVIDIA A100 of 40 GB (data sheet: 19.5 TFLOP/s in float32, 1,555 GB/s memory, PCIe 4.0 x16 with
+    32 GB/s each way), every rate as if all of it could be had.
+    """
+
+    flops: float = 19.5e12  # per second
+    memory: float = 1.555e12  # bytes per second
+    link: Link = A100_LINK
+
+    def cost(self, layer: Layer, received: int) -> StageCost:
+        """Seconds of one layer: measured where it was, else the slower of arithmetic and memory (a roofline)."""
+        if layer.seconds is not None:
+            forward, backward, gradient = layer.seconds
+        else:
+            read, written = layer.input_bytes + layer.weights, layer.output_bytes
+            kept = layer.saved + written  # what the backward reads beside the weights
+            forward = max(layer.forward_flops / self.flops, (read + written) / self.memory)
+            backward = max(layer.backward_flops / self.flops, (kept + read) / self.memory)
+            gradient = max(layer.gradient_flops / self.flops, (kept + layer.weights) / self.memory)
+            gradient *= bool(layer.parameters)
+        # Momentum SGD with a blend: 32 bytes per float32 weight, 8 times its own (docs: MATH, optimizer steps).
+        update = 8 * layer.weights / self.memory
+        return StageCost(forward, backward, gradient, update, received, layer.saved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Consecutive layers. ``memory`` is per kind of past weights."""
+
+    layers: list[Layer]
+    cost: StageCost
+    delay: int
+    in_flight: int
+    memory: dict[str, Memory]
+
+    @property
+    def parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+    @property
+    def flops(self) -> float:
+        return sum(layer.flops for layer in self.layers)
+
+    @property
+    def label(self) -> str:
+        names = [layer.name for layer in self.layers]
+        return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+    """A cut network; ``stages`` and ``derivation`` are under ``schedule``, ``reports`` under each one."""
+
+    layers: LayerGraph
+    schedule: str
+    stages: list[Stage]
+    derivation: Derivation
+    timelines: dict[str, Timeline]
+    reports: dict[str, Report]
+
+    @property
+    def at(self) -> list[str]:
+        """For ``layerpipe.split(model, stages, at=...)``."""
+        return [stage.layers[0].name for stage in self.stages[1:]]
+
+    @property
+    def skips(self) -> list[tuple[str, str, int]]:
+        """Connections that cross more than one boundary, and the activations of how many minibatches they hold."""
+        found = []
+        for a, b, data in self.derivation.graph.edges(data=True):
+            if a.kind == b.kind == "F" and data["registers"] > self.derivation.clocking.boundary:
+                found.append((str(a.layer), str(b.layer), int(data["registers"])))
+        return found
+
+    def speedup(self, schedule: str) -> float:
+        """Over one processor that does it all."""
+        return sum(stage.cost.seconds for stage in self.stages) / self.reports[schedule].period
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that the tables show, in seconds, bytes and FLOPs."""
+        return {
+            "schedule": self.schedule,
+            "at": self.at,
+            "skips": self.skips,
+            "stages": [
+                {
+                    "layers": [layer.name for layer in stage.layers],
+                    "parameters": stage.parameters,
+                    "flops": stage.flops,
+                    "delay": stage.delay,
+                    "in_flight": stage.in_flight,
+                    "seconds": stage.cost.seconds,
+                    "received": stage.cost.received,
+                    "memory": {past: {**m._asdict(), "total": m.total} for past, m in stage.memory.items()},
+                }
+                for stage in self.stages
+            ],
+            "schedules": {
+                name: {**dataclasses.asdict(found), "speedup": self.speedup(name)}
+                for name, found in self.reports.items()
+            },
+        }
+
+
+def plan(
+    layers: LayerGraph,
+    *,
+    stages: int | None = None,
+    memory_per_stage: float | None = None,
+    schedule: str = "lockstep",
+    past: str = "blend",
+    order: int = 2,
+    momentum: float = 0.9,
+    balance: str = "roofline",
+    machine: Machine = Machine(),
+    microbatches: int = 8,
+    simulate: Sequence[str] = SCHEDULES,
+) -> Plan:
+    """Cut a network into stages and predict what comes of it.
+
+    Args:
+        layers: from :func:`layerpipe.layers.profile`.
+        stages: how many; without it, the fewest that keep to ``memory_per_stage``, or 4.
+        memory_per_stage: bytes that no stage may need, under ``schedule`` and ``past``.
+        schedule: ``"lockstep"``, ``"1f1b"`` or ``"sequential"``.
+        balance: ``"roofline"`` (this machine's seconds), or one of :data:`layerpipe.partition.BALANCES`.
+        microbatches: parts of a minibatch under ``gpipe``.
+        simulate: schedules to compare.
+
+    Raises:
+        ValueError: an unknown name, more stages than layers, tied weights on both sides of a cut, or memory that no
+            cut keeps to.
+    """
+    _check(simulate, SCHEDULES, "simulate")
+    _check([schedule], retiming.CLOCKINGS, "schedule")
+    history_copies(past, 1, order=order, momentum=momentum)
+    costs = [machine.cost(layer, layers.crossing[i]) for i, layer in enumerate(layers.layers)]
+    weights = [cost.seconds for cost in costs] if balance == "roofline" else costs_by(layers, balance)
+
+    def kept(delays: Sequence[int], in_flight: Sequence[int]) -> tuple[Any, Any]:
+        # Additive over layers but for scratch, which is at most the largest weight of all.
+        by_layer = np.array([
+            [stage_memory(weights=layer.weights, no_past=layer.no_past, largest=0, activations=f * layer.saved, delay=n,
+                          past=past, order=order, momentum=momentum).total for layer in layers.layers]
+            for n, f in zip(delays, in_flight, strict=True)
+        ], dtype=float)  # fmt: skip
+        return by_layer, np.outer(in_flight, [0, *layers.crossing[1:]]).astype(float)
+
+    def cut(count: int) -> list[int]:
+        # Delays depend on how many stages there are, not on what is in them.
+        found = retiming.derive(count, [[s] for s in range(count)], schedule)
+        memory, received = kept(found.delays, found.in_flight) if memory_per_stage else (None, None)
+        scratch = max((layer.largest for layer in layers.layers), default=0) if past != "stash" and count > 1 else 0
+        cap = memory_per_stage - scratch if memory_per_stage else np.inf
+        try:
+            return balanced(weights, count, memory=memory, received=received, cap=cap)
+        except CapError as error:
+            raise ValueError(
+                f"no cut into {count} stages keeps every stage to {(cap + scratch) / 1e9:.3g} GB under {schedule} and "
+                f"past={past!r}; {(error.least + scratch) / 1e9:.3g} GB would do"
+            ) from error
+
+    if stages is not None or memory_per_stage is None:
+        cuts = cut(min(4, len(layers)) if stages is None else _stages(stages, layers))
+    else:
+        cuts = _fewest(cut, len(layers))
+    _refuse_tied(layers, cuts)
+    names = [layer.name for layer in layers.layers]
+    derivation = retiming.derive(layers.graph(), [names[a:b] for a, b in itertools.pairwise(cuts)], schedule)
+
+    made = []
+    for s, (a, b) in enumerate(itertools.pairwise(cuts)):
+        part, n, flying = layers.layers[a:b], derivation.delays[s], derivation.in_flight[s]
+        cost = together(costs[a:b])
+        activations = flying * (cost.saved + (cost.received if a else 0))
+        memory = {
+            kind: stage_memory(
+                weights=sum(layer.weights for layer in part), no_past=sum(layer.no_past for layer in part),
+                largest=max(layer.largest for layer in part),
+                activations=activations, delay=n, past=kind, order=order, momentum=momentum,
+            )
+            for kind in ("stash", "latest", "ema", "momentum", "blend")
+            if momentum or kind != "momentum"
+        }  # fmt: skip
+        made.append(Stage(part, cost, n, flying, memory))
+    minibatches = 16 + 3 * len(made)  # what is ever in flight, and some more
+    timelines = {}
+    for name in simulate:
+        if name == "layerpipe":
+            # Its tasks come in no fixed order: more of them, so that their jitter averages out.
+            tasks = layerpipe(
+                costs, len(made), 64 + minibatches, [layer.weights for layer in layers.layers], machine.link
+            )
+        else:
+            count = minibatches if name in ("1f1b", "lockstep") else 6
+            tasks = BUILDERS[name]([stage.cost for stage in made], count, microbatches)
+        timelines[name] = run(tasks, machine.link, len(made))
+    reports = {name: report(timeline) for name, timeline in timelines.items()}
+    return Plan(layers, schedule, made, derivation, timelines, reports)
+
+
+def _check(names: Sequence[str], known: Any, what: str) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{what}={unknown[0]!r} is unknown; there are: {', '.join(known)}")
+
+
+def _stages(stages: int, layers: LayerGraph) -> int:
+    if not 1 <= stages <= len(layers):
+        raise ValueError(f"cannot cut into {stages} stages: the network has {len(layers)} places to begin one")
+    return stages
+
+
+def _fewest(cut: Callable[[int], list[int]], most: int) -> list[int]:
+    """The fewest stages for which there is a cut."""
+    for count in range(1, most + 1):
+        try:
+            return cut(count)
+        except ValueError as error:
+            reason = error
+    raise ValueError(f"no number of stages helps: {reason}")
+
+
+def _refuse_tied(layers: LayerGraph, cuts: Sequence[int]) -> None:
+    stage_of = [s for s, (a, b) in enumerate(itertools.pairwise(cuts)) for _ in range(a, b)]
+    for name, a, b in layers.tied:
+        if stage_of[a] != stage_of[b]:
+            raise ValueError(
+                f"{name} is used by {layers.layers[a].name} in stage {stage_of[a]} and by {layers.layers[b].name} in "
+                f"stage {stage_of[b]}; tied weights cannot be split. Untie them, or give the stages by hand, with both "
+                "uses in one of them"
+            )

@@ -1,0 +1,48 @@
+"""Where the delays come from: the training graph, what may be done to its registers, and the pipeline that follows.
+
+A register on an edge is a delay of one tick. The derivation is LayerPipe2's (arXiv 2512.08160):
+
+1. sequential training has one register, in every layer's update loop;
+2. registers at the network's input are pure latency, allowed: a feed-forward cutset;
+3. registers from a weight gradient to its update are delayed LMS, the one step that changes the algorithm;
+4. retiming (Leiserson and Saxe) moves registers until every stage boundary carries one in each direction.
+
+>>> print(derive(chain(4), [[0], [1], [2], [3]], "lockstep"))       # doctest: +SKIP
+"""
+
+from layerpipe.retiming.derive import CLOCKINGS, Clocking, Derivation, Step, delays, derive, lockstep_delays
+from layerpipe.retiming.evaluate import run
+from layerpipe.retiming.graph import Node, chain, latency, registers, training_graph
+from layerpipe.retiming.operations import (
+    RetimingError,
+    delay_gradients,
+    insert_cutset,
+    retime,
+    retime_cutset,
+    slow_down,
+)
+from layerpipe.retiming.period import clock_period, minimum_period
+
+__all__ = [
+    "CLOCKINGS",
+    "Clocking",
+    "Derivation",
+    "Node",
+    "RetimingError",
+    "Step",
+    "chain",
+    "clock_period",
+    "delay_gradients",
+    "delays",
+    "derive",
+    "insert_cutset",
+    "latency",
+    "lockstep_delays",
+    "minimum_period",
+    "registers",
+    "retime",
+    "retime_cutset",
+    "run",
+    "slow_down",
+    "training_graph",
+]

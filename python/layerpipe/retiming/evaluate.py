@@ -1,0 +1,53 @@
+"""Run a graph tick by tick, to see what its registers do."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import networkx as nx
+
+from layerpipe.retiming.graph import INPUT, OUTPUT, Node
+from layerpipe.retiming.period import combinational_order
+
+#: A node's value from those of its sources.
+Operation = Callable[[Mapping[Node, Any]], Any]
+
+
+def run(
+    graph: nx.DiGraph, operations: Mapping[Node, Operation], weights: Mapping[Node, Any], inputs: Iterable[Any]
+) -> list[Any]:
+    """What ``Y`` puts out in each tick when ``X`` gets ``inputs``.
+
+    None is a bubble: a node with a bubble among its inputs rests and hands one on; an update keeps its weights.
+
+    Args:
+        graph: with registers on its edges.
+        operations: for every node but ``X``, ``W`` included.
+        weights: what the registers behind each ``W`` hold at first. All others hold bubbles.
+        inputs: one per tick.
+
+    Raises:
+        RetimingError: a loop without a register.
+    """
+    order = combinational_order(graph)
+    held = {(a, b): collections.deque([weights.get(a)] * data["registers"]) for a, b, data in graph.edges(data=True)}
+    outputs = []
+    for value in inputs:
+        now: dict[Node, Any] = {}
+        for node in order:
+            if node == INPUT:
+                now[node] = value
+                continue
+            sources = {a: held[a, node][0] if held[a, node] else now[a] for a in graph.predecessors(node)}
+            if all(source is not None for source in sources.values()):
+                now[node] = operations[node](sources)
+            else:
+                now[node] = sources[node] if node.kind == "W" else None
+        for (a, _), line in held.items():
+            if line:
+                line.append(now[a])
+                line.popleft()
+        outputs.append(now[OUTPUT])
+    return outputs
