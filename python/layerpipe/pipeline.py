@@ -54,7 +54,8 @@ class Pipeline:
         past: how past weights are had, ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``.
         order: number of EMAs of a blend.
         ema_decay: decay rule; by default what suits ``past``.
-        schedule: ``"lockstep"`` or ``"sequential"``.
+        schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
+            :mod:`layerpipe.schedule`.
         executor: ``"serial"`` or ``"threads"``.
         threads_per_stage: torch's intra-op threads in each worker thread.
         max_norm: clip the norm of each stage's gradient to this before its update.
@@ -97,7 +98,7 @@ class Pipeline:
         self.modules = list(stages)
         self.stages: list[Stage] = []
         self.loss_fn = loss_fn
-        self.schedule = schedules.make(schedule, len(stages))
+        self.schedule = schedules.make(schedule, len(stages), executor)
         self.delays = self.schedule.delays()
         self.losses: collections.deque[Tensor] = collections.deque()
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule

@@ -119,7 +119,7 @@ def test_load_state_dict_refuses_a_full_pipe_and_other_names() -> None:
         ({"stages": []}, ValueError, "at least one stage"),
         ({"stages": ["conv1"]}, TypeError, "stage 0 is a str"),
         ({"past": "tomorrow"}, ValueError, "past='tomorrow' is unknown"),
-        ({"schedule": "gpipe"}, ValueError, "schedule='gpipe' is unknown.*lockstep, sequential"),
+        ({"schedule": "gpipe"}, ValueError, "schedule='gpipe' is unknown.*lockstep, 1f1b, sequential"),
         ({"executor": "fibers"}, ValueError, "executor='fibers' is unknown.*serial, threads"),
         (
             {"optimizer": lambda params, **past: torch.optim.SGD(params, lr=0.1)},

@@ -53,8 +53,12 @@ EmaDecay = Annotated[
     ),
 ]
 Schedule = Annotated[
-    Literal["lockstep", "sequential"],
-    _option("lockstep: every stage works in every tick. sequential: one minibatch at a time.", METHOD),
+    Literal["lockstep", "1f1b", "sequential", "auto"],
+    _option(
+        "lockstep: a forward and a backward per stage and tick, n = 2 S. 1f1b: the same in turn, without a register "
+        "between backwards, n = S. sequential: one minibatch at a time. auto: by the executor.",
+        METHOD,
+    ),
 ]
 ExecutorName = Annotated[
     Literal["serial", "threads"], _option("All stages in one thread, or a worker thread per stage.", METHOD)
