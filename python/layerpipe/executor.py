@@ -14,6 +14,7 @@ import torch
 
 from layerpipe.channels import ChannelClosed
 from layerpipe.errors import StageError
+from layerpipe.interrupts import Held
 from layerpipe.schedule import Action
 
 
@@ -89,12 +90,15 @@ class Serial(Executor):
 
     def submit(self, tick: Tick) -> None:
         self.check()
-        for action in tick.actions:
-            try:
-                self._run(action, tick)
-            except BaseException as error:
-                self._failure = self._named(action.stage, error)
-                raise self._failure from self._failure.__cause__
+        with Held() as interrupt:
+            for action in tick.actions:
+                try:
+                    self._run(action, tick)
+                    if interrupt.came:
+                        interrupt.release()
+                except BaseException as error:
+                    self._failure = self._named(action.stage, error)
+                    raise self._failure from self._failure.__cause__
 
     def wait(self, done: Callable[[], bool]) -> None:
         if not done():
@@ -149,8 +153,11 @@ class Threads(Executor):
     def submit(self, tick: Tick) -> None:
         self.check()
         self._take_events(block=False)
-        for stage, commands in enumerate(self._commands):
-            commands.put((tick, [a for a in tick.actions if a.stage == stage]))
+        by_stage: list[list[Action]] = [[] for _ in self._commands]
+        for action in tick.actions:
+            by_stage[action.stage].append(action)
+        for commands, actions in zip(self._commands, by_stage, strict=True):
+            commands.put((tick, actions))
 
     def wait(self, done: Callable[[], bool]) -> None:
         self.check()

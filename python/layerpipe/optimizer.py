@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+Options = list[dict[str, Any]]
+
 
 class PipelineOptimizer(torch.optim.Optimizer):
     """What schedulers, loggers and checkpoints see: the parameter groups of every stage in one list.
@@ -30,15 +32,22 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._complete = False
         super().__init__(groups, dict(self._optimizers[0].defaults))
         self._complete = True
+        self._values: list[tuple[Any, ...]] | None = None
+        self._options: list[Options] = []
 
-    def options_by_stage(self) -> list[list[dict[str, Any]]]:
-        """A copy of every group's options, for the stages with parameters in their order."""
-        groups = iter(self.param_groups)
+    def options_by_stage(self) -> list[Options]:
+        """Every group's options, for the stages with parameters in their order: a copy, the same until they change."""
         self._opt_called = True  # what torch's schedulers look at before they warn that nobody stepped
-        return [
-            [{k: _frozen(v) for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
-            for optimizer in self._optimizers
-        ]
+        values = [tuple(group.values()) for group in self.param_groups]
+        if values != self._values:
+            groups = iter(self.param_groups)
+            self._options = [
+                [{k: _frozen(v) for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
+                for optimizer in self._optimizers
+            ]
+            in_place = any(isinstance(v, torch.Tensor) for group in values for v in group)
+            self._values = None if in_place else values  # a tensor may change and stay the same object
+        return self._options
 
     @property  # type: ignore[override]
     def state(self) -> dict[Any, Any]:
@@ -93,6 +102,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
                         f"has {key}={group.get(key)!r}; make the pipeline with the same stages, schedule and past"
                     )
         self._synchronize()
+        self._values = None  # the stages' own options are about to change
         for optimizer, state in zip(self._optimizers, stages, strict=True):
             optimizer.load_state_dict(state)
         for group, values in zip(self.param_groups, options, strict=True):

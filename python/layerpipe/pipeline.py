@@ -17,6 +17,7 @@ from layerpipe.optimizer import PipelineOptimizer
 from layerpipe.partition import is_split, label, refuse_shared
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
+from layerpipe.tracing import CHANNEL, Trace
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -59,6 +60,7 @@ class Pipeline:
         executor: ``"serial"`` or ``"threads"``.
         threads_per_stage: torch's intra-op threads in each worker thread.
         max_norm: clip the norm of each stage's gradient to this before its update.
+        split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
         check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity (CPU only).
 
     Raises:
@@ -83,6 +85,7 @@ class Pipeline:
         executor: str = "serial",
         threads_per_stage: int | None = None,
         max_norm: float | None = None,
+        split_backward: bool = False,
         check_finite: bool = True,
     ) -> None:
         if not stages:
@@ -115,6 +118,7 @@ class Pipeline:
                     advice=_advice(past, order, max(self.delays)),
                     max_norm=max_norm,
                     check_finite=check_finite,
+                    split_backward=split_backward,
                 )
             )
         self.optimizer = PipelineOptimizer(
@@ -154,12 +158,16 @@ class Pipeline:
             StageError: a stage raised; the message names it, ``__cause__`` is the original.
             DivergenceError: a stage met NaN or infinity.
             RuntimeError: inside ``torch.no_grad()`` or ``torch.autocast``, which reach no other thread.
+            ValueError: the inputs require gradients.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("pipe.step() trains; call it outside torch.no_grad()")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise RuntimeError("autocast does not reach the stages' threads; enter it inside a stage's forward")
-        self._submit((inputs if isinstance(inputs, tuple) else (inputs,), target))
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            raise ValueError("the pipeline computes no gradient of its inputs; pass inputs.detach()")
+        self._submit((inputs, target))
         expected = self.fed - self.latency
         if expected <= 0:
             return None
@@ -222,22 +230,42 @@ class Pipeline:
 
     def _run(self, action: Action, tick: Tick) -> None:
         start = time.perf_counter()
-        stage, last = self.stages[action.stage], action.stage == len(self.stages) - 1
+        at, _, minibatch = action
+        stage, last = self.stages[at], at == len(self.stages) - 1
         if action.kind == "F":
-            source = self._activations[action.stage - 1] if action.stage else self._input
-            outputs = stage.forward(action.minibatch, source.get())
+            inputs = self._receive(stage, self._activations[at - 1] if at else self._input)
+            outputs = stage.forward(minibatch, inputs)
             if last:
-                self.losses.append(stage.loss(action.minibatch, self.loss_fn, self._target.get()))
+                self.losses.append(stage.loss(minibatch, self.loss_fn, self._target.get()))
             else:
-                self._activations[action.stage].put(outputs)
+                self._activations[at].put(outputs)
         else:
-            grads = None if last else self._gradients[action.stage].get()
-            upstream = stage.backward(action.minibatch, grads)
-            if action.stage:
-                self._gradients[action.stage - 1].put(upstream)
-            stage.update(tick.options[action.stage])
-        if len(self.trace) < 64 * len(self.stages):
-            self.trace.append(Event(tick.number, action, start, time.perf_counter()))
+            upstream = stage.backward(minibatch, None if last else self._receive(stage, self._gradients[at]))
+            if at:
+                self._gradients[at - 1].put(upstream)
+            stage.backward_weights()
+            stage.update(tick.options[at])
+        if len(self.trace) < 64 * len(self.stages) or stage.spans is not None:
+            end = time.perf_counter()
+            if stage.spans is not None:
+                stage.spans.append((f"{action.kind}{minibatch}", start, end))
+            if len(self.trace) < 64 * len(self.stages):
+                self.trace.append(Event(tick.number, action, start, end))
+
+    @staticmethod
+    def _receive(stage: Stage, channel: Channel) -> Any:
+        if stage.spans is None:
+            return channel.get()
+        start = time.perf_counter()
+        item = channel.get()
+        stage.spans.append((CHANNEL, start, time.perf_counter()))
+        return item
+
+    def watch(self, trace: Trace | None) -> None:
+        """Write what every stage does into a trace from now on, or stop with ``None``."""
+        self._executor.synchronize()
+        for i, stage in enumerate(self.stages):
+            stage.watch(trace.stages[i] if trace is not None else None)
 
     # -- like a module -------------------------------------------------------------------------------------------
 

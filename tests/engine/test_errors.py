@@ -169,14 +169,14 @@ def test_modes_that_reach_no_other_thread_are_refused(executor: str) -> None:
 
 
 def test_a_state_trained_with_other_delays_is_refused() -> None:
-    with pipeline(schedule="sequential") as plain, pipeline() as pipe:
+    with pipeline(schedule="1f1b") as plain, pipeline() as pipe:
         for each in (plain, pipe):
             for x, y in minibatches(8):
                 each.step(x, y)
             each.drain()
-        with pytest.raises(ValueError, match=r"group 0 was trained with delay=0, this pipeline has delay=6"):
+        with pytest.raises(ValueError, match=r"group 0 was trained with delay=3, this pipeline has delay=6"):
             pipe.optimizer.load_state_dict(plain.optimizer.state_dict())
-        assert [g["delay"] for g in pipe.optimizer.param_groups] == [6, 4, 2, 0]
+        assert [g["delay"] for g in pipe.optimizer.param_groups] == [6, 0, 4, 2, 0]
 
 
 def test_a_factory_that_drops_the_delay_or_a_parameter_is_found_out() -> None:
@@ -222,6 +222,11 @@ def test_a_stage_that_returns_a_list_is_told_so() -> None:
 
     with pipeline([Lists(6, 6), nn.Linear(6, 3)]) as pipe, pytest.raises(layerpipe.StageError, match="got list"):
         pipe.step(*minibatches(1)[0])
+
+
+def test_inputs_that_want_gradients_are_refused() -> None:
+    with pipeline() as pipe, pytest.raises(ValueError, match=r"no gradient of its inputs; pass inputs\.detach"):
+        pipe.step(torch.randn(8, 6, requires_grad=True), torch.zeros(8, dtype=torch.long))
 
 
 def test_errors_can_be_pickled() -> None:
