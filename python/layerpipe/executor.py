@@ -76,9 +76,22 @@ class Executor(ABC):
     def _named(self, stage: int, error: BaseException) -> BaseException:
         if isinstance(error, StageError) or not isinstance(error, Exception):
             return error
-        named = StageError(self.names[stage], f"{type(error).__name__}: {error}")
+        hint = f"; {_MEMORY_HINT}" if _out_of_memory(error) else ""
+        named = StageError(self.names[stage], f"{type(error).__name__}: {error}{hint}")
         named.__cause__ = error
         return named
+
+
+_MEMORY_HINT = (
+    "out of memory: try smaller minibatches, more stages, torch.utils.checkpoint around this stage's layers, or fewer "
+    "copies for past weights (past='blend' with a lower order)"
+)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own for it on accelerators only."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 class Serial(Executor):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import collections
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from layerpipe import checkpoint
 from layerpipe import schedule as schedules
 from layerpipe.channels import Channel
+from layerpipe.errors import CheckpointError
 from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
 from layerpipe.optimizer import PipelineOptimizer
 from layerpipe.partition import is_split, label, refuse_shared
@@ -322,6 +326,71 @@ class Pipeline:
             mine = {k[cut:]: v for k, v in state.items() if not prefix or k.startswith(f"{prefix}.")}
             known = module.state_dict().keys()
             module.load_state_dict({k: v for k, v in mine.items() if k in known}, strict=False)
+
+    def checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> list[Tensor]:
+        r"""Drain the pipe and write everything that training goes on from into a file, which is whole at any moment.
+
+        A pipeline that goes on, and one that :meth:`resume`\ s from the file, do the same bit for bit: weights,
+        buffers, optimizers with their averages, random numbers. The data's order and a scheduler are the caller's.
+
+        Args:
+            path: replaced in one move when the new content is on the disk.
+            extra: what :meth:`resume` shall return: tensors, numbers, strings, lists and dicts of them.
+
+        Returns:
+            The losses that :meth:`step` had still to return, as :meth:`drain` does.
+        """
+        losses = self.drain()
+        checkpoint.write(
+            Path(path),
+            {
+                "schedule": self.schedule.name,
+                "model": self.state_dict(),
+                "optimizer": checkpoint.without_functions(self.optimizer.state_dict()),
+                "versions": [stage.version for stage in self.stages],
+                "measured": self.measured_delays(),
+                "random": checkpoint.random_state(),
+                "extra": extra,
+            },
+        )
+        return losses
+
+    def resume(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Go on from a file that :meth:`checkpoint` wrote, with the same stages, schedule and ``past``.
+
+        Returns:
+            ``extra``, as it was given to :meth:`checkpoint`.
+
+        Raises:
+            RuntimeError: minibatches are in the pipe.
+            CheckpointError: the file is no checkpoint, or one of another pipeline. Nothing has been loaded then.
+        """
+        content = checkpoint.read(Path(path))
+        own = self.state_dict()
+        shapes = {name: tuple(value.shape) for name, value in own.items() if isinstance(value, Tensor)}
+        theirs = {name: tuple(value.shape) for name, value in content["model"].items() if isinstance(value, Tensor)}
+        if content["schedule"] != self.schedule.name or len(content["versions"]) != len(self.stages):
+            raise CheckpointError(
+                f"{path} is of {len(content['versions'])} stages and schedule {content['schedule']!r}, this pipeline "
+                f"has {len(self.stages)} and {self.schedule.name!r}"
+            )
+        if shapes != theirs:
+            other = sorted(n for n in shapes.keys() | theirs.keys() if shapes.get(n) != theirs.get(n))
+            raise CheckpointError(f"{path} is of another model: it differs in {', '.join(other)}")
+        if self.tick:
+            raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])  # refuses another past before it changes anything
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        self.load_state_dict(content["model"])
+        for stage, version, measured in zip(self.stages, content["versions"], content["measured"], strict=True):
+            stage.version = version
+            stage.measured = collections.Counter(measured)
+        self._restart()
+        checkpoint.set_random_state(content["random"])
+        extra: dict[str, Any] = content["extra"]
+        return extra
 
     def _prefixes(self) -> list[str]:
         split = all(map(is_split, self.modules))

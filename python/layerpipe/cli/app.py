@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
@@ -37,6 +38,7 @@ def _root() -> None:
 
 @app.command()
 def train(
+    context: typer.Context,
     model: o.Model = "resnet18",
     data: o.Data = "digits",
     data_dir: o.DataDir = TrainConfig.data_dir,
@@ -62,6 +64,8 @@ def train(
     baseline: Annotated[
         bool, typer.Option(help="Also train sequentially, with the same seed.", rich_help_panel=o.RUN)
     ] = True,
+    checkpoint_every: o.CheckpointEvery = None,
+    resume: o.Resume = None,
     out: o.Out = None,
 ) -> int:
     """Train a network as an asynchronous pipeline, beside sequential training with the same seed."""
@@ -69,20 +73,24 @@ def train(
         model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, past=past, order=order,
         ema_decay=ema_decay, schedule=schedule, executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay,
         lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps,
-        seed=seed, device=device,
+        seed=seed, device=device, checkpoint_every=checkpoint_every,
     )  # fmt: skip
+    if resume is not None:
+        config, baseline = _of_run(context, resume)
     console = Console()
     images = _prepare(config)
     runs = {"pipeline": config}
-    if baseline and (stages > 1 or schedule != "sequential"):
+    if baseline and (config.stages > 1 or config.schedule != "sequential"):
         runs["sequential"] = sequential(config)
     results: dict[str, Result] = {}
-    with RunDirectory(out or default_path(model, data, past)) as directory:
-        directory.config(config)
+    path = resume or out or default_path(model, data, past)
+    with RunDirectory(path, resume=resume is not None) as directory:
+        if resume is None:
+            directory.config(config, baseline=baseline)
         console.print(
-            f"{model} of width {width} on {data}: {stages} stages, {schedule}, past weights by "
-            f"{_kind(config)}, {executor}; {config.total_steps(len(images.train_x))} minibatches of {batch_size}. "
-            f"Writing {directory.path}/"
+            f"{config.model} of width {config.width} on {config.data}: {config.stages} stages, {config.schedule}, past "
+            f"weights by {_kind(config)}, {config.executor}; {config.total_steps(len(images.train_x))} minibatches of "
+            f"{config.batch_size}. Writing {directory.path}/"
         )
         for name, each in runs.items():
             results[name] = _run(console, directory, name, each, images)
@@ -174,6 +182,25 @@ def sequential(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, stages=1, schedule="sequential", executor="serial")
 
 
+def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
+    """The options of an interrupted run, and whether it has a baseline."""
+    given = [
+        name.replace("_", "-")
+        for name in context.params
+        if name != "resume" and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise UsageError(f"--resume goes on with the run's own options; leave out --{', --'.join(given)}")
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume {path}: its config.json cannot be read ({error})") from error
+    config = TrainConfig.from_json(values)
+    if config.checkpoint_every is None:
+        raise UsageError(f"--resume {path}: the run wrote no checkpoints; it was started without --checkpoint-every")
+    return config, bool(values.get("baseline", True))
+
+
 def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig:
     from layerpipe_kernels.history import KINDS
 
@@ -213,7 +240,9 @@ def _run(console: Console, directory: RunDirectory, name: str, config: TrainConf
             directory.write(name, "test", step=step, accuracy=accuracy)
             directory.scalars(name, step, test_accuracy=accuracy)
 
-        result = run_training(config, images, on_step=on_step, on_test=on_test)
+        checkpoint = directory.checkpoint(name) if config.checkpoint_every else None
+        earlier = directory.earlier(name, config.total_steps(len(images.train_x)))
+        result = run_training(config, images, on_step=on_step, on_test=on_test, checkpoint=checkpoint, resume=earlier)
     for i, stage in enumerate(result.stages):
         for reading in stage.readings:
             directory.write(name, "past weights", stage=i, update=reading.update, relative_error=reading.relative)

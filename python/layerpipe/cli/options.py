@@ -78,4 +78,21 @@ Warmup = Annotated[int, _option("Steps over which the learning rate rises linear
 MaxNorm = Annotated[float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0)]
 Seed = Annotated[int, _option("Of the initial weights and the order of the data.", TRAINING)]
 Device = Annotated[str, _option("cpu, cuda, cuda:1, ...", RUN)]
+CheckpointEvery = Annotated[
+    int | None,
+    _option(
+        "Drain the pipe and write a checkpoint every so many minibatches, for --resume. Default: never.",
+        RUN,
+        min=1,
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    _option(
+        "Go on with the run in this directory from its last checkpoint, with its options, as if it had not stopped.",
+        RUN,
+        show_default=False,
+    ),
+]
 Out = Annotated[Path | None, _option("Directory to write to. Default: runs/<name>, made new.", RUN, show_default=False)]
