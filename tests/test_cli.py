@@ -170,6 +170,18 @@ def test_ctrl_c_ends_cleanly_and_leaves_readable_metrics(tmp_path: Path) -> None
     assert metrics(out)[-1]["interrupted"] is True
 
 
+def test_a_profile_is_a_trace_of_every_stage_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run("train", *SMALL, "--stages", "3", "--profile", "--no-baseline", "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    for word in ("Time per tick", "compute", "channel", "Python", "at work", "trace.json"):
+        assert word in printed
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
+    names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert len(names) == 3
+
+
 def final_state(path: Path, run: str = "pipeline") -> dict[str, Any]:
     return checkpoint.read(path / f"{run}.checkpoint")
 

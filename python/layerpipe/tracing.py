@@ -32,12 +32,13 @@ class Trace:
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
         self.stages: list[Spans] = [[] for _ in names]
+        self.paused = 0.0  # seconds that the caller spent on something else, such as an evaluation
 
     def seconds(self) -> float:
-        """From the first span's start to the last one's end."""
+        """From the first span's start to the last one's end, pauses left out."""
         starts = [start for spans in self.stages for _, start, _ in spans]
         ends = [end for spans in self.stages for _, _, end in spans]
-        return max(ends) - min(starts) if starts else 0.0
+        return max(ends) - min(starts) - self.paused if starts else 0.0
 
     def times(self) -> list[StageTime]:
         """Per stage; a tick is as long as the trace divided by the stage's backwards."""

@@ -50,6 +50,7 @@ def train(
     ema_decay: o.EmaDecay = None,
     schedule: o.Schedule = "lockstep",
     executor: o.ExecutorName = "threads",
+    split_backward: o.SplitBackward = TrainConfig.split_backward,
     lr: o.Lr = TrainConfig.lr,
     momentum: o.Momentum = TrainConfig.momentum,
     weight_decay: o.WeightDecay = TrainConfig.weight_decay,
@@ -64,6 +65,7 @@ def train(
     baseline: Annotated[
         bool, typer.Option(help="Also train sequentially, with the same seed.", rich_help_panel=o.RUN)
     ] = True,
+    profile: o.Profile = False,
     checkpoint_every: o.CheckpointEvery = None,
     resume: o.Resume = None,
     out: o.Out = None,
@@ -73,7 +75,7 @@ def train(
         model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, past=past, order=order,
         ema_decay=ema_decay, schedule=schedule, executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay,
         lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps,
-        seed=seed, device=device, checkpoint_every=checkpoint_every,
+        seed=seed, device=device, split_backward=split_backward, checkpoint_every=checkpoint_every,
     )  # fmt: skip
     if resume is not None:
         config, baseline = _of_run(context, resume)
@@ -93,7 +95,7 @@ def train(
             f"{config.batch_size}. Writing {directory.path}/"
         )
         for name, each in runs.items():
-            results[name] = _run(console, directory, name, each, images)
+            results[name] = _run(console, directory, name, each, images, profile=profile and name == "pipeline")
             if results[name].diverged or results[name].interrupted:
                 break
         _write_plots(directory.path, results, config)
@@ -101,6 +103,10 @@ def train(
         console.print(report.accuracy_table(results))
         console.print(report.stage_table(results["pipeline"]))
         console.print(report.memory_table(results["pipeline"]))
+        if trace := results["pipeline"].profile:
+            trace.write(directory.path / "trace.json")
+            console.print(report.profile_table(trace))
+            console.print(f"Trace: {directory.path}/trace.json, for chrome://tracing or https://ui.perfetto.dev")
         if sentence := report.history_sentence(results["pipeline"]):
             console.print(sentence)
         console.print(
@@ -187,7 +193,8 @@ def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
     given = [
         name.replace("_", "-")
         for name in context.params
-        if name != "resume" and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+        if name not in ("resume", "profile")
+        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
     if given:
         raise UsageError(f"--resume goes on with the run's own options; leave out --{', --'.join(given)}")
@@ -228,7 +235,15 @@ def _kind(config: TrainConfig) -> str:
     return f"{config.past} of order {config.order}" if config.past == "blend" else config.past
 
 
-def _run(console: Console, directory: RunDirectory, name: str, config: TrainConfig, images: Images) -> Result:
+def _run(
+    console: Console,
+    directory: RunDirectory,
+    name: str,
+    config: TrainConfig,
+    images: Images,
+    *,
+    profile: bool = False,
+) -> Result:
     with TrainingBar(console, name, config.total_steps(len(images.train_x))) as bar:
 
         def on_step(step: Step) -> None:
@@ -242,7 +257,10 @@ def _run(console: Console, directory: RunDirectory, name: str, config: TrainConf
 
         checkpoint = directory.checkpoint(name) if config.checkpoint_every else None
         earlier = directory.earlier(name, config.total_steps(len(images.train_x)))
-        result = run_training(config, images, on_step=on_step, on_test=on_test, checkpoint=checkpoint, resume=earlier)
+        result = run_training(
+            config, images, on_step=on_step, on_test=on_test,
+            checkpoint=checkpoint, resume=earlier, profile=profile,
+        )  # fmt: skip
     for i, stage in enumerate(result.stages):
         for reading in stage.readings:
             directory.write(name, "past weights", stage=i, update=reading.update, relative_error=reading.relative)

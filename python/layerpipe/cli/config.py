@@ -24,6 +24,7 @@ class TrainConfig:
     ema_decay: str | None = None
     schedule: str = "lockstep"
     executor: str = "threads"
+    split_backward: bool = False
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4

@@ -78,6 +78,13 @@ Warmup = Annotated[int, _option("Steps over which the learning rate rises linear
 MaxNorm = Annotated[float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0)]
 Seed = Annotated[int, _option("Of the initial weights and the order of the data.", TRAINING)]
 Device = Annotated[str, _option("cpu, cuda, cuda:1, ...", RUN)]
+Profile = Annotated[
+    bool, _option("Write a trace of 50 ticks for chrome://tracing or ui.perfetto.dev, and say where time went.", RUN)
+]
+SplitBackward = Annotated[
+    bool,
+    _option("Send gradients of activations on before those of the weights are computed: the same numbers.", METHOD),
+]
 CheckpointEvery = Annotated[
     int | None,
     _option(

@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from layerpipe.cli.training import Result, StageResult
+from layerpipe.tracing import Trace
 
 
 def error_text(error: float | None) -> str:
@@ -58,6 +59,24 @@ def memory_table(result: Result) -> Table:
         table.add_row(str(i), *map(decimal, columns), end_section=i == len(result.stages) - 1)
     totals = (sum(column) for column in zip(*(s.memory for s in result.stages), strict=True))
     table.add_row("all", *map(decimal, totals))
+    return table
+
+
+def profile_table(trace: Trace) -> Table:
+    """Per stage: where the time of a tick went, in milliseconds."""
+    times = trace.times()
+    table = Table(
+        title="Time per tick, ms", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left",
+        caption="compute: layers, loss, autograd and its hooks. past: reconstructing weights. channel: waiting for a "
+        "neighbour. Python: the engine's rest. idle: between actions. At work: all but channel and idle. "
+        f"Stages at work at once: {trace.overlap():.2f} of {len(times)}.",
+    )  # fmt: skip
+    table.add_column("stage")
+    for name in ("compute", "past", "step", "channel", "Python", "idle", "at work"):
+        table.add_column(name, justify="right")
+    for i, time in enumerate(times):
+        *seconds, busy = time
+        table.add_row(str(i), *(f"{1e3 * value:.2f}" for value in seconds), f"{100 * busy:.0f} %")
     return table
 
 

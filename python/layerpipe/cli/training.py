@@ -21,6 +21,10 @@ from layerpipe.errors import DivergenceError, UsageError
 from layerpipe.partition import split
 from layerpipe.pipeline import Event, Pipeline, StageMemory
 from layerpipe.probe import Reading, ReconstructionProbe
+from layerpipe.tracing import Trace
+
+#: Ticks in a profile.
+PROFILED = 50
 
 
 class Step(NamedTuple):
@@ -60,6 +64,7 @@ class Result:
     stages: list[StageResult]
     trace: list[Event]
     seconds: float
+    profile: Trace | None = None
     diverged: str | None = None
     interrupted: bool = False
 
@@ -114,6 +119,7 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
         schedule=config.schedule,
         executor=config.executor,
         max_norm=config.max_norm,
+        split_backward=config.split_backward,
         **config.past_options(),
     )
 
@@ -136,11 +142,13 @@ def train(
     tests: int = 10,
     checkpoint: Path | None = None,
     resume: Earlier | None = None,
+    profile: bool = False,
 ) -> Result:
     """Train as configured. ``on_step`` is called with each loss as it comes, ``on_test`` with ``tests`` evaluations.
 
     A diverging run and Ctrl-C end it early; the result says so. With ``config.checkpoint_every`` the pipe is drained
     that often and written to ``checkpoint``; ``resume`` goes on from there.
+    With ``profile`` the result holds a trace of ``PROFILED`` ticks of the full pipe.
 
     Raises:
         DataError: a batch larger than the data.
@@ -165,6 +173,7 @@ def train(
         batches = images.batches(config.batch_size, config.seed, done)
         minibatch = next(batches)
         paused = 0.0  # in evaluations
+        first = done + min(max(10, 3 * config.stages), 1 + (total - done) // 2)  # profiled: the pipe is full then
         lrs: collections.deque[float] = collections.deque()
 
         def report(loss: Tensor, phase: str) -> None:
@@ -189,6 +198,11 @@ def train(
 
         try:
             for step in range(done + 1, total + 1):
+                if profile and step == first:
+                    result.profile = Trace(pipe.names)
+                    pipe.watch(result.profile)
+                elif profile and step == first + PROFILED:
+                    pipe.watch(None)
                 lrs.append(float(scheduler.get_last_lr()[0]))
                 loss = pipe.step(*(tensor.to(device) for tensor in minibatch))
                 if step < total:
@@ -200,6 +214,8 @@ def train(
                     before = time.perf_counter()
                     test(step)
                     paused += time.perf_counter() - before
+                    if result.profile and step < first + PROFILED - 1:
+                        result.profile.paused += time.perf_counter() - before
                 if config.checkpoint_every and step % config.checkpoint_every == 0:
                     save(step)
             for loss in pipe.drain():
