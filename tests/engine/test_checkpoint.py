@@ -50,6 +50,7 @@ def test_a_resumed_pipeline_does_what_the_one_that_went_on_does(
         numbers = [torch.rand(2), random.random(), np.random.rand()]
         extra = resumed.resume(tmp_path / "c.pt")
         assert extra["note"] == "here"
+        assert [stage.version for stage in resumed.stages] == [when] * 4
         other.load_state_dict(extra["scheduler"])
         again = [torch.rand(2), random.random(), np.random.rand()]
         assert torch.equal(numbers[0], again[0])
@@ -64,6 +65,19 @@ def test_a_resumed_pipeline_does_what_the_one_that_went_on_does(
         for a, b in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_learning_rate_set_after_the_last_tick_is_the_one_that_goes_on() -> None:
+    with pipeline(chain(2), schedule="sequential") as pipe:
+        own: Any = pipe.stages[0].optimizer
+        pipe.step(*minibatches(1)[0])
+        pipe.optimizer.param_groups[0]["lr"] = 0.5
+        state = copy.deepcopy(pipe.optimizer.state_dict())  # the stage's own lr is the one it last trained with
+        assert own.param_groups[0]["lr"] != 0.5
+        pipe.step(*minibatches(1)[0])
+        pipe.optimizer.load_state_dict(state)
+        pipe.step(*minibatches(1)[0])
+        assert own.param_groups[0]["lr"] == 0.5
 
 
 def test_a_decay_rule_that_is_a_function_is_not_written_and_stays(tmp_path: Path) -> None:

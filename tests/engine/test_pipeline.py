@@ -133,6 +133,18 @@ def test_schedulers_and_options_reach_the_stages() -> None:
             pipe.optimizer.step()
 
 
+def test_a_learning_rate_that_is_a_tensor_may_change_in_place() -> None:
+    lr = torch.tensor(0.1)
+    with layerpipe.Pipeline(
+        chain(1), F.cross_entropy, lambda params, **past: lk.SGD(params, lr=lr, **past), schedule="sequential"
+    ) as pipe:
+        optimizer: Any = pipe.stages[0].optimizer
+        for wanted in (0.1, 0.05):
+            pipe.optimizer.param_groups[0]["lr"].fill_(wanted)
+            pipe.step(*minibatches(1)[0])
+            assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(wanted)
+
+
 def test_gradients_are_clipped_per_stage() -> None:
     with pipeline(max_norm=1e-3) as pipe:
         for x, y in minibatches(10):

@@ -181,8 +181,8 @@ def test_ctrl_c_in_the_serial_executor_waits_for_the_end_of_an_update(moment: st
             time.sleep(0.01)  # the handler runs between two lines of Python
 
     def step() -> None:
-        interrupt()
         plan_step()
+        interrupt()  # the weights are new, and the stage has not counted them yet
 
     if moment == "update":
         stage.optimizer.step = step  # type: ignore[union-attr,method-assign]
