@@ -85,9 +85,19 @@ def test_compare_makes_one_table_and_one_plot(tmp_path: Path, capsys: pytest.Cap
     }
 
 
+def test_compare_puts_schedules_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--past", "blend", "--schedule", "lockstep,1f1b", "--seeds", "1", "--stages", "3", "--no-baseline"]
+    assert run("compare", *SMALL, *arguments, "--out", str(tmp_path / "c")) == 0
+    rows = {line.split()[1]: line.split() for line in capsys.readouterr().out.splitlines() if "blend " in line}
+    assert (rows["lockstep"][2], rows["1f1b"][2]) == ("4", "2")
+    summary = json.loads((tmp_path / "c" / "summary.json").read_text())["results"]
+    assert [summary[f"blend {name}"]["delays"] for name in ("lockstep", "1f1b")] == [[4, 2, 0], [2, 1, 0]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["compare", "--schedule", "lockstep,never"], "--schedule 'never' is unknown; there are: lockstep, 1f1b"),
         (["train", "--past", "yesterday"], "'yesterday' is not one of"),
         (["train", "--stages", "0"], "--stages"),
         (["train", "--colour", "blue"], "--colour"),

@@ -62,7 +62,8 @@ class Pipeline:
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
             :mod:`layerpipe.schedule`.
         executor: ``"serial"`` or ``"threads"``.
-        threads_per_stage: torch's intra-op threads in each worker thread.
+        threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage, more for
+            the slow ones; by default the caller's setting shared equally, at least 1.
         max_norm: clip the norm of each stage's gradient to this before its update.
         split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
         check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity (CPU only).
@@ -87,7 +88,7 @@ class Pipeline:
         ema_decay: Any = None,
         schedule: str = "lockstep",
         executor: str = "serial",
-        threads_per_stage: int | None = None,
+        threads_per_stage: int | Sequence[int] | None = None,
         max_norm: float | None = None,
         split_backward: bool = False,
         check_finite: bool = True,
@@ -99,8 +100,12 @@ class Pipeline:
                 raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
         if executor not in EXECUTORS:
             raise ValueError(f"executor={executor!r} is unknown; there are: {', '.join(EXECUTORS)}")
-        if threads_per_stage is not None and threads_per_stage < 1:
-            raise ValueError(f"threads_per_stage must be at least 1, got {threads_per_stage}")
+        shares = [threads_per_stage] * len(stages) if isinstance(threads_per_stage, int) else threads_per_stage
+        if shares is not None and (len(shares) != len(stages) or min(shares) < 1):
+            raise ValueError(
+                f"threads_per_stage must be at least 1, for all or for each of {len(stages)} stages, "
+                f"got {threads_per_stage}"
+            )
         refuse_shared(stages)
         self.modules = list(stages)
         self.stages: list[Stage] = []
@@ -138,9 +143,7 @@ class Pipeline:
         names = [s.name for s in self.stages]
         self._executor: Executor
         if executor == "threads":
-            self._executor = Threads(
-                names, self._run, close_channels=self._close_channels, threads_per_stage=threads_per_stage
-            )
+            self._executor = Threads(names, self._run, close_channels=self._close_channels, threads_per_stage=shares)
         else:
             self._executor = Serial(names, self._run)
         self._restart()

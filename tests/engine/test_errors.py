@@ -191,8 +191,8 @@ def test_groups_cannot_be_added_to_a_pipeline() -> None:
         pipe.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_no_threads_are_refused(threads: int) -> None:
+@pytest.mark.parametrize("threads", [0, -1, [1, 1, 0, 1], [1, 1]], ids=str)
+def test_no_threads_are_refused(threads: Any) -> None:
     with pytest.raises(ValueError, match="threads_per_stage"):
         pipeline(executor="threads", threads_per_stage=threads)
 

@@ -6,6 +6,7 @@ import gc
 import subprocess
 import sys
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -54,21 +55,22 @@ for _ in range(5):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_workers_compute_with_the_threads_they_are_given() -> None:
+@pytest.mark.parametrize(("given", "wanted"), [(1, (1, 1)), ([1, 2], (1, 2)), (None, (1, 1))])
+def test_workers_compute_with_the_threads_they_are_given(given: Any, wanted: tuple[int, int]) -> None:
     class Count(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
-            seen.append(torch.get_num_threads())
+            seen.add((self.out_features, torch.get_num_threads()))
             return y
 
-    seen: list[int] = []
+    seen: set[tuple[int, int]] = set()
     torch.set_num_threads(2)
-    stages = [Count(6, 6), nn.Linear(6, 3)]
-    with layerpipe.Pipeline(stages, F.cross_entropy, sgd, executor="threads", threads_per_stage=1) as pipe:
+    stages = [Count(6, 6), Count(6, 3)]
+    with layerpipe.Pipeline(stages, F.cross_entropy, sgd, executor="threads", threads_per_stage=given) as pipe:
         for x, y in minibatches(3):
             pipe.step(x, y)
         pipe.drain()
-    assert seen == [1, 1, 1]
+    assert seen == {(6, wanted[0]), (3, wanted[1])}
 
 
 def test_minibatches_in_flight_are_freed_with_the_pipeline() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +21,7 @@ from layerpipe.cli.training import Result, Step, make_pipeline
 from layerpipe.cli.training import train as run_training
 from layerpipe.data import Images
 from layerpipe.errors import UsageError
+from layerpipe.schedule import NAMES
 
 app = typer.Typer(
     add_completion=False,
@@ -132,6 +133,9 @@ def compare(
     balance: o.Balance = "flops",
     order: o.Order = TrainConfig.order,
     ema_decay: o.EmaDecay = None,
+    schedule: Annotated[
+        str, typer.Option(help="Schedules to compare, with commas: lockstep, 1f1b.", rich_help_panel=o.METHOD)
+    ] = TrainConfig.schedule,
     executor: o.ExecutorName = "threads",
     lr: o.Lr = TrainConfig.lr,
     momentum: o.Momentum = TrainConfig.momentum,
@@ -153,7 +157,7 @@ def compare(
         executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay, lr_schedule=lr_schedule, warmup=warmup,
         max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
     )  # fmt: skip
-    kinds = {name: _of_kind(base, name, ema_decay) for name in past.split(",")}
+    kinds = _kinds(base, past.split(","), schedule.split(","), ema_decay)
     if baseline:
         kinds = {"sequential": sequential(base), **kinds}
     console = Console()
@@ -206,6 +210,22 @@ def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
     if config.checkpoint_every is None:
         raise UsageError(f"--resume {path}: the run wrote no checkpoints; it was started without --checkpoint-every")
     return config, bool(values.get("baseline", True))
+
+
+def _kinds(
+    base: TrainConfig, names: Sequence[str], schedules: Sequence[str], ema_decay: str | None
+) -> dict[str, TrainConfig]:
+    """Every kind of past weights under every schedule."""
+    for schedule in schedules:
+        if schedule not in NAMES:
+            raise UsageError(f"--schedule {schedule!r} is unknown; there are: {', '.join(NAMES)}")
+    return {
+        name if len(schedules) == 1 else f"{name} {schedule}": dataclasses.replace(
+            _of_kind(base, name, ema_decay), schedule=schedule
+        )
+        for name in names
+        for schedule in schedules
+    }
 
 
 def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig:

@@ -113,20 +113,24 @@ def comparison_table(results: Mapping[str, Sequence[Result]]) -> Table:
     """Accuracy mean and spread over seeds, worst stage's past-weight error, bytes of weights and their past."""
     table = Table(
         title="Comparison", title_justify="left", box=SIMPLE_HEAD, caption_justify="left",
-        caption="±: standard deviation over seeds. Error: the worst stage's, relative to the latest weights.",
+        caption="n: the largest delay measured. ±: standard deviation over seeds. Error: the worst stage's, relative "
+        "to the latest weights.",
     )  # fmt: skip
-    for column in ("past", "test accuracy", "past-weight error", "weights + past", "diverged"):
-        table.add_column(column, justify="right" if column != "past" else "left")
+    for column in ("past", "n", "test accuracy", "past-weight\nerror", "weights +\npast", "samples/s", "diverged"):
+        table.add_column(column, justify="right" if column != "past" else "left", no_wrap=column == "past")
     for name, found in results.items():
         good = [r.test_accuracy for r in found if r.test_accuracy is not None]
         spread = statistics.stdev(good) if len(good) > 1 else 0.0
         errors = [max((s.error for s in r.stages if s.error is not None), default=None) for r in found]
         known = [e for e in errors if e is not None]
+        rates = [r.steps[-1].samples_per_s for r in found if r.steps]
         table.add_row(
             name,
+            str(max((n for r in found for s in r.stages for n in s.measured), default="–")),
             f"{statistics.fmean(good):.2f} ± {spread:.2f} %" if good else "–",
             error_text(statistics.fmean(known)) if known else "–",
             decimal(max(r.kept_bytes for r in found)),
+            f"{statistics.median(rates):.0f}" if rates else "–",
             f"{sum(bool(r.diverged) for r in found)} of {len(found)}",
         )
     return table
