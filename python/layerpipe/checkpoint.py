@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from layerpipe.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from layerpipe.pipeline import Pipeline
 
 FORMAT = 1
 
@@ -56,6 +60,45 @@ def read(path: Path) -> dict[str, Any]:
     if content["layerpipe"] != FORMAT:
         raise CheckpointError(f"{path} has format {content['layerpipe']}, this version reads {FORMAT}")
     return content
+
+
+def of(pipe: Pipeline) -> dict[str, Any]:
+    """Everything that a drained pipeline goes on from."""
+    return {
+        "schedule": pipe.schedule.name,
+        "model": pipe.state_dict(),
+        "optimizer": without_functions(pipe.optimizer.state_dict()),
+        "versions": [stage.version for stage in pipe.stages],
+        "measured": pipe.measured_delays(),
+        "random": random_state(),
+    }
+
+
+def load(pipe: Pipeline, content: dict[str, Any]) -> None:
+    """Put what :func:`of` gave into a drained pipeline.
+
+    Raises:
+        ValueError: it is of another pipeline; nothing has been loaded then.
+    """
+    theirs, ours = (content["schedule"], len(content["versions"])), (pipe.schedule.name, len(pipe.stages))
+    if theirs != ours:
+        raise ValueError(
+            f"of {theirs[1]} stages and schedule {theirs[0]!r}, this pipeline has {ours[1]} and {ours[0]!r}"
+        )
+    shapes, wanted = _shapes(content["model"]), _shapes(pipe.state_dict())
+    if shapes != wanted:
+        other = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+        raise ValueError(f"of another model, it differs in {', '.join(other)}")
+    pipe.optimizer.load_state_dict(content["optimizer"])  # refuses another past before it changes anything
+    pipe.load_state_dict(content["model"])
+    for stage, version, measured in zip(pipe.stages, content["versions"], content["measured"], strict=True):
+        stage.version = version
+        stage.measured = collections.Counter(measured)
+    set_random_state(content["random"])
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def random_state() -> dict[str, Any]:

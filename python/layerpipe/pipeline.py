@@ -344,18 +344,7 @@ class Pipeline:
             The losses that :meth:`step` had still to return, as :meth:`drain` does.
         """
         losses = self.drain()
-        checkpoint.write(
-            Path(path),
-            {
-                "schedule": self.schedule.name,
-                "model": self.state_dict(),
-                "optimizer": checkpoint.without_functions(self.optimizer.state_dict()),
-                "versions": [stage.version for stage in self.stages],
-                "measured": self.measured_delays(),
-                "random": checkpoint.random_state(),
-                "extra": extra,
-            },
-        )
+        checkpoint.write(Path(path), {**checkpoint.of(self), "extra": extra})
         return losses
 
     def resume(self, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -368,30 +357,14 @@ class Pipeline:
             RuntimeError: minibatches are in the pipe.
             CheckpointError: the file is no checkpoint, or one of another pipeline. Nothing has been loaded then.
         """
-        content = checkpoint.read(Path(path))
-        own = self.state_dict()
-        shapes = {name: tuple(value.shape) for name, value in own.items() if isinstance(value, Tensor)}
-        theirs = {name: tuple(value.shape) for name, value in content["model"].items() if isinstance(value, Tensor)}
-        if content["schedule"] != self.schedule.name or len(content["versions"]) != len(self.stages):
-            raise CheckpointError(
-                f"{path} is of {len(content['versions'])} stages and schedule {content['schedule']!r}, this pipeline "
-                f"has {len(self.stages)} and {self.schedule.name!r}"
-            )
-        if shapes != theirs:
-            other = sorted(n for n in shapes.keys() | theirs.keys() if shapes.get(n) != theirs.get(n))
-            raise CheckpointError(f"{path} is of another model: it differs in {', '.join(other)}")
         if self.tick:
             raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
+        content = checkpoint.read(Path(path))
         try:
-            self.optimizer.load_state_dict(content["optimizer"])  # refuses another past before it changes anything
+            checkpoint.load(self, content)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}") from error
-        self.load_state_dict(content["model"])
-        for stage, version, measured in zip(self.stages, content["versions"], content["measured"], strict=True):
-            stage.version = version
-            stage.measured = collections.Counter(measured)
         self._restart()
-        checkpoint.set_random_state(content["random"])
         extra: dict[str, Any] = content["extra"]
         return extra
 

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe import engine, first_layer
-from layerpipe.copies import copied_parameters
+from layerpipe.copies import warn_of_copies
 from layerpipe.errors import DivergenceError
+from layerpipe.optimizer import Options, check_stage
 from layerpipe.recompute import Recomputation, past_in_place
 from layerpipe.saved import SavedTensors, Spans
 from layerpipe.split_backward import SplitBackward
 from layerpipe_kernels.optim import PastOptimizer
 
 Tensors = tuple[Tensor, ...]
-Options = list[dict[str, Any]]
 
 
 class _Flight:
@@ -88,34 +87,13 @@ class Stage:
         self._rest: SplitBackward | None = None
         self._options: Options | None = None
         if optimizer is not None:
-            self._check_optimizer(optimizer)
+            check_stage(name, module, optimizer, delay)
         self.without_past: set[nn.Parameter] = set()  # weights whose past no backward reads
         if delay and index == 0 and isinstance(optimizer, PastOptimizer):
             self.without_past = first_layer.without_past(module)
             first_layer.drop_history(optimizer, self.without_past)
         past_view = optimizer.past_view if delay and optimizer is not None else None
         self._saved = SavedTensors(self._all_params, past_view)
-
-    def _check_optimizer(self, optimizer: Any) -> None:
-        held = {p for group in optimizer.param_groups for p in group["params"]}
-        missing = [n for n, p in self.module.named_parameters() if p.requires_grad and p not in held]
-        if missing:
-            raise ValueError(f"{self.name}: the optimizer was given {missing[0]}, but holds it in no parameter group")
-        if not self.delay:
-            return
-        if not hasattr(optimizer, "past_view"):
-            raise TypeError(
-                f"{self.name} gets its gradients {self.delay} updates late, and {type(optimizer).__name__} does not "
-                "know its past weights; use layerpipe_kernels.SGD and pass it the pipeline's keywords: "
-                "optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
-            )
-        for group in optimizer.param_groups:
-            if group["delay"] != self.delay:
-                raise ValueError(
-                    f"{self.name} has a delay of {self.delay}, its optimizer one of {group['delay']}; pass the "
-                    "pipeline's keywords on: "
-                    "optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
-                )
 
     # -- forward -------------------------------------------------------------------------------------------------
 
@@ -143,7 +121,7 @@ class Stage:
         self._flights[minibatch] = flight
         if self._look_for_copies:
             self._look_for_copies = False
-            self._warn_of_copies(flight.outputs)
+            warn_of_copies(self.name, self.module, flight.outputs)
         if hooked:
             self._count(flight)
         return tuple([y.detach() for y in flight.outputs])
@@ -299,16 +277,6 @@ class Stage:
         """Let go of the minibatches in flight."""
         self._flights.clear()
         self._kept_bytes, self._rest = 0, None
-
-    def _warn_of_copies(self, outputs: Tensors) -> None:
-        names = {param: name for name, param in self.module.named_parameters()}
-        copied = [names[p] for p in dict.fromkeys(copied_parameters(outputs)) if p in names]
-        if copied:
-            warnings.warn(
-                f"{self.name}: the forward works on copies of {', '.join(copied)} (autocast or weight norm?), which "
-                "are kept for every minibatch in flight; their past values are exact, but stashed",
-                stacklevel=2,
-            )
 
 
 def _finite(tensor: Tensor) -> bool:

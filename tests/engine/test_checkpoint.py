@@ -99,8 +99,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
         pipe.checkpoint(path)
     for change, message in (
         ({"schedule": "1f1b"}, "4 stages and schedule 'lockstep', this pipeline has 4 and '1f1b'"),
-        ({"stages": chain(3)}, "is of 4 stages"),
-        ({"stages": chain(width=7)}, r"another model: it differs in 0\.0\.bias, 0\.0\.weight"),
+        ({"stages": chain(3)}, ": of 4 stages"),
+        ({"stages": chain(width=7)}, r"another model, it differs in 0\.0\.bias, 0\.0\.weight"),
         ({"past": "stash"}, "trained with past='blend', this pipeline has past='stash'"),
     ):
         with pipeline(**change) as other:  # type: ignore[arg-type]

@@ -112,11 +112,11 @@ def accuracy_table(results: Mapping[str, Result]) -> Table:
 def comparison_table(results: Mapping[str, Sequence[Result]]) -> Table:
     """Accuracy mean and spread over seeds, worst stage's past-weight error, bytes of weights and their past."""
     table = Table(
-        title="Comparison", title_justify="left", box=SIMPLE_HEAD, caption_justify="left",
+        title="Comparison", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left",
         caption="n: the largest delay measured. ±: standard deviation over seeds. Error: the worst stage's, relative "
         "to the latest weights.",
     )  # fmt: skip
-    for column in ("past", "n", "test accuracy", "past-weight\nerror", "weights +\npast", "samples/s", "diverged"):
+    for column in ("past", "n", "test accuracy", "error of\npast", "weights\n+ past", "samples\nper s", "diverged"):
         table.add_column(column, justify="right" if column != "past" else "left", no_wrap=column == "past")
     for name, found in results.items():
         good = [r.test_accuracy for r in found if r.test_accuracy is not None]
