@@ -5,8 +5,15 @@ import time
 from typing import Any
 
 import pytest
+import torch
 
 from tests.engine.pipelines import workers
+
+
+@pytest.fixture(autouse=True)
+def _one_core() -> None:
+    """Tiny layers gain nothing from more, and lose much where the machine has other work."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
