@@ -1,41 +1,51 @@
-"""Parameter lists to step through: shapes of networks that everybody knows."""
+"""What the benches train: ResNet-18 on small images, and a small GPT."""
 
 from __future__ import annotations
 
-import math
+import dataclasses
 
-Shape = tuple[int, ...]
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+import layerpipe
+from layerpipe import models
+from layerpipe.models.gpt import GPT
 
-def resnet18() -> list[Shape]:
-    """62 tensors, 11.7 million parameters (He et al., arXiv 1512.03385, for ImageNet)."""
-    shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
-    width = 64
-    for stage, out in enumerate((64, 128, 256, 512)):
-        for block in range(2):
-            shapes += [(out, width, 3, 3), (out,), (out,), (out, out, 3, 3), (out,), (out,)]
-            if stage and not block:
-                shapes += [(out, width, 1, 1), (out,), (out,)]
-            width = out
-    return [*shapes, (1000, 512), (1000,)]
+VOCABULARY = 256
 
 
-def gpt(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) -> list[Shape]:
-    """A GPT-2's tensors (Radford et al. 2019); without embeddings if ``vocabulary`` is 0."""
-    block: list[Shape] = [
-        (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
-        (width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,),
-    ]  # fmt: skip
-    embeddings: list[Shape] = [(vocabulary, width), (context, width)] if vocabulary else []
-    return [*embeddings, *block * layers, *([(width,), (width,)] if vocabulary else [])]
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One network and batch; ``width`` and ``size`` are a GPT's model dimension and sequence length."""
+
+    network: str
+    width: int
+    batch: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.network} {self.width}, batch {self.batch}"
+
+    def model(self) -> nn.Module:
+        """The same weights every time."""
+        torch.manual_seed(0)
+        if self.network == "gpt":
+            return GPT(layers=4, width=self.width, heads=4, context=self.size, vocabulary=VOCABULARY)
+        return models.make(self.network, width=self.width, channels=1, size=self.size, classes=10)
+
+    def minibatch(self) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        if self.network == "gpt":
+            tokens = torch.randint(VOCABULARY, (self.batch, self.size + 1), generator=generator)
+            return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        x = torch.randn(self.batch, 1, self.size, self.size, generator=generator)
+        return x, torch.randint(10, (self.batch,), generator=generator)
+
+    def stages(self, count: int, balance: str = "time") -> list[nn.Module]:
+        model, (x, _) = self.model(), self.minibatch()
+        return layerpipe.split(model, count, (x,), balance=balance)
 
 
-NETWORKS: dict[str, list[Shape]] = {
-    "resnet18": resnet18(),
-    "gpt2": gpt(12, 768),
-    "layer1b": gpt(1, 9216, vocabulary=0),  # one layer of a billion parameters
-}
-
-
-def parameters(shapes: list[Shape]) -> int:
-    return sum(math.prod(shape) for shape in shapes)
+def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output.flatten(0, -2), target.flatten())

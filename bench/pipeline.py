@@ -5,9 +5,9 @@
 Every round times a few steps of each variant, one variant after the other, so that a change of the machine's speed
 meets all of them; ratios are formed within a round, and the table shows their median and quartiles.
 
-*Efficiency* is the pipeline's rate over ``stages`` times the rate of plain training on one thread: 1.0 would be stages
-that never wait and cost nothing. *Ratio* is its rate over the best plain one; its *limit* is what an efficiency of 1.0
-would give.
+*Efficiency* is the pipeline's rate over ``stages`` times that of plain training of the same code, eager or compiled,
+on one thread: 1.0 would be stages that never wait and cost nothing. *Ratio* is its rate over the best plain one of the
+same code; its *limit* is what an efficiency of 1.0 would give.
 """
 
 from __future__ import annotations
@@ -26,28 +26,23 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
-from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels
 from bench import environment
-from layerpipe import models
+from bench.networks import Case, loss_fn
+
+Run = Callable[[int], float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    width: int
-    batch: int
-    size: int
+class Options:
     stages: int
     balance: str
     past: str
-
-
-def model(case: Case) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return models.make("resnet18", width=case.width, channels=1, size=case.size, classes=10)
+    schedules: tuple[str, ...]
+    compiled: bool
+    split_backward: bool
 
 
 @contextmanager
@@ -60,37 +55,43 @@ def intraop(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def plain(case: Case, threads: int, x: Tensor, y: Tensor) -> Callable[[int], float]:
+def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
     """Seconds per step of an ordinary loop with torch's fused SGD."""
-    network = model(case)
+    network: Any = case.model()
+    x, y = case.minibatch()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=True)
+    if compiled:
+        network = torch.compile(network)
 
     def run(steps: int) -> float:
         with intraop(threads):
             start = time.perf_counter()
             for _ in range(steps):
                 optimizer.zero_grad()
-                F.cross_entropy(network(x), y).backward()
+                loss_fn(network(x), y).backward()
                 optimizer.step()
             return (time.perf_counter() - start) / steps
 
     return run
 
 
-def pipelined(case: Case, x: Tensor, y: Tensor) -> tuple[layerpipe.Pipeline, Callable[[int], float]]:
+def pipelined(case: Case, options: Options, schedule: str, *, compiled: bool = False) -> tuple[layerpipe.Pipeline, Run]:
     """Seconds per step of the pipeline in steady state, one intra-op thread in each worker."""
-    stages = layerpipe.split(model(case), case.stages, (x,), balance=case.balance)
+    x, y = case.minibatch()
+    stages: list[Any] = case.stages(options.stages, options.balance)
     pipe = layerpipe.Pipeline(
-        stages,
-        F.cross_entropy,
+        [torch.compile(stage) for stage in stages] if compiled else stages,
+        loss_fn,
         lambda params, **past: layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past),
-        past=case.past,
+        past=options.past,
+        schedule=schedule,
         executor="threads",
         threads_per_stage=1,
+        split_backward=options.split_backward,
     )
 
     def run(steps: int) -> float:
-        for _ in range(2 * case.stages + 1):  # fill, and let the workers wake up
+        for _ in range(2 * options.stages + 1):  # fill, and let the workers wake up
             pipe.step(x, y)
         start = time.perf_counter()
         for _ in range(steps):
@@ -100,34 +101,56 @@ def pipelined(case: Case, x: Tensor, y: Tensor) -> tuple[layerpipe.Pipeline, Cal
     return pipe, run
 
 
-def measure(case: Case, rounds: int, steps: int) -> dict[str, Any]:
-    """Seconds per step of each variant and round, and what follows from them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(case.batch, 1, case.size, case.size, generator=generator)
-    y = torch.randint(10, (case.batch,), generator=generator)
-    pipe, run = pipelined(case, x, y)
-    variants = {"plain, 1 thread": plain(case, 1, x, y), "plain, 2 threads": plain(case, 2, x, y), "pipeline": run}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    with pipe:
-        for variant in variants.values():
-            variant(3)
-        for _ in track(range(rounds), description=f"batch {case.batch}", transient=True):
-            for name, variant in variants.items():
-                seconds[name].append(variant(steps))
-            pipe.drain()
+def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Seconds per step of each variant and round, and what follows from them; one result per kind of code."""
+    cores = range(1, options.stages + 1)
+    kinds = [False, True] if options.compiled else [False]
+    variants: dict[tuple[bool, str], Run] = {}
+    pipes: dict[str, layerpipe.Pipeline] = {}
+    for compiled in kinds:
+        for threads in cores:
+            variants[compiled, f"plain, {threads}"] = plain(case, threads, compiled=compiled)
+        for schedule in options.schedules:
+            pipe, variants[compiled, schedule] = pipelined(case, options, schedule, compiled=compiled)
+            pipes[f"{compiled} {schedule}"] = pipe
+    seconds: dict[tuple[bool, str], list[float]] = {key: [] for key in variants}
+    try:
+        for run in variants.values():
+            run(3)
+        for _ in track(range(rounds), description=str(case), transient=True):
+            for key, run in variants.items():
+                seconds[key].append(run(steps))
+            for pipe in pipes.values():
+                pipe.drain()
         names = pipe.names
-    one, two, ours = (seconds[name] for name in variants)
-    best = [min(a, b) for a, b in zip(one, two, strict=True)]
-    return {
-        "case": dataclasses.asdict(case),
-        "stages": names,
-        "rounds": rounds,
-        "steps_per_round": steps,
-        "seconds": seconds,
-        "efficiency": [a / (case.stages * p) for a, p in zip(one, ours, strict=True)],
-        "ratio": [b / p for b, p in zip(best, ours, strict=True)],
-        "limit": [case.stages * b / a for a, b in zip(one, best, strict=True)],
-    }
+    finally:
+        for pipe in pipes.values():
+            pipe.close()
+    results = []
+    for compiled in kinds:
+        one = seconds[compiled, "plain, 1"]
+        best = [min(times) for times in zip(*(seconds[compiled, f"plain, {t}"] for t in cores), strict=True)]
+        for schedule in options.schedules:
+            ours = seconds[compiled, schedule]
+            results.append(
+                {
+                    "case": dataclasses.asdict(case),
+                    "options": dataclasses.asdict(options),
+                    "code": "compiled" if compiled else "eager",
+                    "schedule": schedule,
+                    "stages": names,
+                    "rounds": rounds,
+                    "steps_per_round": steps,
+                    "seconds": {
+                        **{f"plain, {t}": seconds[compiled, f"plain, {t}"] for t in cores},
+                        "pipeline": ours,
+                    },
+                    "efficiency": [a / (options.stages * p) for a, p in zip(one, ours, strict=True)],
+                    "ratio": [b / p for b, p in zip(best, ours, strict=True)],
+                    "limit": [options.stages * b / a for a, b in zip(one, best, strict=True)],
+                }
+            )
+    return results
 
 
 def spread(values: list[float], form: str) -> str:
@@ -137,44 +160,63 @@ def spread(values: list[float], form: str) -> str:
 
 def table(results: list[dict[str, Any]]) -> Table:
     out = Table(title="Samples per second and ratios: median (quartiles) over rounds", title_justify="left")
-    for column in ("width, batch", "plain, 1 thread", "plain, 2 threads", "pipeline", "efficiency", "ratio", "limit"):
-        out.add_column(column, justify="right" if column != "width, batch" else "left")
+    names = list(results[0]["seconds"])
+    first = ("network, batch", "code", "schedule")
+    for column in (*first, *(f"{n} thread" if n == "plain, 1" else n for n in names), "efficiency", "ratio", "limit"):
+        out.add_column(column, justify="left" if column in first else "right")
     for result in results:
         case = result["case"]
-        rates = [spread([case["batch"] / s for s in result["seconds"][name]], ".0f") for name in result["seconds"]]
+        rates = [spread([case["batch"] / s for s in result["seconds"][name]], ".0f") for name in names]
         ratios = [spread(result[name], ".2f") for name in ("efficiency", "ratio", "limit")]
-        out.add_row(f"{case['width']}, {case['batch']}", *rates, *ratios)
+        label = f"{case['network']} {case['width']}, {case['batch']}"
+        out.add_row(label, result["code"], result["schedule"], *rates, *ratios)
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=16, help="channels of ResNet-18's first layer")
-    parser.add_argument("--batch", type=int, nargs="+", default=[64, 8], help="batch sizes")
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        default=["resnet18:16:64", "resnet18:16:8", "resnet18:8:32", "gpt:256:16"],
+        metavar="NETWORK:WIDTH:BATCH",
+        help="resnet18 or gpt (4 layers); default: %(default)s",
+    )
     parser.add_argument("--size", type=int, default=28, help="image size")
+    parser.add_argument("--length", type=int, default=128, help="of the GPT's sequences")
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--schedule", nargs="+", default=["lockstep", "1f1b"])
+    parser.add_argument("--compile", action="store_true", help="also compiled stages against compiled plain training")
+    parser.add_argument("--split-backward", action="store_true")
     parser.add_argument("--balance", choices=("flops", "time", "params"), default="time")
     parser.add_argument("--past", default="blend", help="kind of past weights")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=2.0, help="about how long each variant runs in a round")
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--seconds", type=float, default=1.6, help="about how long each variant runs in a round")
     parser.add_argument("--json", type=Path, help="write the measurements here")
-    options = parser.parse_args()
-    if options.rounds < 2:
+    given = parser.parse_args()
+    if given.rounds < 2:
         parser.error("--rounds: quartiles need at least 2")
+    if given.compile:
+        # Kernels are made for a number of threads; a cached one may be of another.
+        torch._inductor.config.force_disable_caches = True
+    options = Options(
+        given.stages, given.balance, given.past, tuple(given.schedule), given.compile, given.split_backward
+    )
     results = []
-    for batch in options.batch:
-        case = Case(options.width, batch, options.size, options.stages, options.balance, options.past)
-        x, y = torch.randn(batch, 1, options.size, options.size), torch.zeros(batch, dtype=torch.long)
-        steps = max(5, round(options.seconds / plain(case, 1, x, y)(3)))
-        results.append(measure(case, options.rounds, steps))
+    for text in given.case:
+        try:
+            network, width, batch = text.split(":")
+            case = Case(network, int(width), int(batch), given.length if network == "gpt" else given.size)
+            steps = max(5, round(given.seconds / plain(case, 1)(3)))
+        except ValueError as error:
+            parser.error(f"--case {text}: {error}")
+        results += measure(case, options, given.rounds, steps)
     Console().print(table(results))
-    for result in results:
-        print(f"batch {result['case']['batch']}: stages {' | '.join(result['stages'])}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps({"environment": environment.describe(), "results": results}, indent=1) + "\n"
-        )
+    for text, result in zip(given.case, results[:: len(results) // len(given.case)], strict=True):
+        print(f"{text}: stages {' | '.join(result['stages'])}")
+    if given.json:
+        given.json.parent.mkdir(parents=True, exist_ok=True)
+        given.json.write_text(json.dumps({"environment": environment.describe(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

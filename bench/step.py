@@ -33,7 +33,7 @@ from torch import Tensor
 
 import layerpipe_kernels as lk
 from bench import environment
-from bench.networks import NETWORKS, Shape, parameters
+from bench.parameter_lists import NETWORKS, Shape, parameters
 from layerpipe_kernels import native, reference
 from layerpipe_kernels.options import Moment, PastDesign, SgdOptions
 from layerpipe_kernels.traffic import Traffic

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from layerpipe import checkpoint
 
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
@@ -20,6 +23,8 @@ pytest.importorskip("tensorboard")
 
 from layerpipe.cli import main
 from layerpipe.cli.config import TrainConfig, parse_decay
+from layerpipe.cli.progress import TrainingBar
+from layerpipe.cli.training import Step
 
 SMALL = ["--model", "mlp", "--width", "2", "--steps", "25", "--warmup", "5", "--batch-size", "16", "--lr", "0.05"]
 
@@ -80,9 +85,19 @@ def test_compare_makes_one_table_and_one_plot(tmp_path: Path, capsys: pytest.Cap
     }
 
 
+def test_compare_puts_schedules_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--past", "blend", "--schedule", "lockstep,1f1b", "--seeds", "1", "--stages", "3", "--no-baseline"]
+    assert run("compare", *SMALL, *arguments, "--out", str(tmp_path / "c")) == 0
+    rows = {line.split()[1]: line.split() for line in capsys.readouterr().out.splitlines() if "blend " in line}
+    assert (rows["lockstep"][2], rows["1f1b"][2]) == ("4", "2")
+    summary = json.loads((tmp_path / "c" / "summary.json").read_text())["results"]
+    assert [summary[f"blend {name}"]["delays"] for name in ("lockstep", "1f1b")] == [[4, 2, 0], [2, 1, 0]]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["compare", "--schedule", "lockstep,never"], "--schedule 'never' is unknown; there are: lockstep, 1f1b"),
         (["train", "--past", "yesterday"], "'yesterday' is not one of"),
         (["train", "--stages", "0"], "--stages"),
         (["train", "--colour", "blue"], "--colour"),
@@ -163,6 +178,114 @@ def test_ctrl_c_ends_cleanly_and_leaves_readable_metrics(tmp_path: Path) -> None
     assert "Traceback" not in error
     assert "Interrupted" in output
     assert metrics(out)[-1]["interrupted"] is True
+
+
+def test_a_profile_is_a_trace_of_every_stage_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run("train", *SMALL, "--stages", "3", "--profile", "--no-baseline", "--out", str(out)) == 0
+    printed = capsys.readouterr().out
+    for word in ("Time per tick", "compute", "channel", "Python", "at work", "trace.json"):
+        assert word in printed
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
+    names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    assert len(names) == 3
+
+
+def final_state(path: Path, run: str = "pipeline") -> dict[str, Any]:
+    return checkpoint.read(path / f"{run}.checkpoint")
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Losses, accuracies and the last checkpoint, bit for bit."""
+    for name in ("pipeline", "sequential"):
+        said = [[(m["event"], m["step"], m.get("loss"), m.get("accuracy"), m.get("lr")) for m in metrics(path)
+                 if m["run"] == name and m["event"] in ("step", "test")] for path in (a, b)]  # fmt: skip
+        assert said[0] == said[1]
+        one, two = final_state(a, name), final_state(b, name)
+        assert one["versions"] == two["versions"]
+        assert one["measured"] == two["measured"]
+        for key, value in one["model"].items():
+            assert torch.equal(value, two["model"][key]), key
+        for mine, theirs in zip(one["optimizer"]["stages"], two["optimizer"]["stages"], strict=True):
+            for index, state in mine["state"].items():
+                assert all(torch.equal(value, theirs["state"][index][key]) for key, value in state.items())
+
+
+CHECKPOINTED = ["--checkpoint-every", "7", "--past", "blend", "--stages", "3"]
+
+
+@pytest.mark.parametrize("when", [9, 24])
+def test_a_resumed_run_is_the_one_that_was_not_interrupted(
+    when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run("train", *SMALL, *CHECKPOINTED, "--out", str(tmp_path / "whole")) == 0
+
+    class Crash(Exception):
+        pass
+
+    def crash(bar: TrainingBar, step: Step) -> None:
+        if step.step == when:
+            raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingBar, "step", crash)
+        with pytest.raises(Crash):
+            main(["train", *SMALL, *CHECKPOINTED, "--out", str(tmp_path / "resumed")])
+    with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
+        file.write('{"run": "pipeline", "ev')  # killed while it wrote
+    assert run("train", "--resume", str(tmp_path / "resumed")) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
+    for name in ("loss.png", "past_weights.png", "timeline.png"):
+        assert (tmp_path / "resumed" / name).exists()
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(tmp_path: Path) -> None:
+    arguments = [*SMALL, *CHECKPOINTED, "--steps", "120"]
+    assert run("train", *arguments, "--out", str(tmp_path / "whole")) == 0
+    python = [sys.executable, "-c", "from layerpipe.cli import main; main()", "train"]
+    out, kills = tmp_path / "killed", 0
+    command = [*python, *arguments, "--out", str(out)]
+    while kills < 3:
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            seen = (out / "pipeline.checkpoint").stat().st_mtime_ns if kills else 0
+            deadline = time.monotonic() + 120
+            while process.poll() is None and time.monotonic() < deadline:
+                file = out / "pipeline.checkpoint"
+                if file.exists() and file.stat().st_mtime_ns > seen:
+                    break
+                time.sleep(0.005)
+            process.kill()
+        kills += 1
+        command = [*python, "--resume", str(out)]
+    assert run("train", "--resume", str(out)) == 0
+    assert_same_run(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--resume", "none"], "config.json cannot be read"),
+        (["--resume", "plain"], "started without --checkpoint-every"),
+        (["--resume", "plain", "--lr", "0.1", "--batch-size", "4"], "leave out --lr, --batch-size"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_resumed_is_said(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "config.json").write_text(json.dumps(TrainConfig().to_json()))
+    assert run("train", *arguments) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,10 @@ for x, y in loader:
 pipe.drain()
 """
 
-from layerpipe.errors import DivergenceError, StageError
+from layerpipe.errors import CheckpointError, DivergenceError, StageError
 from layerpipe.partition import split
 from layerpipe.pipeline import Pipeline, StageMemory
 
 __version__ = "0.1.0"
 
-__all__ = ["DivergenceError", "Pipeline", "StageError", "StageMemory", "split"]
+__all__ = ["CheckpointError", "DivergenceError", "Pipeline", "StageError", "StageMemory", "split"]

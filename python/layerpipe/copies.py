@@ -6,6 +6,7 @@ keeps it whole for every minibatch in flight: the backward is right, but that we
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -52,3 +53,15 @@ def _depth_first(roots: list[Any]) -> list[Any]:
             todo.append((node, True))
             todo.extend((parent, False) for parent, _ in node.next_functions)
     return order
+
+
+def warn_of_copies(stage: str, module: nn.Module, outputs: Iterable[Tensor]) -> None:
+    """Say once which weights of a stage are stashed, by name."""
+    names = {param: name for name, param in module.named_parameters()}
+    copied = [names[p] for p in dict.fromkeys(copied_parameters(outputs)) if p in names]
+    if copied:
+        warnings.warn(
+            f"{stage}: the forward works on copies of {', '.join(copied)} (autocast or weight norm?), which are kept "
+            "for every minibatch in flight; their past values are exact, but stashed",
+            stacklevel=2,
+        )

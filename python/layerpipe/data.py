@@ -27,8 +27,8 @@ class Images(NamedTuple):
     test_y: Tensor
     classes: int
 
-    def batches(self, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Shuffled training minibatches, without end; the order depends on the seed alone.
+    def batches(self, size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Shuffled training minibatches from the ``start``-th on, without end; the order depends on the seed alone.
 
         Raises:
             DataError: a batch larger than the data.
@@ -39,8 +39,10 @@ class Images(NamedTuple):
         generator = torch.Generator().manual_seed(seed)
         while True:
             order = torch.randperm(count, generator=generator)
-            for chosen in order[: count - count % size].view(-1, size):
+            epoch = order[: count - count % size].view(-1, size)
+            for chosen in epoch[start:]:
                 yield self.train_x[chosen], self.train_y[chosen]
+            start = max(0, start - len(epoch))
 
 
 def load(name: str, root: Path) -> Images:

@@ -18,6 +18,10 @@ class DivergenceError(StageError):
     """A stage met NaN or infinity, in what crosses its boundaries or, when the pipe is empty, in its weights."""
 
 
+class CheckpointError(RuntimeError):
+    """A file that is no checkpoint, or one of another pipeline."""
+
+
 class UsageError(ValueError):
     """What a user of the command line asked for does not exist or does not fit together."""
 

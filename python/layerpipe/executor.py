@@ -14,6 +14,7 @@ import torch
 
 from layerpipe.channels import ChannelClosed
 from layerpipe.errors import StageError
+from layerpipe.interrupts import Held
 from layerpipe.schedule import Action
 
 
@@ -75,9 +76,22 @@ class Executor(ABC):
     def _named(self, stage: int, error: BaseException) -> BaseException:
         if isinstance(error, StageError) or not isinstance(error, Exception):
             return error
-        named = StageError(self.names[stage], f"{type(error).__name__}: {error}")
+        hint = f"; {_MEMORY_HINT}" if _out_of_memory(error) else ""
+        named = StageError(self.names[stage], f"{type(error).__name__}: {error}{hint}")
         named.__cause__ = error
         return named
+
+
+_MEMORY_HINT = (
+    "out of memory: try smaller minibatches, more stages, torch.utils.checkpoint around this stage's layers, or fewer "
+    "copies for past weights (past='blend' with a lower order)"
+)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own for it on accelerators only."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 class Serial(Executor):
@@ -89,12 +103,15 @@ class Serial(Executor):
 
     def submit(self, tick: Tick) -> None:
         self.check()
-        for action in tick.actions:
-            try:
-                self._run(action, tick)
-            except BaseException as error:
-                self._failure = self._named(action.stage, error)
-                raise self._failure from self._failure.__cause__
+        with Held() as interrupt:
+            for action in tick.actions:
+                try:
+                    self._run(action, tick)
+                    if interrupt.came:
+                        interrupt.release()
+                except BaseException as error:
+                    self._failure = self._named(action.stage, error)
+                    raise self._failure from self._failure.__cause__
 
     def wait(self, done: Callable[[], bool]) -> None:
         if not done():
@@ -109,7 +126,7 @@ class Threads(Executor):
 
     Args:
         close_channels: called when a worker failed or the pipeline is closed, so that nobody waits for it.
-        threads_per_stage: torch's intra-op threads in each worker; by default the caller's setting shared among them.
+        threads_per_stage: torch's intra-op threads of every worker; by default the caller's setting shared among them.
     """
 
     name = "threads"
@@ -122,7 +139,7 @@ class Threads(Executor):
         run: Run,
         *,
         close_channels: Callable[[], None],
-        threads_per_stage: int | None = None,
+        threads_per_stage: Sequence[int] | None = None,
     ) -> None:
         super().__init__(names, run)
         self._close_channels = close_channels
@@ -130,12 +147,12 @@ class Threads(Executor):
         self._commands: list[Commands] = [queue.SimpleQueue() for _ in names]
         self._events: Events = queue.SimpleQueue()
         mine = torch.get_num_threads()
-        share = threads_per_stage or max(1, mine // len(names))
+        shares = threads_per_stage or [max(1, mine // len(names))] * len(names)
         ready = threading.Barrier(len(names) + 1)
         self._workers = [
             threading.Thread(
                 target=_work,
-                args=(s, share, ready, self._commands[s], self._events, weakref.ref(self)),
+                args=(s, shares[s], ready, self._commands[s], self._events, weakref.ref(self)),
                 name=f"layerpipe {name}",
                 daemon=True,
             )
@@ -149,8 +166,11 @@ class Threads(Executor):
     def submit(self, tick: Tick) -> None:
         self.check()
         self._take_events(block=False)
-        for stage, commands in enumerate(self._commands):
-            commands.put((tick, [a for a in tick.actions if a.stage == stage]))
+        by_stage: list[list[Action]] = [[] for _ in self._commands]
+        for action in tick.actions:
+            by_stage[action.stage].append(action)
+        for commands, actions in zip(self._commands, by_stage, strict=True):
+            commands.put((tick, actions))
 
     def wait(self, done: Callable[[], bool]) -> None:
         self.check()

@@ -36,7 +36,8 @@ def history_copies(past: str, delay: int, *, order: int = 2, momentum: float = 0
         return 0
     if past == "stash":
         return delay
-    return history.make(past, history.Settings(delay=delay, order=order, momentum=momentum)).emas
+    settings = history.Settings(delay=delay, order=order, momentum=momentum, correlation=momentum, newest=momentum > 0)
+    return history.make(past, settings).emas
 
 
 def stage_memory(

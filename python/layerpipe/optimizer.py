@@ -7,6 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+
+#: Of one stage: a dict per parameter group.
+Options = list[dict[str, Any]]
 
 
 class PipelineOptimizer(torch.optim.Optimizer):
@@ -30,15 +34,22 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._complete = False
         super().__init__(groups, dict(self._optimizers[0].defaults))
         self._complete = True
+        self._values: list[tuple[Any, ...]] | None = None
+        self._options: list[Options] = []
 
-    def options_by_stage(self) -> list[list[dict[str, Any]]]:
-        """A copy of every group's options, for the stages with parameters in their order."""
-        groups = iter(self.param_groups)
+    def options_by_stage(self) -> list[Options]:
+        """Every group's options, for the stages with parameters in their order: a copy, the same until they change."""
         self._opt_called = True  # what torch's schedulers look at before they warn that nobody stepped
-        return [
-            [{k: _frozen(v) for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
-            for optimizer in self._optimizers
-        ]
+        values = [tuple(group.values()) for group in self.param_groups]
+        if values != self._values:
+            groups = iter(self.param_groups)
+            self._options = [
+                [{k: _frozen(v) for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
+                for optimizer in self._optimizers
+            ]
+            in_place = any(isinstance(v, torch.Tensor) for group in values for v in group)
+            self._values = None if in_place else values  # a tensor may change and stay the same object
+        return self._options
 
     @property  # type: ignore[override]
     def state(self) -> dict[Any, Any]:
@@ -87,16 +98,46 @@ class PipelineOptimizer(torch.optim.Optimizer):
             )
         for i, (group, values) in enumerate(zip(self.param_groups, options, strict=True)):
             for key in _PAST:
+                if callable(group.get(key)) and key not in values:
+                    continue  # a file holds no function
                 if group.get(key) != values.get(key):
                     raise ValueError(
                         f"the state's parameter group {i} was trained with {key}={values.get(key)!r}, this pipeline "
                         f"has {key}={group.get(key)!r}; make the pipeline with the same stages, schedule and past"
                     )
         self._synchronize()
+        self._values = None  # the stages' own options are about to change
         for optimizer, state in zip(self._optimizers, stages, strict=True):
             optimizer.load_state_dict(state)
         for group, values in zip(self.param_groups, options, strict=True):
             group.update(values)
+
+
+def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> None:
+    """Refuse an optimizer that a stage's factory made and that cannot serve it.
+
+    Raises:
+        ValueError: it lacks a parameter, or was made for another delay.
+        TypeError: a delay needs past weights, and it does not know them.
+    """
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in module.named_parameters() if p.requires_grad and p not in held]
+    if missing:
+        raise ValueError(f"{stage}: the optimizer was given {missing[0]}, but holds it in no parameter group")
+    if not delay:
+        return
+    advice = "optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
+    if not hasattr(optimizer, "past_view"):
+        raise TypeError(
+            f"{stage} gets its gradients {delay} updates late, and {type(optimizer).__name__} does not know its past "
+            f"weights; use layerpipe_kernels.SGD and pass it the pipeline's keywords: {advice}"
+        )
+    for group in optimizer.param_groups:
+        if group["delay"] != delay:
+            raise ValueError(
+                f"{stage} has a delay of {delay}, its optimizer one of {group['delay']}; pass the pipeline's keywords "
+                f"on: {advice}"
+            )
 
 
 def _frozen(value: Any) -> Any:

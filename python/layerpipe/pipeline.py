@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import collections
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from layerpipe import checkpoint
 from layerpipe import schedule as schedules
 from layerpipe.channels import Channel
+from layerpipe.errors import CheckpointError
 from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
 from layerpipe.optimizer import PipelineOptimizer
 from layerpipe.partition import is_split, label, refuse_shared
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
+from layerpipe.tracing import CHANNEL, Trace
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -54,10 +59,13 @@ class Pipeline:
         past: how past weights are had, ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``.
         order: number of EMAs of a blend.
         ema_decay: decay rule; by default what suits ``past``.
-        schedule: ``"lockstep"`` or ``"sequential"``.
+        schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
+            :mod:`layerpipe.schedule`.
         executor: ``"serial"`` or ``"threads"``.
-        threads_per_stage: torch's intra-op threads in each worker thread.
+        threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage, more for
+            the slow ones; by default the caller's setting shared equally, at least 1.
         max_norm: clip the norm of each stage's gradient to this before its update.
+        split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
         check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity (CPU only).
 
     Raises:
@@ -80,8 +88,9 @@ class Pipeline:
         ema_decay: Any = None,
         schedule: str = "lockstep",
         executor: str = "serial",
-        threads_per_stage: int | None = None,
+        threads_per_stage: int | Sequence[int] | None = None,
         max_norm: float | None = None,
+        split_backward: bool = False,
         check_finite: bool = True,
     ) -> None:
         if not stages:
@@ -91,13 +100,17 @@ class Pipeline:
                 raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
         if executor not in EXECUTORS:
             raise ValueError(f"executor={executor!r} is unknown; there are: {', '.join(EXECUTORS)}")
-        if threads_per_stage is not None and threads_per_stage < 1:
-            raise ValueError(f"threads_per_stage must be at least 1, got {threads_per_stage}")
+        shares = [threads_per_stage] * len(stages) if isinstance(threads_per_stage, int) else threads_per_stage
+        if shares is not None and (len(shares) != len(stages) or min(shares) < 1):
+            raise ValueError(
+                f"threads_per_stage must be at least 1, for all or for each of {len(stages)} stages, "
+                f"got {threads_per_stage}"
+            )
         refuse_shared(stages)
         self.modules = list(stages)
         self.stages: list[Stage] = []
         self.loss_fn = loss_fn
-        self.schedule = schedules.make(schedule, len(stages))
+        self.schedule = schedules.make(schedule, len(stages), executor)
         self.delays = self.schedule.delays()
         self.losses: collections.deque[Tensor] = collections.deque()
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
@@ -114,6 +127,7 @@ class Pipeline:
                     advice=_advice(past, order, max(self.delays)),
                     max_norm=max_norm,
                     check_finite=check_finite,
+                    split_backward=split_backward,
                 )
             )
         self.optimizer = PipelineOptimizer(
@@ -129,9 +143,7 @@ class Pipeline:
         names = [s.name for s in self.stages]
         self._executor: Executor
         if executor == "threads":
-            self._executor = Threads(
-                names, self._run, close_channels=self._close_channels, threads_per_stage=threads_per_stage
-            )
+            self._executor = Threads(names, self._run, close_channels=self._close_channels, threads_per_stage=shares)
         else:
             self._executor = Serial(names, self._run)
         self._restart()
@@ -153,12 +165,16 @@ class Pipeline:
             StageError: a stage raised; the message names it, ``__cause__`` is the original.
             DivergenceError: a stage met NaN or infinity.
             RuntimeError: inside ``torch.no_grad()`` or ``torch.autocast``, which reach no other thread.
+            ValueError: the inputs require gradients.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("pipe.step() trains; call it outside torch.no_grad()")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise RuntimeError("autocast does not reach the stages' threads; enter it inside a stage's forward")
-        self._submit((inputs if isinstance(inputs, tuple) else (inputs,), target))
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            raise ValueError("the pipeline computes no gradient of its inputs; pass inputs.detach()")
+        self._submit((inputs, target))
         expected = self.fed - self.latency
         if expected <= 0:
             return None
@@ -221,22 +237,42 @@ class Pipeline:
 
     def _run(self, action: Action, tick: Tick) -> None:
         start = time.perf_counter()
-        stage, last = self.stages[action.stage], action.stage == len(self.stages) - 1
+        at, _, minibatch = action
+        stage, last = self.stages[at], at == len(self.stages) - 1
         if action.kind == "F":
-            source = self._activations[action.stage - 1] if action.stage else self._input
-            outputs = stage.forward(action.minibatch, source.get())
+            inputs = self._receive(stage, self._activations[at - 1] if at else self._input)
+            outputs = stage.forward(minibatch, inputs)
             if last:
-                self.losses.append(stage.loss(action.minibatch, self.loss_fn, self._target.get()))
+                self.losses.append(stage.loss(minibatch, self.loss_fn, self._target.get()))
             else:
-                self._activations[action.stage].put(outputs)
+                self._activations[at].put(outputs)
         else:
-            grads = None if last else self._gradients[action.stage].get()
-            upstream = stage.backward(action.minibatch, grads)
-            if action.stage:
-                self._gradients[action.stage - 1].put(upstream)
-            stage.update(tick.options[action.stage])
-        if len(self.trace) < 64 * len(self.stages):
-            self.trace.append(Event(tick.number, action, start, time.perf_counter()))
+            upstream = stage.backward(minibatch, None if last else self._receive(stage, self._gradients[at]))
+            if at:
+                self._gradients[at - 1].put(upstream)
+            stage.backward_weights()
+            stage.update(tick.options[at])
+        if len(self.trace) < 64 * len(self.stages) or stage.spans is not None:
+            end = time.perf_counter()
+            if stage.spans is not None:
+                stage.spans.append((f"{action.kind}{minibatch}", start, end))
+            if len(self.trace) < 64 * len(self.stages):
+                self.trace.append(Event(tick.number, action, start, end))
+
+    @staticmethod
+    def _receive(stage: Stage, channel: Channel) -> Any:
+        if stage.spans is None:
+            return channel.get()
+        start = time.perf_counter()
+        item = channel.get()
+        stage.spans.append((CHANNEL, start, time.perf_counter()))
+        return item
+
+    def watch(self, trace: Trace | None) -> None:
+        """Write what every stage does into a trace from now on, or stop with ``None``."""
+        self._executor.synchronize()
+        for i, stage in enumerate(self.stages):
+            stage.watch(trace.stages[i] if trace is not None else None)
 
     # -- like a module -------------------------------------------------------------------------------------------
 
@@ -293,6 +329,44 @@ class Pipeline:
             mine = {k[cut:]: v for k, v in state.items() if not prefix or k.startswith(f"{prefix}.")}
             known = module.state_dict().keys()
             module.load_state_dict({k: v for k, v in mine.items() if k in known}, strict=False)
+
+    def checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> list[Tensor]:
+        r"""Drain the pipe and write everything that training goes on from into a file, which is whole at any moment.
+
+        A pipeline that goes on, and one that :meth:`resume`\ s from the file, do the same bit for bit: weights,
+        buffers, optimizers with their averages, random numbers. The data's order and a scheduler are the caller's.
+
+        Args:
+            path: replaced in one move when the new content is on the disk.
+            extra: what :meth:`resume` shall return: tensors, numbers, strings, lists and dicts of them.
+
+        Returns:
+            The losses that :meth:`step` had still to return, as :meth:`drain` does.
+        """
+        losses = self.drain()
+        checkpoint.write(Path(path), {**checkpoint.of(self), "extra": extra})
+        return losses
+
+    def resume(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+        """Go on from a file that :meth:`checkpoint` wrote, with the same stages, schedule and ``past``.
+
+        Returns:
+            ``extra``, as it was given to :meth:`checkpoint`.
+
+        Raises:
+            RuntimeError: minibatches are in the pipe.
+            CheckpointError: the file is no checkpoint, or one of another pipeline. Nothing has been loaded then.
+        """
+        if self.tick:
+            raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
+        content = checkpoint.read(Path(path))
+        try:
+            checkpoint.load(self, content)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        self._restart()
+        extra: dict[str, Any] = content["extra"]
+        return extra
 
     def _prefixes(self) -> list[str]:
         split = all(map(is_split, self.modules))

@@ -39,7 +39,7 @@ class ReconstructionProbe:
         self.stage, self.every = stage, every
         self.readings: list[Reading] = []
         generator = torch.Generator().manual_seed(seed)
-        params = [p for p in stage.module.parameters() if p.requires_grad]
+        params = [p for p in stage.module.parameters() if p.requires_grad and p not in stage.without_past]
         total = sum(p.numel() for p in params)
         self._chosen = [
             (p, torch.randint(p.numel(), (max(8, samples * p.numel() // total),), generator=generator).to(p.device))
@@ -50,6 +50,8 @@ class ReconstructionProbe:
         stage.probe = self
 
     def __call__(self, stage: Stage) -> None:
+        if not self._chosen:
+            return
         now = self._sample([p for p, _ in self._chosen])
         self._past.append((stage.version, now))
         n = min(stage.version - stage.base, stage.delay)

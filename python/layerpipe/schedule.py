@@ -6,6 +6,17 @@ Lockstep, three stages; ``F3`` is the forward of minibatch 3, ``B3`` its backwar
     stage 0   F0   F1   F2     F3     F4 B0  F5 B1  F6 B2      n = 4
     stage 1        F0   F1     F2 B0  F3 B1  F4 B2  F5 B3      n = 2
     stage 2             F0 B0  F1 B1  F2 B2  F3 B3  F4 B4      n = 0
+
+1F1B (PipeDream): a backward goes through all stages in the tick of its forward in the last one, half as late::
+
+    tick      0    1    2      3      4
+    stage 0   F0   F1   F2 B0  F3 B1  F4 B2      n = 2
+    stage 1        F0   F1 B0  F2 B1  F3 B2      n = 1
+    stage 2             F0 B0  F1 B1  F2 B2      n = 0
+
+``auto`` is 1F1B where one processor does a stage's forward and backward in turn, as all executors here do: both
+schedules then keep it equally busy, and 1F1B's weights are half as old. Its price is slack: in lockstep a stage may be
+a whole tick late before a neighbour waits for it; in 1F1B the loop from a stage to the end and back is always taut.
 """
 
 from __future__ import annotations
@@ -78,6 +89,28 @@ class Lockstep(Schedule):
         return fed + 2 * (self.stages - 1) if fed else 0
 
 
+class OneFOneB(Schedule):
+    """Every stage runs one forward, then one backward (PipeDream): ``n(s) = P - 1 - s``."""
+
+    name = "1f1b"
+
+    def tick(self, tick: int, fed: int) -> list[Action]:
+        minibatches = ((s, tick - s) for s in range(self.stages))
+        forwards = [Action(s, "F", m) for s, m in minibatches if 0 <= m < fed]
+        m = tick - (self.stages - 1)
+        return forwards + [Action(s, "B", m) for s in reversed(range(self.stages)) if 0 <= m < fed]
+
+    def delays(self) -> list[int]:
+        return retiming.delays(self.stages, "1f1b")
+
+    @property
+    def latency(self) -> int:
+        return self.stages - 1
+
+    def ticks(self, fed: int) -> int:
+        return fed + self.stages - 1 if fed else 0
+
+
 class Sequential(Schedule):
     """One minibatch at a time through all stages and back: ordinary training, ``n = 0``."""
 
@@ -100,15 +133,18 @@ class Sequential(Schedule):
         return fed
 
 
-SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (Lockstep, Sequential)}
+SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (Lockstep, OneFOneB, Sequential)}
+#: What ``auto`` stands for, by the executor's name.
+AUTO = {"serial": OneFOneB.name, "threads": OneFOneB.name}
+NAMES = (*SCHEDULES, "auto")
 
 
-def make(name: str, stages: int) -> Schedule:
-    """The schedule of this name.
+def make(name: str, stages: int, executor: str = "serial") -> Schedule:
+    """The schedule of this name; ``auto`` is the one for this executor.
 
     Raises:
         ValueError: an unknown name.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"schedule={name!r} is unknown; there are: {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](stages)
+    if name not in NAMES:
+        raise ValueError(f"schedule={name!r} is unknown; there are: {', '.join(NAMES)}")
+    return SCHEDULES[AUTO[executor] if name == "auto" else name](stages)

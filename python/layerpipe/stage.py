@@ -2,55 +2,45 @@
 
 from __future__ import annotations
 
-import bisect
 import collections
+import contextlib
 import math
-import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerpipe.copies import copied_parameters
+from layerpipe import engine, first_layer
+from layerpipe.copies import warn_of_copies
 from layerpipe.errors import DivergenceError
+from layerpipe.optimizer import Options, check_stage
+from layerpipe.recompute import Recomputation, past_in_place
+from layerpipe.saved import SavedTensors, Spans
+from layerpipe.split_backward import SplitBackward
+from layerpipe_kernels.optim import PastOptimizer
 
 Tensors = tuple[Tensor, ...]
-
-
-class _SavedWeight(NamedTuple):
-    """A saved tensor that lives in a parameter's memory: not the values, but where they are."""
-
-    param: Tensor
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int  # elements behind the parameter's first
-
-
-class _SavedActivation(NamedTuple):
-    tensor: Tensor
-    version: int  # a change in place after the forward must still be noticed
 
 
 class _Flight:
     """A minibatch between its forward and its backward."""
 
-    def __init__(self, version: int) -> None:
-        self.version = version
-        self.inputs: Tensors = ()
+    __slots__ = ("inputs", "outputs", "saved", "saved_bytes", "version")
+
+    def __init__(self, version: int, inputs: Tensors) -> None:
+        self.version, self.inputs = version, inputs
         self.outputs: Tensors = ()
-        self.saved: dict[int, int] = {}  # what autograd keeps, weights apart: address -> bytes
+        self.saved: dict[int, int] | None = None  # what autograd keeps, weights apart: address -> bytes
         self.saved_bytes = 0
 
 
 class Stage:
     """A part of the network with its own optimizer and its own count of updates.
 
-    Autograd saves references to parameters, which the optimizer then changes in place. A stage packs them as
-    ``(parameter, view)`` and hands the backward the same view of the past weights ``What(t - n)`` instead, made layer
-    by layer, just in time. With a delay of 0 the parameters themselves are the past weights.
+    Its backward sees the past weights ``What(t - n)``, see :mod:`layerpipe.saved`; with a delay of 0 the parameters
+    themselves are the past weights.
 
     Args:
         module: the layers.
@@ -62,6 +52,7 @@ class Stage:
         advice: what to try when the stage diverges.
         max_norm: clip the norm of this stage's gradient to this before each update.
         check_finite: look for NaN and infinity at the stage's boundaries.
+        split_backward: leave weight gradients for :meth:`backward_weights`.
     """
 
     def __init__(
@@ -75,6 +66,7 @@ class Stage:
         advice: str = "",
         max_norm: float | None = None,
         check_finite: bool = True,
+        split_backward: bool = False,
     ) -> None:
         self.module, self.optimizer = module, optimizer
         self.index, self.delay, self.name = index, delay, name
@@ -82,76 +74,94 @@ class Stage:
         self.version = 0  # updates so far
         self.base = 0  # version when the pipe was last empty
         self.measured: collections.Counter[int] = collections.Counter()  # n seen in the backward -> how often
-        self.scratch_bytes = 0  # the largest past weight made for a backward
         self.activation_bytes = 0  # the most that was kept between forwards and backwards
         self.probe: Callable[[Stage], None] | None = None  # looks on, before each backward
+        self.spans: Spans | None = None  # what took how long, while somebody looks
         self._flights: dict[int, _Flight] = {}
+        self._kept_bytes = 0  # by all flights
         self._all_params = list(module.parameters())
         self._params = [p for p in self._all_params if p.requires_grad]
         self._look_for_copies = delay > 0  # in the first forward
+        self._recomputes: bool | None = None if delay else False  # not known before the first backward
+        self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
+        self._rest: SplitBackward | None = None
+        self._options: Options | None = None
         if optimizer is not None:
-            held = {p for group in optimizer.param_groups for p in group["params"]}
-            missing = [n for n, p in module.named_parameters() if p.requires_grad and p not in held]
-            if missing:
-                raise ValueError(f"{name}: the optimizer was given {missing[0]}, but holds it in no parameter group")
-        if delay and optimizer is not None and not hasattr(optimizer, "past_view"):
-            raise TypeError(
-                f"{name} gets its gradients {delay} updates late, and {type(optimizer).__name__} does not know its "
-                "past weights; use layerpipe_kernels.SGD and pass it the pipeline's keywords: "
-                "optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
-            )
-        for group in optimizer.param_groups if delay and optimizer is not None else ():
-            if group["delay"] != delay:
-                raise ValueError(
-                    f"{name} has a delay of {delay}, its optimizer one of {group['delay']}; pass the pipeline's "
-                    "keywords on: optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
-                )
+            check_stage(name, module, optimizer, delay)
+        self.without_past: set[nn.Parameter] = set()  # weights whose past no backward reads
+        if delay and index == 0 and isinstance(optimizer, PastOptimizer):
+            self.without_past = first_layer.without_past(module)
+            first_layer.drop_history(optimizer, self.without_past)
+        past_view = optimizer.past_view if delay and optimizer is not None else None
+        self._saved = SavedTensors(self._all_params, past_view)
 
     # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, minibatch: int, inputs: Tensors) -> Tensors:
         """Run the layers on a minibatch and keep its graph; returns outputs cut off from it."""
-        flight = _Flight(self.version)
         if self.index:
-            inputs = tuple(x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs)
-        flight.inputs = inputs
-        with self._saving(flight):
+            inputs = tuple([x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs])
+        flight = _Flight(self.version, inputs)
+        # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
+        hooked = self.delay > 0 or self.version == self.base
+        start = time.perf_counter()
+        if hooked:
+            flight.saved = self._saved.begin()
+            with self._saved.hooks:
+                outputs = self.module(*inputs)
+        else:
             outputs = self.module(*inputs)
+        self._span("layers", start)
         flight.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for output in flight.outputs:
             if not isinstance(output, Tensor):
                 raise TypeError(f"a stage returns a tensor or a tuple of tensors, got {type(output).__name__}")
-        self._check_finite(flight.outputs, "output", minibatch)
+        if self.check_finite:
+            self._check_finite(flight.outputs, "output", minibatch)
         self._flights[minibatch] = flight
         if self._look_for_copies:
             self._look_for_copies = False
-            self._warn_of_copies(flight.outputs)
-        self._count(flight)
-        return tuple(y.detach() for y in flight.outputs)
+            warn_of_copies(self.name, self.module, flight.outputs)
+        if hooked:
+            self._count(flight)
+        return tuple([y.detach() for y in flight.outputs])
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
         flight = self._flights[minibatch]
-        with self._saving(flight):
+        start = time.perf_counter()
+        if flight.saved is not None:
+            self._saved.resume(flight.saved)
+            with self._saved.hooks:
+                loss = loss_fn(*flight.outputs, target)
+            self._count(flight)
+        else:
             loss = loss_fn(*flight.outputs, target)
+        self._span("layers", start)
         if loss.numel() != 1:
             raise ValueError(f"loss_fn must return one number, got a tensor of shape {tuple(loss.shape)}")
         if not loss.requires_grad:
             raise RuntimeError("the loss depends on no trained weight: is it detached, or everything frozen?")
-        self._check_finite((loss,), "loss", minibatch)
+        if self.check_finite:
+            self._check_finite((loss,), "loss", minibatch)
         flight.outputs = (loss,)
-        self._count(flight)
         return loss.detach()
 
     def _count(self, flight: _Flight) -> None:
-        flight.saved_bytes = sum(flight.saved.values())
-        self.activation_bytes = max(self.activation_bytes, sum(f.saved_bytes for f in self._flights.values()))
+        assert flight.saved is not None
+        before, flight.saved_bytes = flight.saved_bytes, sum(flight.saved.values())
+        self._kept_bytes += flight.saved_bytes - before
+        self.activation_bytes = max(self.activation_bytes, self._kept_bytes)
 
     # -- backward ------------------------------------------------------------------------------------------------
 
     def backward(self, minibatch: int, grads: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
-        """Gradients of a minibatch, its parameters' into ``.grad``; returns those of the stage's inputs."""
+        """Gradients of a minibatch: of the stage's inputs, returned, and of its parameters, into ``.grad``.
+
+        With ``split_backward`` those of the parameters are complete after :meth:`backward_weights`.
+        """
         flight = self._flights.pop(minibatch)
+        self._kept_bytes -= flight.saved_bytes
         n = self.version - flight.version
         self.measured[n] += 1
         if n != min(self.version - self.base, self.delay):
@@ -164,24 +174,66 @@ class Stage:
         if grads is not None:
             wanted = [(y, g) for y, g in wanted if g is not None]
         if wanted:
-            torch.autograd.backward([y for y, _ in wanted], [g for _, g in wanted])
-        upstream = tuple(x.grad for x in flight.inputs) if self.index else ()
-        self._check_finite([g for g in upstream if g is not None], "gradient", minibatch)
+            start = time.perf_counter()
+            self._differentiate(flight.inputs, [y for y, _ in wanted], [g for _, g in wanted])
+            self._span("layers", start)
+        if not self.index:
+            return ()
+        upstream = tuple([x.grad for x in flight.inputs])
+        if self.check_finite:
+            self._check_finite([g for g in upstream if g is not None], "gradient", minibatch)
         return upstream
 
-    def update(self, options: list[dict[str, Any]]) -> None:
+    def _differentiate(self, inputs: Tensors, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
+        if self._recomputes is None:  # the first minibatch, whose past weights are the present ones
+            with Recomputation(self._params) as recomputation:
+                engine.backward(outputs, grads)
+            self._recomputes = recomputation.seen
+        elif self._recomputes:
+            assert self.optimizer is not None
+            self._saved.as_they_are = True
+            try:
+                with past_in_place(self._params, self.optimizer.past_view) if self.delay else contextlib.nullcontext():
+                    engine.backward(outputs, grads)
+            finally:
+                self._saved.as_they_are = False
+        elif self._split_backward and (leaves := [x for x in inputs if x.requires_grad]):
+            self._rest = SplitBackward(outputs, leaves)
+            self._rest.activations(grads)
+        else:
+            engine.backward(outputs, grads)
+
+    def backward_weights(self) -> None:
+        """What a split backward has left to do; nothing otherwise."""
+        if self._rest is None:
+            return
+        start = time.perf_counter()
+        rest, self._rest = self._rest, None
+        self._saved.as_they_are = True  # a weight's own gradient does not depend on its values
+        try:
+            rest.weights()
+        finally:
+            self._saved.as_they_are = False
+        self._span("weight gradients", start)
+
+    def update(self, options: Options) -> None:
         """Step the optimizer with these options per parameter group, as they were when the tick was submitted."""
         if self.optimizer is not None:
-            for group, values in zip(self.optimizer.param_groups, options, strict=True):
-                group.update(values)
+            start = time.perf_counter()
+            if options is not self._options:
+                for group, values in zip(self.optimizer.param_groups, options, strict=True):
+                    group.update(values)
+                self._options = options
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(self._params, self.max_norm)
             self.optimizer.step()
+            self._span("step", start)
         self.version += 1
 
     def restart(self) -> None:
         """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0."""
         self.base = self.version
+        self._options = None  # a state may have been loaded
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
 
@@ -189,12 +241,23 @@ class Stage:
     def in_flight(self) -> int:
         return len(self._flights)
 
-    def _check_finite(self, tensors: Any, what: str, minibatch: int) -> None:
-        if not self.check_finite:
-            return
+    @property
+    def scratch_bytes(self) -> int:
+        """Of the largest past weight made for a backward, or of all where a backward recomputes."""
+        return sum(p.nbytes for p in self._params) if self._recomputes else self._saved.scratch_bytes
+
+    def watch(self, spans: Spans | None) -> None:
+        """Write down what takes how long from now on, or stop."""
+        self.spans = self._saved.spans = spans
+
+    def _span(self, name: str, start: float) -> None:
+        if self.spans is not None:
+            self.spans.append((name, start, time.perf_counter()))
+
+    def _check_finite(self, tensors: Iterable[Tensor], what: str, minibatch: int) -> None:
         for tensor in tensors:
             # On an accelerator, reading the value would make the host wait for the device.
-            if tensor.device.type == "cpu" and tensor.is_floating_point() and not _finite(tensor):
+            if tensor.is_cpu and tensor.is_floating_point() and not _finite(tensor):
                 self._diverged(f"the {what} of minibatch {minibatch}")
 
     def check_weights(self) -> None:
@@ -213,65 +276,10 @@ class Stage:
     def forget(self) -> None:
         """Let go of the minibatches in flight."""
         self._flights.clear()
-
-    # -- saved tensors -------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _saving(self, flight: _Flight) -> Iterator[None]:
-        if not self.delay and flight.version > self.base:
-            yield  # nothing to hand out, and the first minibatch has shown what is kept
-            return
-        # A parameter may have been moved to other memory (module.to, load_state_dict(assign=True)): look now.
-        owners = sorted(((p.data_ptr(), i) for i, p in enumerate(self._all_params) if p.numel()))
-        starts = [start for start, _ in owners]
-        params = [self._all_params[i] for _, i in owners]
-        # The graph keeps the hooks, and a flight keeps its graph: through the stage, that would be a cycle for ever.
-        stage, kept, delayed = weakref.proxy(self), flight.saved, self.delay > 0
-
-        def pack(tensor: Tensor) -> Tensor | _SavedWeight | _SavedActivation:
-            pointer = tensor.data_ptr()
-            at = bisect.bisect_right(starts, pointer) - 1
-            if at >= 0 and pointer < starts[at] + params[at].nbytes:
-                owner = params[at]
-                if delayed and owner.requires_grad:
-                    offset = (pointer - starts[at]) // owner.itemsize
-                    return _SavedWeight(owner, tensor.size(), tensor.stride(), offset)
-            else:
-                kept[pointer] = tensor.nbytes
-            # The tensor itself may be the output of the node that saves it: a cycle that no collector sees.
-            return _SavedActivation(tensor.detach(), tensor._version)
-
-        def unpack(saved: _SavedWeight | _SavedActivation) -> Tensor:
-            if isinstance(saved, _SavedActivation):
-                tensor, version = saved
-                if tensor._version != version:
-                    raise RuntimeError(
-                        f"a tensor of shape {tuple(tensor.shape)} needed for the backward was modified in place: "
-                        f"it is at version {tensor._version}, expected {version}"
-                    )
-                return tensor
-            assert isinstance(saved, _SavedWeight)
-            param, size, stride, offset = saved
-            past: Tensor = stage.optimizer.past_view(param)
-            if past.nbytes > stage.scratch_bytes:
-                stage.scratch_bytes = past.nbytes
-            return past.as_strided(size, stride, past.storage_offset() + offset)
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            yield
-
-    def _warn_of_copies(self, outputs: Tensors) -> None:
-        names = {param: name for name, param in self.module.named_parameters()}
-        copied = [names[p] for p in dict.fromkeys(copied_parameters(outputs)) if p in names]
-        if copied:
-            warnings.warn(
-                f"{self.name}: the forward works on copies of {', '.join(copied)} (autocast or weight norm?), which "
-                "are kept for every minibatch in flight; their past values are exact, but stashed",
-                stacklevel=2,
-            )
+        self._kept_bytes, self._rest = 0, None
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Of a real tensor on the CPU; a sum is not finite if a term is not."""
+    """Of a real tensor; a sum is not finite if a term is not."""
     half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return math.isfinite(tensor.sum(dtype=torch.float32 if half else None).item())
+    return math.isfinite((tensor.sum(dtype=torch.float32) if half else tensor.sum()).item())

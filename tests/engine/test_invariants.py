@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe import retiming
+from layerpipe import schedule as schedules
 from layerpipe.probe import ReconstructionProbe
 from tests.engine.models import chain, images, minibatches
 
@@ -34,7 +35,7 @@ def assert_equal_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
 
 
-@pytest.mark.parametrize("schedule", ["lockstep", "sequential"])
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "sequential"])
 def test_one_stage_is_ordinary_training_bit_for_bit(schedule: str) -> None:
     resnet18 = pytest.importorskip("torchvision").models.resnet18
     ours = resnet18(num_classes=10)
@@ -68,28 +69,39 @@ def test_sequential_schedule_of_many_stages_is_ordinary_training() -> None:
             assert_equal_state(pipe.state_dict(), plain.state_dict())
 
 
-def delayed_sgd(stages: list[nn.Module], data: list[tuple[Tensor, Tensor]]) -> nn.Module:
+def delayed_sgd(stages: list[nn.Module], data: list[tuple[Tensor, Tensor]], schedule: str = "lockstep") -> nn.Module:
     """Delayed SGD by copying whole stages: slow, obvious, and without a line of the engine.
 
     Minibatch ``m`` passes stage ``s`` in tick ``m + s`` on a copy of its weights of that moment, keeps the copy, and
-    comes back in tick ``m + 2 (P - 1) - s``, where the copy's gradient updates the stage as it is then.
+    comes back in tick ``m + 2 (P - 1) - s`` (lockstep) or ``m + P - 1`` (1F1B, from the last stage to the first), where
+    the copy's gradient updates the stage as it is then.
     """
     last = len(stages) - 1
+
+    def forwards_then_backwards(tick: int) -> Iterator[tuple[str, int, int]]:
+        for s in range(last + 1):
+            yield "F", s, tick - s
+            if schedule == "lockstep":
+                yield "B", s, tick - 2 * last + s
+        if schedule == "1f1b":
+            yield from (("B", s, tick - last) for s in range(last, -1, -1))
+
     optimizers = [torch.optim.SGD(stage.parameters(), **SGD) for stage in stages]
     kept: dict[tuple[int, int], tuple[nn.Module, Tensor, Tensor]] = {}
     grads: dict[tuple[int, int], Tensor] = {}
     for tick in range(len(data) + 2 * last):
-        for s, stage in enumerate(stages):
-            m = tick - s
-            if 0 <= m < len(data):
+        for kind, s, m in forwards_then_backwards(tick):
+            stage = stages[s]
+            if not 0 <= m < len(data):
+                continue
+            if kind == "F":
                 x = data[m][0] if s == 0 else kept[s - 1, m][2].detach().requires_grad_()
                 then = copy.deepcopy(stage)
                 y = then(x)
                 stage.load_state_dict({**stage.state_dict(), **dict(then.named_buffers())})
                 kept[s, m] = then, x, F.cross_entropy(y, data[m][1]) if s == last else y
-            m = tick - 2 * last + s
-            if 0 <= m < len(data):
-                then, x, y = kept.pop((s, m))
+            else:
+                then, x, y = kept[s, m]
                 y.backward(None if s == last else grads.pop((s, m)))
                 if s:
                     assert x.grad is not None
@@ -101,11 +113,13 @@ def delayed_sgd(stages: list[nn.Module], data: list[tuple[Tensor, Tensor]]) -> n
 
 
 @pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
 @pytest.mark.parametrize("stages", [2, 3, 5])
-def test_stash_equals_an_independent_simulation_of_delayed_sgd(executor: str, stages: int) -> None:
+def test_stash_equals_an_independent_simulation_of_delayed_sgd(executor: str, schedule: str, stages: int) -> None:
     data = minibatches(25)
-    simulated = delayed_sgd(chain(stages), data)
-    with pipeline(chain(stages), past="stash", executor=executor, threads_per_stage=torch.get_num_threads()) as pipe:
+    simulated = delayed_sgd(chain(stages), data, schedule)
+    options = {"executor": executor, "schedule": schedule, "threads_per_stage": torch.get_num_threads()}
+    with pipeline(chain(stages), past="stash", **options) as pipe:
         train(pipe, data)
         assert_equal_state(pipe.state_dict(), simulated.state_dict())
 
@@ -159,8 +173,11 @@ def test_the_simulation_tells_stash_from_latest() -> None:
         assert not torch.equal(pipe.state_dict()["0.0.weight"], simulated["0.0.weight"])
 
 
-@pytest.mark.parametrize("past", ["stash", "latest", "ema", "momentum", "blend"])
-def test_serial_and_threads_give_the_same_weights(past: str) -> None:
+@pytest.mark.parametrize(
+    ("past", "schedule"),
+    [*((past, "lockstep") for past in ("stash", "latest", "ema", "momentum", "blend")), ("blend", "1f1b")],
+)
+def test_serial_and_threads_give_the_same_weights(past: str, schedule: str) -> None:
     torch.set_num_threads(1)
     resnet18 = pytest.importorskip("torchvision").models.resnet18
     torch.manual_seed(0)
@@ -168,7 +185,7 @@ def test_serial_and_threads_give_the_same_weights(past: str) -> None:
     states, losses = [], []
     for executor in ("serial", "threads"):
         stages = layerpipe.split(copy.deepcopy(model), 4, (data[0][0],))
-        with pipeline(stages, past=past, executor=executor, max_norm=1.0) as pipe:
+        with pipeline(stages, past=past, schedule=schedule, executor=executor, max_norm=1.0) as pipe:
             scheduler = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: 1 / (1 + step))
             got = []
             for x, y in data:
@@ -182,12 +199,14 @@ def test_serial_and_threads_give_the_same_weights(past: str) -> None:
 
 
 @pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize(("schedule", "registers"), [("lockstep", 2), ("1f1b", 1)])
 @pytest.mark.parametrize("stages", [1, 2, 4, 7])
-def test_measured_delay_is_that_of_the_retimed_graph(executor: str, stages: int) -> None:
+def test_measured_delay_is_that_of_the_retimed_graph(executor: str, schedule: str, registers: int, stages: int) -> None:
     data = minibatches(4 * stages + 10)
-    with pipeline(chain(stages), executor=executor) as pipe:
+    with pipeline(chain(stages), executor=executor, schedule=schedule) as pipe:
         train(pipe, data)
-        assert pipe.delays == retiming.lockstep_delays(stages) == [2 * (stages - 1 - s) for s in range(stages)]
+        assert pipe.delays == schedules.make(schedule, stages).delays()
+        assert pipe.delays == [registers * (stages - 1 - s) for s in range(stages)]
         for n, measured in zip(pipe.delays, pipe.measured_delays(), strict=True):
             # One backward each while the pipe fills, and the rule's n for all others.
             assert measured == {**dict.fromkeys(range(n), 1), n: len(data) - n}

@@ -11,11 +11,11 @@ def main(arguments: list[str] | None = None) -> None:
         from layerpipe.cli.app import app
     except ImportError as error:
         _fail(f"{error}; the command line needs more than the library: pip install 'layerpipe[cli]'")
-    from layerpipe.errors import DataError, UsageError
+    from layerpipe.errors import CheckpointError, DataError, UsageError
 
     try:
         status = app(args=arguments, standalone_mode=False, prog_name="layerpipe")
-    except (DataError, UsageError) as error:
+    except (CheckpointError, DataError, UsageError) as error:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)

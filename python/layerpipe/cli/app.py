@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+import json
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from layerpipe.cli.training import Result, Step, make_pipeline
 from layerpipe.cli.training import train as run_training
 from layerpipe.data import Images
 from layerpipe.errors import UsageError
+from layerpipe.schedule import NAMES
 
 app = typer.Typer(
     add_completion=False,
@@ -39,6 +41,7 @@ def _root() -> None:
 
 @app.command()
 def train(
+    context: typer.Context,
     model: o.Model = "resnet18",
     data: o.Data = "digits",
     data_dir: o.DataDir = TrainConfig.data_dir,
@@ -50,6 +53,7 @@ def train(
     ema_decay: o.EmaDecay = None,
     schedule: o.Schedule = "lockstep",
     executor: o.ExecutorName = "threads",
+    split_backward: o.SplitBackward = TrainConfig.split_backward,
     lr: o.Lr = TrainConfig.lr,
     momentum: o.Momentum = TrainConfig.momentum,
     weight_decay: o.WeightDecay = TrainConfig.weight_decay,
@@ -64,6 +68,9 @@ def train(
     baseline: Annotated[
         bool, typer.Option(help="Also train sequentially, with the same seed.", rich_help_panel=o.RUN)
     ] = True,
+    profile: o.Profile = False,
+    checkpoint_every: o.CheckpointEvery = None,
+    resume: o.Resume = None,
     out: o.Out = None,
 ) -> int:
     """Train a network as an asynchronous pipeline, beside sequential training with the same seed."""
@@ -71,23 +78,27 @@ def train(
         model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, past=past, order=order,
         ema_decay=ema_decay, schedule=schedule, executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay,
         lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps,
-        seed=seed, device=device,
+        seed=seed, device=device, split_backward=split_backward, checkpoint_every=checkpoint_every,
     )  # fmt: skip
+    if resume is not None:
+        config, baseline = _of_run(context, resume)
     console = Console()
     images = _prepare(config)
     runs = {"pipeline": config}
-    if baseline and (stages > 1 or schedule != "sequential"):
+    if baseline and (config.stages > 1 or config.schedule != "sequential"):
         runs["sequential"] = sequential(config)
     results: dict[str, Result] = {}
-    with RunDirectory(out or default_path(model, data, past)) as directory:
-        directory.config(config)
+    path = resume or out or default_path(model, data, past)
+    with RunDirectory(path, resume=resume is not None) as directory:
+        if resume is None:
+            directory.config(config, baseline=baseline)
         console.print(
-            f"{model} of width {width} on {data}: {stages} stages, {schedule}, past weights by "
-            f"{_kind(config)}, {executor}; {config.total_steps(len(images.train_x))} minibatches of {batch_size}. "
-            f"Writing {directory.path}/"
+            f"{config.model} of width {config.width} on {config.data}: {config.stages} stages, {config.schedule}, past "
+            f"weights by {_kind(config)}, {config.executor}; {config.total_steps(len(images.train_x))} minibatches of "
+            f"{config.batch_size}. Writing {directory.path}/"
         )
         for name, each in runs.items():
-            results[name] = _run(console, directory, name, each, images)
+            results[name] = _run(console, directory, name, each, images, profile=profile and name == "pipeline")
             if results[name].diverged or results[name].interrupted:
                 break
         _write_plots(directory.path, results, config)
@@ -95,6 +106,10 @@ def train(
         console.print(report.accuracy_table(results))
         console.print(report.stage_table(results["pipeline"]))
         console.print(report.memory_table(results["pipeline"]))
+        if trace := results["pipeline"].profile:
+            trace.write(directory.path / "trace.json")
+            console.print(report.profile_table(trace))
+            console.print(f"Trace: {directory.path}/trace.json, for chrome://tracing or https://ui.perfetto.dev")
         if sentence := report.history_sentence(results["pipeline"]):
             console.print(sentence)
         console.print(
@@ -120,6 +135,9 @@ def compare(
     balance: o.Balance = "flops",
     order: o.Order = TrainConfig.order,
     ema_decay: o.EmaDecay = None,
+    schedule: Annotated[
+        str, typer.Option(help="Schedules to compare, with commas: lockstep, 1f1b.", rich_help_panel=o.METHOD)
+    ] = TrainConfig.schedule,
     executor: o.ExecutorName = "threads",
     lr: o.Lr = TrainConfig.lr,
     momentum: o.Momentum = TrainConfig.momentum,
@@ -141,7 +159,7 @@ def compare(
         executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay, lr_schedule=lr_schedule, warmup=warmup,
         max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
     )  # fmt: skip
-    kinds = {name: _of_kind(base, name, ema_decay) for name in past.split(",")}
+    kinds = _kinds(base, past.split(","), schedule.split(","), ema_decay)
     if baseline:
         kinds = {"sequential": sequential(base), **kinds}
     console = Console()
@@ -176,6 +194,42 @@ def sequential(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, stages=1, schedule="sequential", executor="serial")
 
 
+def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
+    """The options of an interrupted run, and whether it has a baseline."""
+    given = [
+        name.replace("_", "-")
+        for name in context.params
+        if name not in ("resume", "profile")
+        and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise UsageError(f"--resume goes on with the run's own options; leave out --{', --'.join(given)}")
+    try:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--resume {path}: its config.json cannot be read ({error})") from error
+    config = TrainConfig.from_json(values)
+    if config.checkpoint_every is None:
+        raise UsageError(f"--resume {path}: the run wrote no checkpoints; it was started without --checkpoint-every")
+    return config, bool(values.get("baseline", True))
+
+
+def _kinds(
+    base: TrainConfig, names: Sequence[str], schedules: Sequence[str], ema_decay: str | None
+) -> dict[str, TrainConfig]:
+    """Every kind of past weights under every schedule."""
+    for schedule in schedules:
+        if schedule not in NAMES:
+            raise UsageError(f"--schedule {schedule!r} is unknown; there are: {', '.join(NAMES)}")
+    return {
+        name if len(schedules) == 1 else f"{name} {schedule}": dataclasses.replace(
+            _of_kind(base, name, ema_decay), schedule=schedule
+        )
+        for name in names
+        for schedule in schedules
+    }
+
+
 def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig:
     from layerpipe_kernels.history import KINDS
 
@@ -203,7 +257,15 @@ def _kind(config: TrainConfig) -> str:
     return f"{config.past} of order {config.order}" if config.past == "blend" else config.past
 
 
-def _run(console: Console, directory: RunDirectory, name: str, config: TrainConfig, images: Images) -> Result:
+def _run(
+    console: Console,
+    directory: RunDirectory,
+    name: str,
+    config: TrainConfig,
+    images: Images,
+    *,
+    profile: bool = False,
+) -> Result:
     with TrainingBar(console, name, config.total_steps(len(images.train_x))) as bar:
 
         def on_step(step: Step) -> None:
@@ -215,7 +277,12 @@ def _run(console: Console, directory: RunDirectory, name: str, config: TrainConf
             directory.write(name, "test", step=step, accuracy=accuracy)
             directory.scalars(name, step, test_accuracy=accuracy)
 
-        result = run_training(config, images, on_step=on_step, on_test=on_test)
+        checkpoint = directory.checkpoint(name) if config.checkpoint_every else None
+        earlier = directory.earlier(name, config.total_steps(len(images.train_x)))
+        result = run_training(
+            config, images, on_step=on_step, on_test=on_test,
+            checkpoint=checkpoint, resume=earlier, profile=profile,
+        )  # fmt: skip
     for i, stage in enumerate(result.stages):
         for reading in stage.readings:
             directory.write(name, "past weights", stage=i, update=reading.update, relative_error=reading.relative)

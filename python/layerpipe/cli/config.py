@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class TrainConfig:
     ema_decay: str | None = None
     schedule: str = "lockstep"
     executor: str = "threads"
+    split_backward: bool = False
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -36,6 +37,7 @@ class TrainConfig:
     seed: int = 0
     device: str = "cpu"
     data_dir: Path = Path("data")
+    checkpoint_every: int | None = None
 
     #: Steps where neither steps nor epochs are given.
     default_steps = 600
@@ -65,6 +67,20 @@ class TrainConfig:
         if self.lr_schedule == "linear":
             return max(0.0, 1 - done)
         return 1.0
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> TrainConfig:
+        """What :meth:`to_json` gave; what else stands beside it is not looked at.
+
+        Raises:
+            UsageError: an option is missing.
+        """
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise UsageError(f"the run's config.json lacks {', '.join(missing)}: it is of another version")
+        options: dict[str, Any] = {name: values[name] for name in names}
+        return cls(**{**options, "data_dir": Path(options["data_dir"])})
 
     def to_json(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}

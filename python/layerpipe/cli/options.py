@@ -53,8 +53,12 @@ EmaDecay = Annotated[
     ),
 ]
 Schedule = Annotated[
-    Literal["lockstep", "sequential"],
-    _option("lockstep: every stage works in every tick. sequential: one minibatch at a time.", METHOD),
+    Literal["lockstep", "1f1b", "sequential", "auto"],
+    _option(
+        "lockstep: a forward and a backward per stage and tick, n = 2 S. 1f1b: the same in turn, without a register "
+        "between backwards, n = S. sequential: one minibatch at a time. auto: by the executor.",
+        METHOD,
+    ),
 ]
 ExecutorName = Annotated[
     Literal["serial", "threads"], _option("All stages in one thread, or a worker thread per stage.", METHOD)
@@ -74,4 +78,28 @@ Warmup = Annotated[int, _option("Steps over which the learning rate rises linear
 MaxNorm = Annotated[float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0)]
 Seed = Annotated[int, _option("Of the initial weights and the order of the data.", TRAINING)]
 Device = Annotated[str, _option("cpu, cuda, cuda:1, ...", RUN)]
+Profile = Annotated[
+    bool, _option("Write a trace of 50 ticks for chrome://tracing or ui.perfetto.dev, and say where time went.", RUN)
+]
+SplitBackward = Annotated[
+    bool,
+    _option("Send gradients of activations on before those of the weights are computed: the same numbers.", METHOD),
+]
+CheckpointEvery = Annotated[
+    int | None,
+    _option(
+        "Drain the pipe and write a checkpoint every so many minibatches, for --resume. Default: never.",
+        RUN,
+        min=1,
+        show_default=False,
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    _option(
+        "Go on with the run in this directory from its last checkpoint, with its options, as if it had not stopped.",
+        RUN,
+        show_default=False,
+    ),
+]
 Out = Annotated[Path | None, _option("Directory to write to. Default: runs/<name>, made new.", RUN, show_default=False)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import sys
@@ -15,34 +16,58 @@ from typing import Any
 import torch
 
 import layerpipe_kernels
+from layerpipe import checkpoint as checkpoints
 from layerpipe.cli.config import TrainConfig
-from layerpipe.cli.training import Result
+from layerpipe.cli.training import Earlier, Result, Step
 from layerpipe.errors import UsageError
 
 
 class RunDirectory:
-    """``runs/<name>/``: ``config.json``, ``metrics.jsonl`` and TensorBoard's event file.
+    """``runs/<name>/``: ``config.json``, ``metrics.jsonl``, checkpoints and TensorBoard's event file.
 
     Every line of metrics is on disk when it is written, so that an interrupted run leaves a readable file.
 
+    Args:
+        path: made new, or with ``resume`` the directory of an interrupted run.
+
     Raises:
-        ValueError: the directory holds another run, or cannot be written.
+        UsageError: the directory holds another run, or none to resume, or cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
+        self._earlier: list[dict[str, Any]] = []
         if path.exists() and not path.is_dir():
             raise UsageError(f"--out {path} is not a directory")
-        if (path / "metrics.jsonl").exists():
-            raise UsageError(f"--out {path} already holds a run; choose another directory or remove it")
+        metrics = path / "metrics.jsonl"
+        if metrics.exists() != resume:
+            why = "already holds a run; choose another directory or remove it" if not resume else "holds no run"
+            raise UsageError(f"{path} {why}")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._metrics = (path / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)
+            if resume:
+                self._earlier = _up_to_checkpoints(path)
+                text = "".join(json.dumps(line) + "\n" for line in self._earlier)
+                (path / "metrics.jsonl.partial").write_text(text, encoding="utf-8")
+                os.replace(path / "metrics.jsonl.partial", metrics)
+            self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
         from torch.utils.tensorboard import SummaryWriter
 
         self._board: Any = SummaryWriter(str(path))
+
+    def checkpoint(self, run: str) -> Path:
+        return self.path / f"{run}.checkpoint"
+
+    def earlier(self, run: str, total: int) -> Earlier | None:
+        """What an interrupted run of this name left, if it came to a checkpoint."""
+        if not self.checkpoint(run).exists():
+            return None
+        mine = [line for line in self._earlier if line["run"] == run]
+        steps = [Step(*(line[name] for name in Step._fields)) for line in mine if line["event"] == "step"]
+        tests = [(line["step"], line["accuracy"]) for line in mine if line["event"] == "test" and line["step"] < total]
+        return Earlier(self.checkpoint(run), steps, tests)
 
     def config(self, config: TrainConfig, **more: Any) -> None:
         """What was asked for, and on what it ran."""
@@ -88,6 +113,20 @@ class RunDirectory:
     ) -> None:
         self._metrics.close()
         self._board.close()
+
+
+def _up_to_checkpoints(path: Path) -> list[dict[str, Any]]:
+    """What the metrics say of each run up to its last checkpoint; what came after will be written again."""
+    last = {file.stem: checkpoints.read(file)["extra"]["step"] for file in path.glob("*.checkpoint")}
+    found = []
+    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            said = json.loads(line)
+        except ValueError:
+            continue  # the last line of a run that was killed
+        if said["event"] in ("step", "test") and said["step"] <= last.get(said["run"], 0):
+            found.append(said)
+    return found
 
 
 def default_path(*parts: str) -> Path:

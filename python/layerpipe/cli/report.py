@@ -10,6 +10,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from layerpipe.cli.training import Result, StageResult
+from layerpipe.tracing import Trace
 
 
 def error_text(error: float | None) -> str:
@@ -61,6 +62,24 @@ def memory_table(result: Result) -> Table:
     return table
 
 
+def profile_table(trace: Trace) -> Table:
+    """Per stage: where the time of a tick went, in milliseconds."""
+    times = trace.times()
+    table = Table(
+        title="Time per tick, ms", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left",
+        caption="compute: layers, loss, autograd and its hooks. past: reconstructing weights. channel: waiting for a "
+        "neighbour. Python: the engine's rest. idle: between actions. At work: all but channel and idle. "
+        f"Stages at work at once: {trace.overlap():.2f} of {len(times)}.",
+    )  # fmt: skip
+    table.add_column("stage")
+    for name in ("compute", "past", "step", "channel", "Python", "idle", "at work"):
+        table.add_column(name, justify="right")
+    for i, time in enumerate(times):
+        *seconds, busy = time
+        table.add_row(str(i), *(f"{1e3 * value:.2f}" for value in seconds), f"{100 * busy:.0f} %")
+    return table
+
+
 def history_sentence(result: Result) -> str | None:
     """What is kept for past weights beside what weight stashing keeps; nothing where no stage has a delay."""
     kept = sum(s.memory.history for s in result.stages)
@@ -93,21 +112,25 @@ def accuracy_table(results: Mapping[str, Result]) -> Table:
 def comparison_table(results: Mapping[str, Sequence[Result]]) -> Table:
     """Accuracy mean and spread over seeds, worst stage's past-weight error, bytes of weights and their past."""
     table = Table(
-        title="Comparison", title_justify="left", box=SIMPLE_HEAD, caption_justify="left",
-        caption="±: standard deviation over seeds. Error: the worst stage's, relative to the latest weights.",
+        title="Comparison", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left",
+        caption="n: the largest delay measured. ±: standard deviation over seeds. Error: the worst stage's, relative "
+        "to the latest weights.",
     )  # fmt: skip
-    for column in ("past", "test accuracy", "past-weight error", "weights + past", "diverged"):
-        table.add_column(column, justify="right" if column != "past" else "left")
+    for column in ("past", "n", "test accuracy", "error of\npast", "weights\n+ past", "samples\nper s", "diverged"):
+        table.add_column(column, justify="right" if column != "past" else "left", no_wrap=column == "past")
     for name, found in results.items():
         good = [r.test_accuracy for r in found if r.test_accuracy is not None]
         spread = statistics.stdev(good) if len(good) > 1 else 0.0
         errors = [max((s.error for s in r.stages if s.error is not None), default=None) for r in found]
         known = [e for e in errors if e is not None]
+        rates = [r.steps[-1].samples_per_s for r in found if r.steps]
         table.add_row(
             name,
+            str(max((n for r in found for s in r.stages for n in s.measured), default="–")),
             f"{statistics.fmean(good):.2f} ± {spread:.2f} %" if good else "–",
             error_text(statistics.fmean(known)) if known else "–",
             decimal(max(r.kept_bytes for r in found)),
+            f"{statistics.median(rates):.0f}" if rates else "–",
             f"{sum(bool(r.diverged) for r in found)} of {len(found)}",
         )
     return table

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,10 @@ from layerpipe.errors import DivergenceError, UsageError
 from layerpipe.partition import split
 from layerpipe.pipeline import Event, Pipeline, StageMemory
 from layerpipe.probe import Reading, ReconstructionProbe
+from layerpipe.tracing import Trace
+
+#: Ticks in a profile.
+PROFILED = 50
 
 
 class Step(NamedTuple):
@@ -31,6 +36,14 @@ class Step(NamedTuple):
     lr: float
     samples_per_s: float
     phase: str
+
+
+class Earlier(NamedTuple):
+    """An interrupted run: its last checkpoint, and what its metrics say."""
+
+    checkpoint: Path
+    steps: list[Step]
+    tests: list[tuple[int, float]]  # (step, test accuracy)
 
 
 class StageResult(NamedTuple):
@@ -51,6 +64,7 @@ class Result:
     stages: list[StageResult]
     trace: list[Event]
     seconds: float
+    profile: Trace | None = None
     diverged: str | None = None
     interrupted: bool = False
 
@@ -105,6 +119,7 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
         schedule=config.schedule,
         executor=config.executor,
         max_norm=config.max_norm,
+        split_backward=config.split_backward,
         **config.past_options(),
     )
 
@@ -125,32 +140,46 @@ def train(
     on_step: Callable[[Step], None] = lambda step: None,
     on_test: Callable[[int, float], None] = lambda step, accuracy: None,
     tests: int = 10,
+    checkpoint: Path | None = None,
+    resume: Earlier | None = None,
+    profile: bool = False,
 ) -> Result:
     """Train as configured. ``on_step`` is called with each loss as it comes, ``on_test`` with ``tests`` evaluations.
 
-    A diverging run and Ctrl-C end it early; the result says so.
+    A diverging run and Ctrl-C end it early; the result says so. With ``config.checkpoint_every`` the pipe is drained
+    that often and written to ``checkpoint``; ``resume`` goes on from there.
+    With ``profile`` the result holds a trace of ``PROFILED`` ticks of the full pipe.
 
     Raises:
         DataError: a batch larger than the data.
         ValueError: options that do not fit together.
     """
     loss_fn = _LossAndAccuracy()
-    batches = images.batches(config.batch_size, config.seed)
     total = config.total_steps(len(images.train_x))
-    minibatch = next(batches)
     with make_pipeline(config, images, loss_fn) as pipe:
         device = _device(config.device)
         probes = [ReconstructionProbe(s, every=max(1, total // 100)) if s.delay else None for s in pipe.stages]
         scheduler = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: config.lr_factor(step, total))
         result = Result([], [], [], pipe.trace, 0.0)
-        start = time.perf_counter()
+        done, start = 0, time.perf_counter()
+        if resume is not None:
+            state = pipe.resume(resume.checkpoint)
+            done, start = state["step"], start - state["seconds"]
+            scheduler.load_state_dict(state["scheduler"])
+            result.steps, result.tests = [s for s in resume.steps if s.step <= done], list(resume.tests)
+            for probe, readings in zip(probes, state["readings"], strict=True):
+                if probe is not None:
+                    probe.readings = [Reading(*reading) for reading in readings]
+        batches = images.batches(config.batch_size, config.seed, done)
+        minibatch = next(batches)
         paused = 0.0  # in evaluations
+        first = done + min(max(10, 3 * config.stages), 1 + (total - done) // 2)  # profiled: the pipe is full then
         lrs: collections.deque[float] = collections.deque()
 
         def report(loss: Tensor, phase: str) -> None:
-            done = len(result.steps) + 1
-            rate = done * config.batch_size / (time.perf_counter() - start - paused)
-            step = Step(done, loss.item(), loss_fn.hits.popleft().item(), lrs.popleft(), rate, phase)
+            number = len(result.steps) + 1
+            rate = number * config.batch_size / (time.perf_counter() - start - paused)
+            step = Step(number, loss.item(), loss_fn.hits.popleft().item(), lrs.popleft(), rate, phase)
             result.steps.append(step)
             on_step(step)
 
@@ -158,8 +187,22 @@ def train(
             result.tests.append((step, accuracy(pipe, images, device)))
             on_test(*result.tests[-1])
 
+        def save(step: int) -> None:
+            assert checkpoint is not None
+            for loss in pipe.drain():
+                report(loss, "drain")  # before the file says so: what it counts is in the metrics
+            pipe.checkpoint(
+                checkpoint, step=step, seconds=time.perf_counter() - start - paused, scheduler=scheduler.state_dict(),
+                readings=[[tuple(r) for r in probe.readings] if probe else [] for probe in probes],
+            )  # fmt: skip
+
         try:
-            for step in range(1, total + 1):
+            for step in range(done + 1, total + 1):
+                if profile and step == first:
+                    result.profile = Trace(pipe.names)
+                    pipe.watch(result.profile)
+                elif profile and step == first + PROFILED:
+                    pipe.watch(None)
                 lrs.append(float(scheduler.get_last_lr()[0]))
                 loss = pipe.step(*(tensor.to(device) for tensor in minibatch))
                 if step < total:
@@ -171,6 +214,10 @@ def train(
                     before = time.perf_counter()
                     test(step)
                     paused += time.perf_counter() - before
+                    if result.profile and step < first + PROFILED - 1:
+                        result.profile.paused += time.perf_counter() - before
+                if config.checkpoint_every and step % config.checkpoint_every == 0:
+                    save(step)
             for loss in pipe.drain():
                 report(loss, "drain")
             result.seconds = time.perf_counter() - start - paused

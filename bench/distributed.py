@@ -1,0 +1,175 @@
+"""Throughput beside torch.distributed.pipelining: the same stages on the same cores.
+
+    python -m bench.distributed
+
+GPipe and 1F1B of :mod:`torch.distributed.pipelining` run in one process per stage over gloo, each minibatch cut into 8
+microbatches, one intra-op thread per process, torch's fused SGD; ours in one process with a thread per stage. The
+variants take turns within a round while the others' processes wait; ratios are formed within a round.
+
+The two train differently: theirs is ordinary training whose BatchNorm sees microbatches, ours is asynchronous. This
+compares how fast they get through the same data, nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+
+import layerpipe
+import layerpipe_kernels
+from bench import environment
+from bench.networks import Case, loss_fn
+
+SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+MICROBATCHES = 8
+
+
+def rank_main(
+    rank: int, ranks: int, name: str, case: Case, cuts: list[torch.nn.Module], store: str, commands: Any, answers: Any
+) -> None:
+    """One stage of torch's pipeline: trains as many steps as it is told, and says how long each took."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    x, y = case.minibatch()
+    module = cuts[rank]
+    stage = PipelineStage(module, rank, ranks, torch.device("cpu"))
+    schedule = SCHEDULES[name](stage, n_microbatches=MICROBATCHES, loss_fn=loss_fn)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, fused=True)
+    last = rank == ranks - 1
+    while steps := commands.get():
+        dist.barrier()
+        start = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            schedule.step(*([x] if rank == 0 else []), **({"target": y} if last else {}))
+            optimizer.step()
+        dist.barrier()
+        if last:
+            answers.put((time.perf_counter() - start) / steps)
+    dist.destroy_process_group()
+
+
+class Theirs:
+    """Processes that wait to be told how many steps to train."""
+
+    def __init__(self, name: str, case: Case, cuts: list[torch.nn.Module]) -> None:
+        context = mp.get_context("spawn")
+        self._answers = context.Queue()
+        self._commands = [context.Queue() for _ in cuts]
+        self._directory = tempfile.TemporaryDirectory(prefix="layerpipe-bench-")
+        store = f"{self._directory.name}/store"
+        self._processes = [
+            context.Process(
+                target=rank_main,
+                args=(rank, len(cuts), name, case, cuts, store, self._commands[rank], self._answers),
+                daemon=True,
+            )
+            for rank in range(len(cuts))
+        ]
+        for process in self._processes:
+            process.start()
+
+    def __call__(self, steps: int) -> float:
+        for commands in self._commands:
+            commands.put(steps)
+        while True:
+            try:
+                return float(self._answers.get(timeout=5))
+            except Exception as error:  # queue.Empty: nobody has answered yet
+                if not all(process.is_alive() for process in self._processes):
+                    raise RuntimeError("a process of torch.distributed.pipelining has died; see above") from error
+
+    def close(self) -> None:
+        for commands in self._commands:
+            commands.put(0)
+        for process in self._processes:
+            process.join(20)
+            if process.is_alive():
+                process.terminate()
+        self._directory.cleanup()
+
+
+def measure(case: Case, stages: int, schedule: str, rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds per minibatch of every variant and round."""
+    cuts = case.stages(stages)
+    pipe = layerpipe.Pipeline(
+        cuts,
+        loss_fn,
+        lambda params, **past: layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past),
+        schedule=schedule,
+        executor="threads",
+        threads_per_stage=1,
+    )
+    x, y = case.minibatch()
+
+    def ours(count: int) -> float:
+        for _ in range(2 * stages + 1):
+            pipe.step(x, y)
+        start = time.perf_counter()
+        for _ in range(count):
+            pipe.step(x, y)
+        return (time.perf_counter() - start) / count
+
+    theirs = {f"torch {name}": Theirs(name, case, cuts) for name in SCHEDULES}
+    variants = {f"layerpipe {schedule}": ours, **theirs}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    try:
+        for run in variants.values():
+            run(2)
+        for _ in range(rounds):
+            for name, run in variants.items():
+                seconds[name].append(run(steps))
+            pipe.drain()
+    finally:
+        pipe.close()
+        for each in theirs.values():
+            each.close()
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", nargs="+", default=["resnet18:16:64", "gpt:256:16"], metavar="NETWORK:WIDTH:BATCH")
+    parser.add_argument("--size", type=int, default=28, help="image size")
+    parser.add_argument("--length", type=int, default=128, help="of the GPT's sequences")
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--schedule", choices=("lockstep", "1f1b"), default="lockstep", help="ours")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=8, help="minibatches per round and variant")
+    parser.add_argument("--json", type=Path, help="write the measurements here")
+    options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: quartiles need at least 2")
+    results = {}
+    for text in options.case:
+        network, width, batch = text.split(":")
+        if int(batch) % MICROBATCHES:
+            parser.error(f"--case {text}: a batch of a multiple of {MICROBATCHES}")
+        case = Case(network, int(width), int(batch), options.length if network == "gpt" else options.size)
+        seconds = results[text] = measure(case, options.stages, options.schedule, options.rounds, options.steps)
+        ours = next(iter(seconds.values()))
+        print(f"{case}, {options.stages} stages: samples per second, and ours over it; median (quartiles)")
+        for name, values in seconds.items():
+            rate = statistics.quantiles([case.batch / s for s in values], n=4)
+            ratio = statistics.quantiles([a / b for a, b in zip(values, ours, strict=True)], n=4)
+            print(f"  {name:<20} {rate[1]:7.1f} ({rate[0]:.1f}–{rate[2]:.1f})", end="")
+            print(f"   {ratio[1]:.2f} ({ratio[0]:.2f}–{ratio[2]:.2f})")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(
+            json.dumps({"environment": environment.describe(), "seconds": results}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""A backward in two parts: the gradients of the activations, which a neighbour waits for, then those of the weights.
+
+LayerPipe's intra-layer step (arXiv 2512.08160), done on autograd's graph. A linear layer or convolution is one node
+there, and autograd computes only those of its gradients that somebody asked for: the first part asks for the stage's
+inputs and remembers what arrived at such nodes, the second starts at each of them and asks for its weights. What does
+not come apart, such as BatchNorm's or attention's own gradients, or weights used more than once, is computed in the
+first part: every number is the one of the plain backward.
+
+torch.distributed.pipelining splits its backward alike, but starts one second part at all nodes of a shared weight,
+which counts twice what one of them passes to the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from layerpipe.engine import backward
+
+#: Nodes whose weight gradient is work of its own.
+_SEPARABLE = ("ConvolutionBackward", "AddmmBackward", "MmBackward", "LinearBackward", "MkldnnConvolutionBackward")
+#: Nodes between a parameter and its layer that only look at it differently.
+_VIEWS = ("TBackward", "TransposeBackward", "ViewBackward", "PermuteBackward", "UnsafeViewBackward", "AliasBackward")
+
+
+class _Layer:
+    """A node whose weight gradients wait, and what arrived at it."""
+
+    __slots__ = ("arrived", "node", "params")
+
+    def __init__(self, node: Any, params: list[Tensor]) -> None:
+        self.node, self.params = node, params
+        self.arrived: tuple[Tensor | None, ...] = ()
+
+    def remember(self, arrived: tuple[Tensor | None, ...]) -> None:
+        self.arrived = arrived
+
+
+class SplitBackward:
+    """One minibatch's backward in one stage.
+
+    Args:
+        outputs: of the stage, those that need gradients.
+        inputs: of the stage, leaves that gradients are wanted of.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+        self._outputs, self._inputs = outputs, inputs
+        wanted = set(inputs)
+        leaves, self._layers = _separate(outputs, wanted)
+        waiting = {p for layer in self._layers for p in layer.params}
+        self._now = [*inputs, *(leaf for leaf in leaves if leaf not in waiting and leaf not in wanted)]
+
+    def activations(self, grads: Sequence[Tensor | None]) -> None:
+        """The first part: gradients of the stage's inputs and of all weights that cannot wait."""
+        handles = [layer.node.register_prehook(layer.remember) for layer in self._layers]
+        backward(self._outputs, grads, inputs=self._now, keep_graph=bool(self._layers))
+        for handle in handles:
+            handle.remove()
+
+    def weights(self) -> None:
+        """The second part: gradients of the other weights."""
+        for layer in self._layers:
+            arrived = [(i, g) for i, g in enumerate(layer.arrived) if g is not None]
+            if arrived:
+                edges = [GradientEdge(layer.node, i) for i, _ in arrived]
+                backward(edges, [g for _, g in arrived], inputs=layer.params)
+        self._layers = []
+
+
+def _separate(outputs: Sequence[Tensor], inputs: set[Tensor]) -> tuple[list[Tensor], list[_Layer]]:
+    """All leaves of the graph, and the nodes whose weights can wait, from the outputs down to the inputs."""
+    leaves: list[Tensor] = []
+    uses: dict[Any, int] = {}
+    found: list[tuple[Any, list[Any]]] = []
+    todo = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        following = [child for child, _ in node.next_functions if child is not None]
+        if not following and (leaf := getattr(node, "variable", None)) is not None:
+            leaves.append(leaf)
+        for child in following:
+            uses[child] = uses.get(child, 0) + 1
+            if child not in seen:
+                seen.add(child)
+                todo.append(child)
+        if node.name().startswith(_SEPARABLE):
+            chains = [chain for child in following if (chain := _to_weight(child, inputs))]
+            if chains and len(chains) < len(following):  # and a gradient goes on to what came before
+                found.append((node, chains))
+    layers = []
+    for node, chains in found:
+        if all(uses[step] == 1 for chain in chains for step in chain):
+            layers.append(_Layer(node, [chain[-1].variable for chain in chains]))
+    return leaves, layers
+
+
+def _to_weight(node: Any, inputs: set[Tensor]) -> list[Any]:
+    """The nodes from here to the one weight behind them, if only views are between."""
+    chain = [node]
+    while node.name().startswith(_VIEWS) and len(node.next_functions) == 1 and node.next_functions[0][0] is not None:
+        node = node.next_functions[0][0]
+        chain.append(node)
+    return chain if getattr(node, "variable", None) is not None and node.variable not in inputs else []

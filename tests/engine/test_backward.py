@@ -1,0 +1,216 @@
+"""Backwards in two parts, backwards that recompute, weights used more than once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import layerpipe
+import layerpipe_kernels as lk
+from layerpipe.split_backward import SplitBackward
+from tests.engine.models import chain, images, minibatches
+from tests.engine.pipelines import EXECUTORS, sgd
+
+Data = list[tuple[Tensor, Tensor]]
+
+
+class Shared(nn.Module):
+    """One input for three projections, one weight for two of them and again further on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = nn.Linear(6, 6), nn.Linear(6, 6), nn.BatchNorm1d(6)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x) * torch.tanh(self.b(x)) + self.a(x) * self.scale)
+        return self.a(torch.relu(y)) + x
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(6, 2, 12, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[:, None].expand(-1, 3, -1) * torch.arange(1.0, 4.0)[:, None]).mean(1)
+
+
+def mixed() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [nn.Linear(6, 6), Shared(), Attention(), Shared(), nn.Linear(6, 3)]
+
+
+def trained(stages: list[nn.Module], data: Data, factory: Any = sgd, **options: Any) -> dict[str, Tensor]:
+    with layerpipe.Pipeline(stages, F.cross_entropy, factory, **options) as pipe:
+        for x, y in data:
+            pipe.step(x, y)
+        pipe.drain()
+        return copy.deepcopy(pipe.state_dict())
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
+@pytest.mark.parametrize("past", ["stash", "blend"])
+def test_a_split_backward_gives_the_same_weights(executor: str, schedule: str, past: str) -> None:
+    torch.set_num_threads(1)
+    data = minibatches(15)
+    options: dict[str, Any] = {"executor": executor, "schedule": schedule, "past": past, "max_norm": 1.0}
+    assert_equal(trained(mixed(), data, split_backward=True, **options), trained(mixed(), data, **options))
+
+
+def test_a_split_backward_of_a_resnet_gives_the_same_weights() -> None:
+    torch.set_num_threads(1)
+    resnet18 = pytest.importorskip("torchvision").models.resnet18
+    model, data = resnet18(num_classes=10), images(7, size=4)
+    plain, split = (
+        trained(layerpipe.split(copy.deepcopy(model), 3, balance="params"), data, split_backward=chosen)
+        for chosen in (False, True)
+    )
+    assert_equal(split, plain)
+
+
+def gradients(stage: nn.Module, x: Tensor) -> tuple[list[str], Callable[[], dict[str, bool]]]:
+    """What waits for the second part, and which gradients are there."""
+    for p in stage.parameters():
+        p.grad = None
+    x = x.requires_grad_()
+    y = stage(x)
+    rest = SplitBackward([y], [x])
+    rest.activations([torch.ones_like(y)])
+    assert x.grad is not None
+    waiting = [name for name, p in stage.named_parameters() if p.grad is None]
+    rest.weights()
+    return waiting, lambda: {name: p.grad is not None for name, p in stage.named_parameters()}
+
+
+def test_the_weights_of_linear_layers_wait_and_nothing_else_does() -> None:
+    stage = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6, bias=False))
+    waiting, complete = gradients(stage, torch.randn(4, 6))
+    assert waiting == ["0.weight", "0.bias", "3.weight"]
+    assert all(complete().values())
+
+
+def test_convolutions_wait_and_a_weight_used_twice_does_not() -> None:
+    waiting, complete = gradients(nn.Conv2d(2, 3, 3), torch.randn(2, 2, 5, 5))
+    assert waiting == ["weight", "bias"]
+    waiting, complete = gradients(Shared(), torch.randn(4, 6))
+    assert waiting == ["b.weight", "b.bias"]
+    assert all(complete().values())
+
+
+def test_a_weights_own_gradient_reconstructs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    for split in (False, True):
+        made: list[Tensor] = []
+        with layerpipe.Pipeline(chain(4), F.cross_entropy, sgd, split_backward=split) as pipe:
+            view = pipe.stages[1]._saved.past_view
+            assert view is not None
+            pipe.stages[1]._saved.past_view = lambda p, view=view, made=made: made.append(p) or view(p)  # type: ignore[func-returns-value,misc]
+            for x, y in minibatches(10):
+                pipe.step(x, y)
+            pipe.drain()
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 0
+
+
+def test_a_weight_used_by_several_layers_is_reconstructed_once_per_backward() -> None:
+    made: list[Tensor] = []
+    with layerpipe.Pipeline([nn.Linear(6, 6), Shared(), nn.Linear(6, 3)], F.cross_entropy, sgd) as pipe:
+        saved = pipe.stages[1]._saved
+        view = saved.past_view
+        assert view is not None
+        saved.past_view = lambda p: made.append(p) or view(p)  # type: ignore[func-returns-value]
+        for x, y in minibatches(10):
+            pipe.step(x, y)
+        pipe.drain()
+        stage = pipe.stages[1].module
+        assert sum(p is stage.a.weight for p in made) == 10
+        assert not any(use.past is not None for use in saved._uses.values())  # and let go of
+
+
+class Checkpointed(nn.Module):
+    """Keeps only its input, and runs its layers again in the backward."""
+
+    def __init__(self, inner: nn.Module, *, reentrant: bool) -> None:
+        super().__init__()
+        self.inner, self.reentrant = inner, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_recomputes_with_past_weights(executor: str, reentrant: bool) -> None:
+    """Bitwise where the past is exact; a reconstruction also changes the activations that are computed again."""
+    torch.set_num_threads(1)
+    data = minibatches(20)
+
+    def stages(wrap: bool) -> list[nn.Module]:
+        torch.manual_seed(0)
+        layers = [nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(4)]
+        inner = [Checkpointed(layer, reentrant=reentrant) if wrap and i in (1, 2) else layer
+                 for i, layer in enumerate(layers)]  # fmt: skip
+        return [*inner, nn.Linear(6, 3)]
+
+    options: dict[str, Any] = {"executor": executor, "past": "stash"}
+    plain, recomputed = trained(stages(False), data, **options), trained(stages(True), data, **options)
+    assert_equal(plain, {name.replace(".inner", ""): value for name, value in recomputed.items()})
+
+
+def test_a_stage_that_recomputes_is_noticed_and_others_are_not() -> None:
+    stages = [nn.Linear(6, 6), Checkpointed(nn.Linear(6, 6), reentrant=False), nn.Linear(6, 6), nn.Linear(6, 3)]
+    with layerpipe.Pipeline(stages, F.cross_entropy, sgd) as pipe:
+        for x, y in minibatches(8):
+            pipe.step(x, y)
+        assert [stage._recomputes for stage in pipe.stages] == [False, True, False, False]
+        assert pipe.memory()[1].scratch == sum(p.nbytes for p in stages[1].parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
+def test_compiled_stages_see_past_weights(schedule: str) -> None:
+    """Inductor's kernels round otherwise, so close to the eager weights and far from those without a past."""
+    data = minibatches(16)
+
+    def stages(compiled: bool) -> list[nn.Module]:
+        torch.manual_seed(0)
+        made = [nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6), nn.Tanh(), nn.Linear(6, 6)) for _ in range(2)]
+        layers: list[nn.Module] = [*made, nn.Linear(6, 3)]
+        return [torch.compile(layer) if compiled else layer for layer in layers]  # type: ignore[misc]
+
+    def run(compiled: bool, past: str) -> dict[str, Tensor]:
+        state = trained(stages(compiled), data, lambda p, **k: lk.SGD(p, lr=0.5, **k), past=past, schedule=schedule)
+        return {name.replace("_orig_mod.", ""): value for name, value in state.items()}
+
+    eager, latest, compiled = run(False, "stash"), run(False, "latest"), run(True, "stash")
+    for name in eager:
+        torch.testing.assert_close(compiled[name], eager[name], rtol=1e-3, atol=1e-4)
+    assert any((latest[name] - eager[name]).abs().max() > 1e-2 for name in eager)
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_bf16_parameters_train(executor: str) -> None:
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [stage.bfloat16() for stage in chain(3)]
+
+    x = torch.randn(64, 6).bfloat16()
+    y = (x[:, 0] > 0).long()
+    with layerpipe.Pipeline(stages(), F.cross_entropy, sgd, executor=executor) as pipe:
+        losses = [float(loss) for _ in range(120) if (loss := pipe.step(x, y)) is not None]
+        assert losses[-1] < 0.5 * losses[0]
+        assert all(p.dtype == torch.bfloat16 for p in pipe.parameters())

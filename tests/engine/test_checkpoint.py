@@ -1,0 +1,186 @@
+"""A checkpoint is always whole, and training goes on from it bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import layerpipe
+from layerpipe import checkpoint
+from tests.engine.models import chain, minibatches
+from tests.engine.pipelines import EXECUTORS, pipeline
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
+@pytest.mark.parametrize("past", ["blend", "stash"])
+@pytest.mark.parametrize("when", [1, 4, 11])
+def test_a_resumed_pipeline_does_what_the_one_that_went_on_does(
+    executor: str, schedule: str, past: str, when: int, tmp_path: Path
+) -> None:
+    data = minibatches(24)
+    options: dict[str, Any] = {"executor": executor, "schedule": schedule, "past": past}
+    with pipeline(**options) as whole, pipeline(chain(seed=9), **options) as resumed:
+        scheduler, other = (torch.optim.lr_scheduler.StepLR(p.optimizer, 3, gamma=0.7) for p in (whole, resumed))
+        losses: list[Any] = []
+        for x, y in data[:when]:
+            losses.append(whole.step(x, y))
+            scheduler.step()
+        losses += whole.checkpoint(tmp_path / "c.pt", scheduler=scheduler.state_dict(), note="here")
+        assert sum(loss is not None for loss in losses) == when
+        assert whole.in_flight == 0
+        numbers = [torch.rand(2), random.random(), np.random.rand()]
+        extra = resumed.resume(tmp_path / "c.pt")
+        assert extra["note"] == "here"
+        assert [stage.version for stage in resumed.stages] == [when] * 4
+        other.load_state_dict(extra["scheduler"])
+        again = [torch.rand(2), random.random(), np.random.rand()]
+        assert torch.equal(numbers[0], again[0])
+        assert numbers[1:] == again[1:]
+        for pipe, each in ((whole, scheduler), (resumed, other)):
+            for x, y in data[when:]:
+                pipe.step(x, y)
+                each.step()
+            pipe.drain()
+        assert_equal(whole.state_dict(), resumed.state_dict())
+        assert whole.measured_delays() == resumed.measured_delays()
+        for a, b in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_learning_rate_set_after_the_last_tick_is_the_one_that_goes_on() -> None:
+    with pipeline(chain(2), schedule="sequential") as pipe:
+        own: Any = pipe.stages[0].optimizer
+        pipe.step(*minibatches(1)[0])
+        pipe.optimizer.param_groups[0]["lr"] = 0.5
+        state = copy.deepcopy(pipe.optimizer.state_dict())  # the stage's own lr is the one it last trained with
+        assert own.param_groups[0]["lr"] != 0.5
+        pipe.step(*minibatches(1)[0])
+        pipe.optimizer.load_state_dict(state)
+        pipe.step(*minibatches(1)[0])
+        assert own.param_groups[0]["lr"] == 0.5
+
+
+def test_a_decay_rule_that_is_a_function_is_not_written_and_stays(tmp_path: Path) -> None:
+    def rule(n: int) -> float:
+        return n / (n + 2)
+
+    with pipeline(past="ema", ema_decay=rule) as one, pipeline(past="ema", ema_decay=rule) as two:
+        one.step(*minibatches(1)[0])
+        one.checkpoint(tmp_path / "c.pt")
+        two.resume(tmp_path / "c.pt")
+        assert two.optimizer.param_groups[0]["ema_decay"] is rule
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    with pipeline() as pipe:
+        for x, y in minibatches(6):
+            pipe.step(x, y)
+        pipe.checkpoint(path)
+    for change, message in (
+        ({"schedule": "1f1b"}, "4 stages and schedule 'lockstep', this pipeline has 4 and '1f1b'"),
+        ({"stages": chain(3)}, ": of 4 stages"),
+        ({"stages": chain(width=7)}, r"another model, it differs in 0\.0\.bias, 0\.0\.weight"),
+        ({"past": "stash"}, "trained with past='blend', this pipeline has past='stash'"),
+    ):
+        with pipeline(**change) as other:  # type: ignore[arg-type]
+            before = copy.deepcopy(other.state_dict())
+            with pytest.raises(layerpipe.CheckpointError, match=message):
+                other.resume(path)
+            assert_equal(before, other.state_dict())
+            assert not other.optimizer.state
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+    with pipeline() as pipe:
+        with pytest.raises(FileNotFoundError):
+            pipe.resume(tmp_path / "none.pt")
+        (tmp_path / "text").write_text("hello")
+        torch.save({"weights": torch.ones(1)}, tmp_path / "other.pt")
+        torch.save({"layerpipe": 99}, tmp_path / "new.pt")
+        (tmp_path / "code.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+        for name, message in (
+            ("text", "text is no checkpoint"),
+            ("other.pt", "no checkpoint of layerpipe"),
+            ("new.pt", "format 99"),
+            ("code.pt", "is no checkpoint"),
+        ):
+            with pytest.raises(layerpipe.CheckpointError, match=message):
+                pipe.resume(tmp_path / name)
+        pipe.checkpoint(tmp_path / "c.pt")
+        pipe.step(*minibatches(1)[0])
+        with pytest.raises(RuntimeError, match="drain"):
+            pipe.resume(tmp_path / "c.pt")
+
+
+def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.write(path, {"value": 1})
+    with pytest.raises(Exception, match="pickle"):
+        checkpoint.write(path, {"value": lambda: None})
+    assert checkpoint.read(path)["value"] == 1
+    assert os.listdir(tmp_path) == ["c.pt"]
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from layerpipe import checkpoint
+torch.set_num_threads(1)
+path, count = Path(sys.argv[1]), 0
+while True:
+    count += 1
+    checkpoint.write(path, {"count": count, "weights": [torch.full((200_000,), float(count)) for _ in range(4)]})
+    print(count, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_the_last_checkpoint_is_whole(kills: int, tmp_path: Path) -> None:
+    path, chance = tmp_path / "c.pt", random.Random(0)
+    for _ in range(kills):
+        path.unlink(missing_ok=True)
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
+            assert writer.stdout is not None
+            assert writer.stdout.readline().strip() == "1"
+            time.sleep(chance.uniform(0, 0.05))
+            writer.send_signal(signal.SIGKILL)
+            said = [int(line) for line in writer.stdout if line.endswith("\n")]
+        content = checkpoint.read(path)
+        assert content["count"] >= max(said, default=1)  # nothing that was said to be written is lost
+        for weights in content["weights"]:
+            assert torch.equal(weights, torch.full((200_000,), float(content["count"])))
+
+
+def test_batchnorm_is_in_a_checkpoint(tmp_path: Path) -> None:
+    with pipeline() as pipe:
+        for x, y in minibatches(5):
+            pipe.step(x, y)
+        pipe.checkpoint(tmp_path / "c.pt")
+        norms = [m for stage in pipe.modules for m in stage.modules() if isinstance(m, nn.BatchNorm1d)]
+        means = [norm.running_mean.clone() for norm in norms if norm.running_mean is not None]
+        for norm in norms:
+            norm.reset_running_stats()
+        pipe.resume(tmp_path / "c.pt")
+        assert all(torch.equal(n.running_mean, m) for n, m in zip(norms, means, strict=True))  # type: ignore[arg-type]
+        assert all(n.num_batches_tracked == 5 for n in norms)
