@@ -57,6 +57,29 @@ LP_INLINE float float_of(uint32_t u) {
     return x;
 }
 
+LP_INLINE uint64_t bits_of(double x) {
+    uint64_t u;
+    memcpy(&u, &x, 8);
+    return u;
+}
+LP_INLINE double float_of(uint64_t u) {
+    double x;
+    memcpy(&x, &u, 8);
+    return x;
+}
+
+// A choice that is the same for all elements, as a mask of bits: a condition would make compilers split the loop over
+// them once or twice and then leave the rest of it scalar.
+template <class T>
+struct Choice {
+    decltype(bits_of(T())) mask;
+    LP_INLINE Choice() = default;
+    LP_INLINE explicit Choice(bool first) : mask(first ? ~decltype(mask)(0) : decltype(mask)(0)) {}
+    LP_INLINE T operator()(T first, T second) const {
+        return float_of((bits_of(first) & mask) | (bits_of(second) & ~mask));
+    }
+};
+
 LP_INLINE float to_compute(float x) { return x; }
 LP_INLINE double to_compute(double x) { return x; }
 LP_INLINE float to_compute(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }

@@ -47,7 +47,7 @@ template <class T>
 struct PastScalars {
     T decay[kMaxEmas], one_minus_decay[kMaxEmas], tap[kMaxEmas], tap_update;
     uint32_t key;
-    bool ema_of_gradient;
+    Choice<T> gradient;  // or the update
 };
 
 // `t` counts updates from 1; 0 is long after the delay has filled. While t <= n every EMA is the mean of all updates,
@@ -70,7 +70,7 @@ LP_INLINE PastScalars<T> past_at(const PastDesign<T>& d, int64_t t) {
         s.tap_update = sum;
     }
     s.key = hash32(d.seed ^ hash32(static_cast<uint32_t>(t)));
-    s.ema_of_gradient = d.ema_of_gradient;
+    s.gradient = Choice<T>(d.ema_of_gradient);
     return s;
 }
 
@@ -81,7 +81,7 @@ LP_INLINE void ema_update(T* ema, T value, const T* decay, const T* one_minus_de
 
 template <class T, int kEmas>
 LP_INLINE T keep_past(T weight, T update, T gradient, T* ema, const PastScalars<T>& s) {
-    ema_update<T, kEmas>(ema, s.ema_of_gradient ? gradient : update, s.decay, s.one_minus_decay);
+    ema_update<T, kEmas>(ema, s.gradient(gradient, update), s.decay, s.one_minus_decay);
     T past = fused_multiply_add(s.tap_update, update, weight);
     LP_UNROLL for (int k = 0; k < kEmas; ++k) past = fused_multiply_add(s.tap[k], ema[k], past);
     return past;
@@ -95,11 +95,11 @@ struct Sgd {
 
     struct Options {
         T momentum, one_minus_dampening, weight_decay, sign;
-        bool nesterov;
+        Choice<T> nesterov, decay;
     };
     static constexpr int kOptions = 5;  // momentum, dampening, weight_decay, nesterov, maximize
     static Options options(const double* o) {
-        return {T(o[0]), T(1.0 - o[1]), T(o[2]), o[4] != 0 ? T(-1) : T(1), o[3] != 0};
+        return {T(o[0]), T(1.0 - o[1]), T(o[2]), o[4] != 0 ? T(-1) : T(1), Choice<T>(o[3] != 0), Choice<T>(o[2] != 0)};
     }
 
     // The form of a step is known at compile time on the CPU and the same for a whole tensor on a GPU.
@@ -116,13 +116,15 @@ struct Sgd {
 
     LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s, int form) {
         T g = s.o.sign * gradient;
-        if (s.o.weight_decay != T(0)) g = fused_multiply_add(weight, s.o.weight_decay, g);
+        const T decayed = fused_multiply_add(weight, s.o.weight_decay, g);
+        g = s.o.decay(decayed, g);  // 0 * W would be NaN for an infinite W
         gradient = g;
         T d = g;
         if (form != kPlain) {
             T& v = state[0];
             v = form == kFirst ? g : fused_multiply_add(g, s.o.one_minus_dampening, s.o.momentum * v);
-            d = s.o.nesterov ? fused_multiply_add(v, s.o.momentum, g) : v;
+            const T ahead = fused_multiply_add(v, s.o.momentum, g);
+            d = s.o.nesterov(ahead, v);
         }
         weight = fused_multiply_add(d, -s.lr, weight);
         return s.lr * d;
@@ -137,14 +139,24 @@ struct Adam {
 
     struct Options {
         T beta1, one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2, eps, weight_decay, sign;
+        Choice<T> decay, from_m;
         bool decoupled;
     };
     static constexpr int kOptions = 6;  // beta1, beta2, eps, weight_decay, decoupled, maximize
     static Options options(const double* o) {
-        return {T(o[0]),       T(1.0 - o[0]),     T(o[1]),
-                T(1.0 - o[1]), T(std::log(o[0])), T(std::log(o[1])),
-                T(o[2]),       T(o[3]),           o[5] != 0 ? T(-1) : T(1),
-                o[4] != 0};
+        const bool decoupled = o[4] != 0;
+        return {T(o[0]),
+                T(1.0 - o[0]),
+                T(o[1]),
+                T(1.0 - o[1]),
+                T(std::log(o[0])),
+                T(std::log(o[1])),
+                T(o[2]),
+                T(o[3]),
+                o[5] != 0 ? T(-1) : T(1),
+                Choice<T>(!decoupled && o[3] != 0),
+                Choice<T>(1.0 - o[0] < 0.5),
+                decoupled};
     }
 
     enum Form { kPlain, kAmsgrad, kForms };
@@ -162,11 +174,14 @@ struct Adam {
 
     LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s, int form) {
         T g = s.o.sign * gradient;
-        if (!s.o.decoupled && s.o.weight_decay != T(0)) g = fused_multiply_add(weight, s.o.weight_decay, g);
+        const T decayed = fused_multiply_add(weight, s.o.weight_decay, g);
+        g = s.o.decay(decayed, g);
         gradient = g;
         T &m = state[0], &q = state[1];
-        m = s.o.one_minus_beta1 < T(0.5) ? fused_multiply_add(s.o.one_minus_beta1, g - m, m)
-                                         : fused_multiply_add(-s.o.beta1, g - m, g);
+        // From the end that is nearer, as torch's lerp does.
+        const T from_m = fused_multiply_add(s.o.one_minus_beta1, g - m, m);
+        const T from_g = fused_multiply_add(-s.o.beta1, g - m, g);
+        m = s.o.from_m(from_m, from_g);
         q = fused_multiply_add(s.o.one_minus_beta2 * g, g, s.o.beta2 * q);
         T largest = q;
         if (form == kAmsgrad) largest = state[2] = q <= state[2] ? state[2] : q;  // a NaN stays one

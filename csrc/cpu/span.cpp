@@ -9,6 +9,12 @@
 #define LP_CONCAT_(a, b) a##b
 #define LP_CONCAT(a, b) LP_CONCAT_(a, b)
 
+#if defined(__clang__)
+#define LP_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define LP_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace layerpipe {
 namespace {
 
@@ -90,6 +96,8 @@ void step_loop(const Spans<typename Rule::Number>& a, const TensorScalars<Rule>&
     constexpr bool kAdam = Rule::kStates == 3;
     constexpr int kStates = kAdam ? 2 + kForm : kForm ? 1 : 0;
     constexpr bool kRead = kAdam || kForm == 1;
+    // The arrays do not overlap, and so many pointers are more than a compiler checks for itself.
+    LP_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) {
         T weight = w[i], gradient = g[i] * s.grad_factor, state[kMaxStates] = {}, ema[kMaxEmas] = {};
         if (kStates > 0 && kRead) state[0] = s0[i];
