@@ -79,9 +79,14 @@ class History(ABC):
         return not self.emas or ("ema" in state and len(state["ema"]) == self.emas)
 
     def before_update(  # noqa: B027
-        self, params: Sequence[Tensor], states: Sequence[State], at: int | DeviceClock
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        at: int | DeviceClock,
+        found_inf: Tensor | None = None,
     ) -> None:
-        """Called with the weights of the version ``at``, before they change. Most kinds have nothing to do here."""
+        """Called with the weights of the version ``at``, before they change, unless ``found_inf`` says that they will
+        not. Most kinds have nothing to do here."""
 
     def restart(self, param: Tensor, state: State) -> None:  # noqa: B027
         """Called where the clock is set to 0 while ``param`` has its present value."""

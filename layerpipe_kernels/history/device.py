@@ -69,3 +69,10 @@ class DeviceClock:
     def past_slot(self) -> Tensor:
         """``(1,)``: where it keeps the version that a backward wants."""
         return ((self.t - self.t.clamp(max=self.n)) % self.n).view(1)
+
+
+def put(ring: Tensor, dim: int, slot: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+    """Overwrite the oldest of a ring; after an overflow it is still wanted."""
+    if found_inf is not None:
+        value = torch.where(found_inf.view(()) == 0, value, ring.index_select(dim, slot))
+    ring.index_copy_(dim, slot, value)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.history.device import DeviceClock
+from layerpipe_kernels.history.device import DeviceClock, put
 from layerpipe_kernels.reference import state_dtype
 
 State = dict[str, Any]
@@ -36,11 +36,11 @@ class Norms:
             state["norms"] = row
 
     @torch.no_grad()
-    def record(self, params: Sequence[Tensor], at: int | DeviceClock) -> None:
+    def record(self, params: Sequence[Tensor], at: int | DeviceClock, found_inf: Tensor | None = None) -> None:
         """Before an update: the norms of the version that ``at`` shows."""
         norms = torch.stack(torch._foreach_norm(list(params), 2, dtype=self.dtype))
         if isinstance(at, DeviceClock):
-            self.ring.index_copy_(1, at.newest_slot(), norms[:, None])
+            put(self.ring, 1, at.newest_slot(), norms[:, None], found_inf)
         else:
             self.ring[:, at % self.n] = norms
 

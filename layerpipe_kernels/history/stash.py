@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels.history.base import History, Mixture, State, copy_into
-from layerpipe_kernels.history.device import DeviceClock
+from layerpipe_kernels.history.device import DeviceClock, put
 
 
 class Stash(History):
@@ -21,16 +21,23 @@ class Stash(History):
         return "stash" in state and len(state["stash"]) == self.n
 
     @torch.no_grad()
-    def before_update(self, params: Sequence[Tensor], states: Sequence[State], at: int | DeviceClock) -> None:
+    def before_update(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        at: int | DeviceClock,
+        found_inf: Tensor | None = None,
+    ) -> None:
         for param, state in zip(params, states, strict=True):
             if not self.remembers(state):
                 state["stash"] = param.new_empty((self.n, *param.shape))
+                state["stash"][0] = param
         if isinstance(at, int):
             torch._foreach_copy_([s["stash"][at % self.n] for s in states], list(params))
             return
         slot = at.newest_slot()
         for param, state in zip(params, states, strict=True):
-            state["stash"].index_copy_(0, slot, param.detach()[None])
+            put(state["stash"], 0, slot, param.detach()[None], found_inf)
 
     @torch.no_grad()
     def restart(self, param: Tensor, state: State) -> None:

@@ -236,10 +236,15 @@ class PastOptimizer(torch.optim.Optimizer):
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
-        result = past.past_on_device(param, state, clock, moved=self._moved.get(param), out=out)
+        result = past.past_on_device(param, state, clock, moved=self._moved_on_device(param, clock), out=out)
         if norms is not None:
             norms.match([result], [state], clock)
         return result
+
+    def _moved_on_device(self, param: Tensor, clock: DeviceClock) -> Tensor | None:
+        if param in self._still and param not in self._moved:  # known from before the device kept the clock
+            self._moved[param] = torch.zeros_like(clock.lr)
+        return self._moved.get(param)
 
     def past_weight(self, param: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The weights of ``min(updates, delay)`` updates ago, as this parameter's history has them.
@@ -302,7 +307,7 @@ def require_finite(group: Group, names: Iterable[str]) -> None:
     """Refuse a NaN hyperparameter before it reaches the weights; one that only a device knows is taken as it is."""
     for name in names:
         value = group[name]
-        if isinstance(value, Tensor) and not value.is_cpu:
+        if isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu):
             continue
         value = float(value)
         if not math.isfinite(value):

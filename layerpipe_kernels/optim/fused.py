@@ -128,9 +128,9 @@ class FusedOptimizer(PastOptimizer):
         norms = self._norms_of(group)
         at = clock if clock is not None else group["updates"]
         if past is not None and past.needs_states:
-            past.before_update(params, [self.state[p] for p in params], at)
+            past.before_update(params, [self.state[p] for p in params], at, found_inf)
         if norms is not None:
-            norms.record(params, at)
+            norms.record(params, at, found_inf)
         if ready is not None:
             first = [p in self._fresh for p in moving] if self._fresh else ()
             design = past.design if past is not None else NO_PAST
@@ -147,7 +147,8 @@ class FusedOptimizer(PastOptimizer):
             group["updates"], group["last_lr"] = group["updates"] + 1, options.lr
         if past is None:
             return
-        self._mark_still(moving, still)
+        if clock is None:
+            self._mark_still(moving, still)
         self._age(still, past, clock or Clock(group["updates"], float(options.lr)), found_inf)
         if norms is not None and group["materialize"]:
             states = [self.state[p] for p in params if "past" in self.state[p]]
@@ -247,11 +248,11 @@ class FusedOptimizer(PastOptimizer):
         """As :meth:`_mark_still`, where only the device knows whether there was an update."""
         if not clock.has_velocity:
             return
+        for param in self._still:
+            self._moved_on_device(param, clock)
         for param in still:
             if param not in self._moved:
-                self._moved[param] = clock.lr.new_tensor(float(param not in self._still))
-        if not self._moved:
-            return
+                self._moved[param] = torch.ones_like(clock.lr)
         for params, value in ((moving, 1.0), (still, 0.0)):
             for param in params:
                 moved = self._moved.get(param)
@@ -273,10 +274,13 @@ class FusedOptimizer(PastOptimizer):
                 e.mul_(decay)
             if "past" not in state:
                 continue
-            if isinstance(clock, DeviceClock):
-                past.past_on_device(param, state, clock, moved=self._moved.get(param), out=state["past"])
-            else:
+            if isinstance(clock, Clock):
                 past.past(param, state, past.mixture(clock), moved=False, out=state["past"])
+                continue
+            made = past.past_on_device(param, state, clock, moved=self._moved_on_device(param, clock))
+            if found_inf is not None:  # else the step has written what may hold more than can be made now
+                made = torch.where(found_inf == 0, made, state["past"])
+            state["past"].copy_(made)
 
 
 def _scalar_on(value: Tensor, device: torch.device) -> Tensor:

@@ -51,12 +51,14 @@ def problem(params: list[Tensor], step: int) -> list[Tensor]:
 def torch_options(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """For torch's loop on the CPU, where ``capturable`` is refused; it changes no result.
 
-    torch's Adam rounds the step size to the dtype of a learning rate in a tensor, which for float64 weights is too
-    coarse to compare with: it gets the same number as a number.
+    torch's Adam computes in the dtype of hyperparameters in tensors, which for float64 weights is too coarse to compare
+    with: it gets the same numbers as numbers.
     """
     chosen = {k: v for k, v in options.items() if k != "capturable"}
     if dtype == torch.float64 and "lr" in chosen:
         chosen["lr"] = float(chosen["lr"])
+    if dtype == torch.float64 and "betas" in chosen:
+        chosen["betas"] = tuple(map(float, chosen["betas"]))
     return {**chosen, "foreach": False, "fused": False}
 
 
