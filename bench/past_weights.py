@@ -196,8 +196,9 @@ def markdown(results: list[dict[str, Any]]) -> str:
     for network in dict.fromkeys(r["network"] for r in results):
         chosen = [r for r in results if r["network"] == network]
         first = chosen[0]
+        size = f"{first['parameters']:,} parameters"
         lines += [
-            f"{network}, {first['parameters']:,} parameters, {first['data']}, {first['steps']} steps of {first['batch']}:",
+            f"{network}, {size}, {first['data']}, {first['steps']} steps of {first['batch']}:",
             "",
             f"| optimizer | n | {' | '.join(KINDS)} |",
             "| --- " * (2 + len(KINDS)) + "|",

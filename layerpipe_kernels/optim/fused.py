@@ -78,6 +78,8 @@ class FusedOptimizer(PastOptimizer):
         Args:
             closure: reevaluates the model and returns the loss, which is then returned.
         """
+        if torch.compiler.is_compiling():  # the step is one kernel already: a compiled function calls it as it is
+            return _uncompiled_step(self, closure)
         if self._watched():
             return self._watched_step(closure)
         return self._step(closure)
@@ -281,6 +283,11 @@ class FusedOptimizer(PastOptimizer):
             if found_inf is not None:  # else the step has written what may hold more than can be made now
                 made = torch.where(found_inf == 0, made, state["past"])
             state["past"].copy_(made)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled_step(optimizer: FusedOptimizer, closure: Callable[[], Any] | None) -> Any:
+    return optimizer.step(closure)
 
 
 def _scalar_on(value: Tensor, device: torch.device) -> Tensor:
