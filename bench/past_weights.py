@@ -45,6 +45,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "blend 2": {"past": "blend", "order": 2},
     "blend 3": {"past": "blend", "order": 3},
     "blend 2, bf16": {"past": "blend", "order": 2, "ema_dtype": torch.bfloat16},
+    "blend 3, bf16": {"past": "blend", "order": 3, "ema_dtype": torch.bfloat16},
     "blend 2, materialized": {"past": "blend", "order": 2, "materialize": True},
     "momentum": {"past": "momentum"},
 }
