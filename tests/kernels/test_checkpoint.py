@@ -158,6 +158,22 @@ def test_a_checkpoint_without_a_past_warms_up_anew_with_a_warning(past: str, beg
             torch.testing.assert_close(optimizer.past_weight(param), first, rtol=1e-6, atol=1e-6)
 
 
+def test_a_checkpoint_that_lost_its_averages_warms_up_anew() -> None:
+    params = parameters()
+    optimizer = lk.AdamW(params, lr=0.05, delay=3)
+    steps(optimizer, params, 8, seed=1)
+    state = saved(optimizer)
+    for entry in state["state"].values():
+        del entry["ema"]
+    with pytest.warns(UserWarning, match="has no past"):
+        optimizer.load_state_dict(state)
+    start = [p.detach().clone() for p in params]
+    for t in range(3):
+        steps(optimizer, params, 1, seed=10 + t)
+        for param, first in zip(params, start, strict=True):
+            torch.testing.assert_close(optimizer.past_weight(param), first, rtol=1e-6, atol=1e-6)
+
+
 def test_a_checkpoint_before_the_first_step_or_without_a_delay_warns_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

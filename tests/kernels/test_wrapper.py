@@ -123,11 +123,15 @@ def test_resume_is_bitwise(make: Make, past: dict[str, Any], how: str) -> None:
             for param, source in zip(other.params, run.params, strict=True):
                 param.copy_(source)
         other.optimizer.load_state_dict(state)
+    known = {p for group in run.optimizer.param_groups for p in group["params"]}
+    for a, b in zip(run.params, other.params, strict=True):
+        if a in known:
+            assert torch.equal(run.optimizer.past_weight(a), other.optimizer.past_weight(b))
     for each in (run, other):
-        each.step(5, seed=8)
+        each.step(2, seed=8)
     for a, b in zip(run.params, other.params, strict=True):
         assert torch.equal(a, b)
-        if a in {p for group in run.optimizer.param_groups for p in group["params"]}:
+        if a in known:
             assert torch.equal(run.optimizer.past_weight(a), other.optimizer.past_weight(b))
 
 
