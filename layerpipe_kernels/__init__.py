@@ -7,7 +7,7 @@ past = opt.past_weight(param)      # an estimate of the weights six updates ago,
 
 from layerpipe_kernels import decay, history, ops, options, reference
 from layerpipe_kernels.backend import available_backends, build_info
-from layerpipe_kernels.optim import SGD, Adam, AdamW
+from layerpipe_kernels.optim import SGD, Adam, AdamW, Lamb, PastWeights
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,8 @@ __all__ = [
     "SGD",
     "Adam",
     "AdamW",
+    "Lamb",
+    "PastWeights",
     "available_backends",
     "build_info",
     "decay",

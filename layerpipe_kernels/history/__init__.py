@@ -11,9 +11,11 @@
 
 from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, copy_into
 from layerpipe_kernels.history.blend import Blend
+from layerpipe_kernels.history.device import DeviceClock
 from layerpipe_kernels.history.ema import Ema
 from layerpipe_kernels.history.latest import Latest
 from layerpipe_kernels.history.momentum import Momentum
+from layerpipe_kernels.history.norms import Norms
 from layerpipe_kernels.history.stash import Stash
 
 KINDS: dict[str, type[History]] = {kind.kind: kind for kind in (Stash, Latest, Ema, Momentum, Blend)}
@@ -22,11 +24,13 @@ __all__ = [
     "KINDS",
     "Blend",
     "Clock",
+    "DeviceClock",
     "Ema",
     "History",
     "Latest",
     "Mixture",
     "Momentum",
+    "Norms",
     "Settings",
     "Stash",
     "copy_into",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerpipe_kernels import ops
 from layerpipe_kernels.decay import DecayRule
+from layerpipe_kernels.history.device import DeviceClock
 from layerpipe_kernels.options import PastDesign
 
 State = dict[str, Any]
@@ -73,8 +74,22 @@ class History(ABC):
         """How many averages the step keeps."""
         return len(self.design.decays)
 
-    def before_update(self, params: Sequence[Tensor], states: Sequence[State], t: int) -> None:  # noqa: B027
-        """Called with the weights of version ``t``, before they change. Most kinds have nothing to do here."""
+    def remembers(self, state: State) -> bool:
+        """Whether a parameter's state has what this history keeps."""
+        return not self.emas or ("ema" in state and len(state["ema"]) == self.emas)
+
+    def before_update(  # noqa: B027
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        at: int | DeviceClock,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Called with the weights of the version ``at``, before they change, unless ``found_inf`` says that they will
+        not. Most kinds have nothing to do here."""
+
+    def restart(self, param: Tensor, state: State) -> None:  # noqa: B027
+        """Called where the clock is set to 0 while ``param`` has its present value."""
 
     def mixture(self, clock: Clock) -> Mixture:
         """Everything about :meth:`past` that does not depend on the parameter."""
@@ -96,6 +111,25 @@ class History(ABC):
             out = torch.empty_like(param, requires_grad=False)
         weight = state.get("master", param)
         return ops.mix(weight, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
+
+    def past_on_device(
+        self, param: Tensor, state: State, clock: DeviceClock, *, moved: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`past` where only the device knows the clock; ``moved`` is then 1 or 0, a float32 scalar there."""
+        terms, taps = [], clock.taps
+        velocity = state.get("momentum_buffer") if clock.has_velocity else None
+        if velocity is None:
+            taps = taps[1:]
+        else:
+            terms.append(velocity)
+            if moved is not None:
+                taps = torch.cat((taps[:1] * moved, taps[1:]))
+        if "ema" in state:
+            terms += state["ema"].unbind(0)
+        if out is None:
+            out = torch.empty_like(param, requires_grad=False)
+        weight = state.get("master", param)
+        return ops.reconstruct(weight, terms, taps[: len(terms)], out=out, backend=self.settings.backend)
 
 
 def copy_into(out: Tensor | None, source: Tensor) -> Tensor:

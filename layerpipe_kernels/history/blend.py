@@ -13,7 +13,8 @@ class Blend(History):
     Short delays keep fewer: with the newest update at hand ``n - 1`` EMAs are enough, none at all for ``n = 1``.
 
     ``u(t)`` comes free from SGD's momentum buffer as ``lr v(t)``. Without momentum, with Nesterov's, and with Adam, it
-    is gone after the step, and the EMAs do without it, unless the step writes the past weights (``materialize``).
+    is gone after the step, and the EMAs do without it, unless the step itself writes the past weights
+    (``materialize``).
     ``ema_decay`` fixes the decays: one per EMA, or a rule for ``order=1``.
     """
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from layerpipe_kernels.history.base import History, Mixture, State, copy_into
+from layerpipe_kernels.history.device import DeviceClock
 
 
 class Latest(History):
@@ -14,5 +15,10 @@ class Latest(History):
 
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
+    ) -> Tensor:
+        return copy_into(out, param.detach())
+
+    def past_on_device(
+        self, param: Tensor, state: State, clock: DeviceClock, *, moved: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         return copy_into(out, param.detach())

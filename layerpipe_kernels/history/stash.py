@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels.history.base import History, Mixture, State, copy_into
+from layerpipe_kernels.history.device import DeviceClock, put
 
 
 class Stash(History):
@@ -16,12 +17,32 @@ class Stash(History):
     kind = "stash"
     needs_states = True
 
+    def remembers(self, state: State) -> bool:
+        return "stash" in state and len(state["stash"]) == self.n
+
     @torch.no_grad()
-    def before_update(self, params: Sequence[Tensor], states: Sequence[State], t: int) -> None:
+    def before_update(
+        self,
+        params: Sequence[Tensor],
+        states: Sequence[State],
+        at: int | DeviceClock,
+        found_inf: Tensor | None = None,
+    ) -> None:
         for param, state in zip(params, states, strict=True):
-            if "stash" not in state or state["stash"].shape[0] != self.n:
+            if not self.remembers(state):
                 state["stash"] = param.new_empty((self.n, *param.shape))
-        torch._foreach_copy_([s["stash"][t % self.n] for s in states], list(params))
+                state["stash"][0] = param
+        if isinstance(at, int):
+            torch._foreach_copy_([s["stash"][at % self.n] for s in states], list(params))
+            return
+        slot = at.newest_slot()
+        for param, state in zip(params, states, strict=True):
+            put(state["stash"], 0, slot, param.detach()[None], found_inf)
+
+    @torch.no_grad()
+    def restart(self, param: Tensor, state: State) -> None:
+        if "stash" in state:
+            state["stash"][0].copy_(param)
 
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
@@ -31,3 +52,10 @@ class Stash(History):
         if not back:
             return copy_into(out, param.detach())
         return copy_into(out, state["stash"][(t - back) % self.n])
+
+    def past_on_device(
+        self, param: Tensor, state: State, clock: DeviceClock, *, moved: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        if "stash" not in state:
+            return copy_into(out, param.detach())
+        return copy_into(out, state["stash"].index_select(0, clock.past_slot())[0])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.base import PAST_DEFAULTS, Group, require_finite
-from layerpipe_kernels.optim.fused import FusedOptimizer
+from layerpipe_kernels.optim.fused import FusedOptimizer, check_flags, check_learning_rate, learning_rate
 from layerpipe_kernels.options import AdamOptions
 
 
@@ -22,9 +22,9 @@ class Adam(FusedOptimizer):
     Args:
         params: parameters, named parameters, or dicts of groups.
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
-        capturable, foreach, fused, differentiable: accepted for torch's sake; every step here is fused, none is
-            differentiable.
-        delay, past, order, ema_decay, ema_of, ema_dtype, materialize, master_weights, seed, backend: as in
+        capturable: let the device count the updates, so that a CUDA graph can replay them; needed with a delay.
+        foreach, fused, differentiable: accepted for torch's sake; every step here is fused, none is differentiable.
+        delay, past, order, ema_decay, ema_of, ema_dtype, past_norm, materialize, master_weights, seed, backend: as in
             :class:`layerpipe_kernels.SGD`. ``past="momentum"`` is SGD's alone. The newest update is gone after an Adam
             step, so a blend does without it unless ``materialize`` lets the step itself write the past weights.
 
@@ -33,13 +33,12 @@ class Adam(FusedOptimizer):
     """
 
     rule = "adam"
-    counts = True
 
     def __init__(
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         amsgrad: bool = False,
@@ -56,17 +55,18 @@ class Adam(FusedOptimizer):
         ema_decay: DecayRule | tuple[float, ...] | None = None,
         ema_of: str = "update",
         ema_dtype: torch.dtype | None = None,
+        past_norm: str | None = None,
         materialize: bool = False,
         master_weights: bool = False,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        if differentiable:
-            raise ValueError(f"differentiable=True is not supported; use torch.optim.{type(self).__name__}")
+        check_flags(foreach, fused, differentiable, type(self).__name__)
+        _check_tensors(lr, betas, foreach, capturable)
         defaults = {
             **PAST_DEFAULTS,
             "lr": lr,
-            "betas": betas,
+            "betas": (float(betas[0]), float(betas[1])),
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -82,6 +82,7 @@ class Adam(FusedOptimizer):
             "ema_decay": ema_decay,
             "ema_of": ema_of,
             "ema_dtype": ema_dtype,
+            "past_norm": past_norm,
             "materialize": materialize,
             "master_weights": master_weights,
             "seed": seed,
@@ -90,9 +91,10 @@ class Adam(FusedOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        for name in ("lr", "eps", "weight_decay"):
+        check_learning_rate(group["lr"])
+        for name, called in (("eps", "epsilon"), ("weight_decay", "weight_decay")):
             if not float(group[name]) >= 0.0:
-                raise ValueError(f"Invalid {name} value: {group[name]}")
+                raise ValueError(f"Invalid {called} value: {group[name]}")
         for i, beta in enumerate(group["betas"]):
             if not 0.0 <= float(beta) < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
@@ -105,7 +107,7 @@ class Adam(FusedOptimizer):
         require_finite(group, ("lr", "eps", "weight_decay"))
         beta1, beta2 = map(float, group["betas"])
         return AdamOptions(
-            float(group["lr"]),
+            learning_rate(group),
             beta1,
             beta2,
             group["eps"],
@@ -118,6 +120,26 @@ class Adam(FusedOptimizer):
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         return names if group["amsgrad"] else names[:2]
 
+    def _counts(self, group: Group, told: bool) -> bool:
+        return True
+
+
+def _check_tensors(
+    lr: float | Tensor, betas: tuple[float | Tensor, float | Tensor], foreach: bool | None, capturable: bool
+) -> None:
+    """Which hyperparameters may be tensors, as in torch."""
+    separate = foreach and not capturable
+    if isinstance(lr, Tensor) and separate:
+        raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")
+    if isinstance(betas[0], Tensor) != isinstance(betas[1], Tensor):
+        raise ValueError("betas must be either both floats or both Tensors")
+    for i, beta in enumerate(betas):
+        if isinstance(beta, Tensor):
+            if separate:
+                raise ValueError(f"betas[{i}] as a Tensor is not supported for capturable=False and foreach=True")
+            if beta.numel() != 1:
+                raise ValueError(f"Tensor betas[{i}] must be 1-element")
+
 
 class AdamW(Adam):
     """:class:`torch.optim.AdamW` with a memory of its past weights; :class:`Adam` with decoupled weight decay."""
@@ -126,7 +148,7 @@ class AdamW(Adam):
         self,
         params: Any,
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,

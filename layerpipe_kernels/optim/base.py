@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import backend, history, reference
+from layerpipe_kernels import backend, history
+from layerpipe_kernels.history import DeviceClock, Norms
+from layerpipe_kernels.optim import checkpoint
 
 Group = dict[str, Any]
 
@@ -21,6 +23,7 @@ PAST_DEFAULTS: dict[str, Any] = {
     "ema_decay": None,
     "ema_of": "update",
     "ema_dtype": None,
+    "past_norm": None,
     "materialize": False,
     "master_weights": False,
     "backend": "auto",
@@ -30,11 +33,8 @@ PAST_DEFAULTS: dict[str, Any] = {
 #: The options that decide how a group has its past weights.
 _DESIGNED_BY = ("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov")
 
-#: State that need not be of its parameter's dtype, which torch gives it when it loads.
-FULL_PRECISION = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master")
-
 #: What a parameter's state holds for its past; the rest is the optimizer's own.
-HISTORY_KEYS = ("ema", "stash", "past")
+HISTORY_KEYS = ("ema", "stash", "past", "norms")
 
 
 class PastOptimizer(torch.optim.Optimizer):
@@ -43,10 +43,17 @@ class PastOptimizer(torch.optim.Optimizer):
     Every parameter group has a clock, ``group["updates"]``: the number of updates since the delays began to fill. All
     its parameters age together; one without a gradient in some step was updated by zero there.
 
+    It is a number, or a tensor on the device once an update may overflow or is captured: only the device knows then.
+
     With ``delay=0`` nothing extra is kept and :meth:`past_weight` is the weight itself.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._still: set[Tensor] = set()  # parameters without a gradient in the last step
+        self._fresh: set[Tensor] = set()  # parameters whose momentum buffer holds nothing yet
+        # Of parameters that were ever without a gradient while the device kept the clock: 1 if the last update that
+        # did not overflow had one, else 0.
+        self._moved: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
         self._reset_caches()
 
@@ -55,10 +62,16 @@ class PastOptimizer(torch.optim.Optimizer):
         self._group_of: dict[Tensor, Group] = {}
         # Per group: what its past weights are made with after the update that the clock shows.
         self._ready: dict[int, tuple[history.Clock, history.History | None, history.Mixture | None]] = {}
-        self._still: set[Tensor] = set()  # parameters without a gradient in the last step
+        self._clocks: dict[int, tuple[history.History, DeviceClock]] = {}
+        self._norms: dict[int, Norms] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "still": [*self._still], "fresh": [*self._fresh], "moved": {**self._moved}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        marks = {key: state.get(key, ()) for key in ("still", "fresh", "moved")}
+        super().__setstate__({key: value for key, value in state.items() if key not in marks})
+        self._still, self._fresh, self._moved = set(marks["still"]), set(marks["fresh"]), dict(marks["moved"])
         for group in self.param_groups:
             for key, value in {**PAST_DEFAULTS, "updates": 0, "last_lr": 0.0}.items():
                 group.setdefault(key, value)
@@ -81,6 +94,11 @@ class PastOptimizer(torch.optim.Optimizer):
         if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
             raise ValueError(f"delay must be a whole number of updates, at least 0, got {delay!r}")
         for i, param in enumerate(group["params"]):
+            if hasattr(param, "to_local"):
+                raise TypeError(
+                    f"parameter {self.name(group, i)} is a DTensor, which is not supported; use torch.optim's "
+                    "optimizer for sharded parameters"
+                )
             if not param.dtype.is_floating_point:
                 raise TypeError(
                     f"parameter {self.name(group, i)} of dtype {param.dtype} is not supported; "
@@ -90,7 +108,10 @@ class PastOptimizer(torch.optim.Optimizer):
             raise ValueError(f"ema_dtype must be torch.float32 or torch.bfloat16, got {group['ema_dtype']}")
         if group["past"] not in history.KINDS:
             raise ValueError(f"past={group['past']!r} is unknown; there are: {', '.join(history.KINDS)}")
-        backend.choose(group["params"][0], group["backend"])
+        if group["past_norm"] not in (None, "match"):
+            raise ValueError(f"past_norm must be None or 'match', got {group['past_norm']!r}")
+        if group["params"]:
+            backend.choose(group["params"][0], group["backend"])
         if delay:
             history.make(group["past"], self._settings(group))
 
@@ -128,27 +149,56 @@ class PastOptimizer(torch.optim.Optimizer):
             made = self._histories[id(group)] = made_for, history.make(group["past"], self._settings(group))
         return made[1]
 
+    def state_dict(self) -> dict[str, Any]:
+        """torch's, and in every parameter's state what its past weights are made of."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        still = {p for p in self._still if p not in self._moved}
+        still.update(p for p, moved in self._moved.items() if not moved)
+        return checkpoint.mark(super().state_dict(), params, still, self._fresh)
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, of this optimizer or of torch's.
 
         Options that a torch checkpoint does not have stay as they are here. State of half-precision parameters keeps
-        its float32, which torch would round to the parameters' dtype.
+        its float32, which torch would round to the parameters' dtype. Where the checkpoint has no averages, their
+        warm-up begins anew, with a warning.
         """
-        groups = [
-            {**{k: v for k, v in own.items() if k not in ("params", "param_names")}, **saved}
-            for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False)
-        ]
-        if len(groups) == len(state_dict["param_groups"]):  # else torch says what does not fit
-            state_dict = {**state_dict, "param_groups": groups}
+        state_dict = checkpoint.with_options(self.param_groups, state_dict)
         super().load_state_dict(state_dict)
-        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for param, index in zip(own["params"], saved["params"], strict=True):
-                full = reference.state_dtype(param.dtype)
-                for key in FULL_PRECISION:
-                    value = state_dict["state"].get(index, {}).get(key)
-                    dtype = value.dtype if key == "ema" and value is not None else full
-                    if value is not None and self.state[param][key].dtype != dtype:
-                        self.state[param][key] = value.to(device=param.device, dtype=dtype, copy=True)
+        self._still = {p for p, state in self.state.items() if state.pop(checkpoint.STILL, False)}
+        checkpoint.restore_precision(self.param_groups, self.state, state_dict)
+        checkpoint.restart_where_lost(self, self.state, state_dict)
+        for group in self.param_groups:
+            if group["params"]:
+                checkpoint.move_clock(group, group["params"][0].device)
+
+    def device_clock(self, group: Group) -> DeviceClock | None:
+        """This group's clock where the device keeps it; ``None`` where the host does."""
+        past = self.history(group)
+        if past is None or not isinstance(group["updates"], Tensor):
+            return None
+        made = self._clocks.get(id(group))
+        if made is None or made[0] is not past:
+            made = self._clocks[id(group)] = past, DeviceClock(past, group["updates"], group["last_lr"])
+        return made[1]
+
+    def _keep_clock_on_device(self, group: Group) -> None:
+        """From now on; a clock that the host has kept goes on from where it is."""
+        if isinstance(group["updates"], Tensor):
+            return
+        device = group["params"][0].device
+        group["updates"] = torch.tensor(group["updates"], device=device)
+        group["last_lr"] = torch.tensor(float(group["last_lr"]), dtype=torch.float32, device=device)
+
+    def _norms_of(self, group: Group) -> Norms | None:
+        if group["past_norm"] is None or not group["delay"]:
+            return None
+        norms = self._norms.get(id(group))
+        if norms is None or norms.n != group["delay"]:
+            params = group["params"]
+            norms = self._norms[id(group)] = Norms(group["delay"], params, [self.state[p] for p in params])
+        return norms
 
     def past_view(self, param: Tensor) -> Tensor:
         """Like :meth:`past_weight`, but may return memory that the next step overwrites. For one backward."""
@@ -156,18 +206,45 @@ class PastOptimizer(torch.optim.Optimizer):
 
     def _past(self, param: Tensor, out: Tensor | None) -> Tensor:
         group = self._find(param)
-        clock = history.Clock(group["updates"], group["last_lr"])
+        clock = self.device_clock(group)
+        if clock is not None:
+            return self._past_on_device(param, group, clock, out)
+        now = history.Clock(group["updates"], group["last_lr"])
         ready = self._ready.get(id(group))
-        if ready is None or ready[0] != clock:
+        if ready is None or ready[0] != now:
             past = self.history(group)
-            ready = self._ready[id(group)] = clock, past, past.mixture(clock) if past is not None else None
+            ready = self._ready[id(group)] = now, past, past.mixture(now) if past is not None else None
         _, past, mixture = ready
         if past is None or mixture is None:
             return history.copy_into(out, param.detach())
         state = self.state[param]
-        if "past" in state and group["updates"]:
+        if "past" in state and now.t:
             return history.copy_into(out, state["past"])
-        return past.past(param, state, mixture, moved=param not in self._still, out=out)
+        norms = self._norms_of(group)
+        if norms is not None and out is None:
+            out = torch.empty_like(param, requires_grad=False)
+        result = past.past(param, state, mixture, moved=param not in self._still, out=out)
+        if norms is not None:
+            norms.match([result], [state], now.t)
+        return result
+
+    def _past_on_device(self, param: Tensor, group: Group, clock: DeviceClock, out: Tensor | None) -> Tensor:
+        past, state = self.history(group), self.state[param]
+        assert past is not None
+        if "past" in state:
+            return history.copy_into(out, state["past"])
+        norms = self._norms_of(group)
+        if norms is not None and out is None:
+            out = torch.empty_like(param, requires_grad=False)
+        result = past.past_on_device(param, state, clock, moved=self._moved_on_device(param, clock), out=out)
+        if norms is not None:
+            norms.match([result], [state], clock)
+        return result
+
+    def _moved_on_device(self, param: Tensor, clock: DeviceClock) -> Tensor | None:
+        if param in self._still and param not in self._moved:  # known from before the device kept the clock
+            self._moved[param] = torch.zeros_like(clock.lr)
+        return self._moved.get(param)
 
     def past_weight(self, param: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The weights of ``min(updates, delay)`` updates ago, as this parameter's history has them.
@@ -198,7 +275,19 @@ class PastOptimizer(torch.optim.Optimizer):
     def restart_history(self) -> None:
         """Forget the past: the pipeline is empty, and the next ``delay`` updates are exact again."""
         for group in self.param_groups:
-            group["updates"] = 0
+            clock = self.device_clock(group)
+            if clock is None:
+                group["updates"] = 0
+                continue
+            past = self.history(group)
+            clock.t.zero_()
+            clock.refresh()
+            for param in group["params"]:
+                state = self.state[param]
+                if past is not None:
+                    past.restart(param, state)
+                if "past" in state:
+                    history.copy_into(state["past"], param)
 
     def history_bytes(self) -> int:
         """Bytes kept for past weights, the weights themselves and the optimizer's own state not counted."""
@@ -215,8 +304,11 @@ class PastOptimizer(torch.optim.Optimizer):
 
 
 def require_finite(group: Group, names: Iterable[str]) -> None:
-    """Refuse a NaN hyperparameter before it reaches the weights."""
+    """Refuse a NaN hyperparameter before it reaches the weights; one that only a device knows is taken as it is."""
     for name in names:
-        value = float(group[name])
+        value = group[name]
+        if isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu):
+            continue
+        value = float(value)
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}; refusing to step")

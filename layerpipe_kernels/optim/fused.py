@@ -12,7 +12,7 @@ import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
 
 from layerpipe_kernels import backend, native, reference
-from layerpipe_kernels.history import Clock, History
+from layerpipe_kernels.history import Clock, DeviceClock, History
 from layerpipe_kernels.optim.base import Group, PastOptimizer
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
@@ -50,7 +50,10 @@ class FusedOptimizer(PastOptimizer):
     """A :class:`PastOptimizer` that steps a whole parameter group in one pass over memory."""
 
     rule: ClassVar[str]  # the kernels' name for it
-    counts: ClassVar[bool] = False  # whether each parameter counts its own steps, under torch's name ``step``
+
+    #: Told by torch.amp.GradScaler, in attributes ``grad_scale`` and ``found_inf``, it unscales gradients itself and
+    #: skips an update that overflowed, both on the device.
+    _step_supports_amp_scaling = True
 
     @abstractmethod
     def _options(self, group: Group) -> Options:
@@ -60,10 +63,14 @@ class FusedOptimizer(PastOptimizer):
     def _states(self, group: Group) -> tuple[str, ...]:
         """The names of the optimizer's own arrays, in the kernels' order."""
 
+    @abstractmethod
+    def _counts(self, group: Group, told: bool) -> bool:
+        """Whether each parameter counts its own steps, under torch's name ``step``; ``told`` if only the device knows
+        whether there is one."""
+
     def _reset_caches(self) -> None:
         super()._reset_caches()
         self._ready_groups: dict[int, _Ready] = {}
-        self._fresh: set[Tensor] = set()  # parameters whose momentum buffer holds nothing yet
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights, and with them what their past is made of.
@@ -71,6 +78,8 @@ class FusedOptimizer(PastOptimizer):
         Args:
             closure: reevaluates the model and returns the loss, which is then returned.
         """
+        if torch.compiler.is_compiling():  # the step is one kernel already: a compiled function calls it as it is
+            return _uncompiled_step(self, closure)
         if self._watched():
             return self._watched_step(closure)
         return self._step(closure)
@@ -97,28 +106,59 @@ class FusedOptimizer(PastOptimizer):
             with torch.enable_grad():
                 loss = closure()
         options = [self._options(group) for group in self.param_groups]  # all of them before any weight is written
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         for index, group in enumerate(self.param_groups):
-            self._step_group(index, group, options[index])
+            self._step_group(index, group, options[index], scale, found_inf)
         return loss
 
-    def _step_group(self, index: int, group: Group, options: Options) -> None:
-        past = self.history(group)
-        clock = Clock(group["updates"] + 1, float(options.lr))
-        ready, grads = self._gather(index, group, past)
-        if past is not None:
-            params = group["params"]
-            past.before_update(params, [self.state[p] for p in params] if past.needs_states else (), clock.t - 1)
-            self._mark_still(ready.moving if ready else [], ready.still if ready else params)
-            self._age(ready.still if ready else params, past, clock)
+    def _step_group(
+        self, index: int, group: Group, options: Options, scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        past, params = self.history(group), group["params"]
+        if not params:
+            return
+        device = params[0].device
+        scale, found_inf = (None if told is None else _scalar_on(told, device) for told in (scale, found_inf))
+        told = found_inf is not None or group["capturable"]
+        if told and past is not None:
+            self._keep_clock_on_device(group)
+        elif past is not None and device.type == "cuda" and not isinstance(group["updates"], Tensor):
+            _refuse_capture()
+        clock = self.device_clock(group)
+        ready, grads = self._gather(index, group, past, told)
+        moving, still = (ready.moving, ready.still) if ready is not None else ([], params)
+        norms = self._norms_of(group)
+        at = clock if clock is not None else group["updates"]
+        if past is not None and past.needs_states:
+            past.before_update(params, [self.state[p] for p in params], at, found_inf)
+        if norms is not None:
+            norms.record(params, at, found_inf)
         if ready is not None:
-            first = [p in self._fresh for p in ready.moving] if self._fresh else ()
+            first = [p in self._fresh for p in moving] if self._fresh else ()
             design = past.design if past is not None else NO_PAST
-            ready.plan.step(grads, options, design, Moment(clock.t), first)
+            moment = Moment(
+                0 if clock is not None else group["updates"] + 1, clock.t if clock else None, scale, found_inf
+            )
+            ready.plan.step(grads, options, design, moment, first)
             if self._fresh:
-                self._fresh.difference_update(ready.moving)
-        group["updates"], group["last_lr"] = clock.t, clock.lr
+                self._fresh.difference_update(moving)
+        if clock is not None:
+            clock.tick(options.lr, found_inf, counted=ready is not None)
+            self._mark_moved(moving, still, clock, found_inf)
+        else:
+            group["updates"], group["last_lr"] = group["updates"] + 1, options.lr
+        if past is None:
+            return
+        if clock is None:
+            self._mark_still(moving, still)
+        self._age(still, past, clock or Clock(group["updates"], float(options.lr)), found_inf)
+        if norms is not None and group["materialize"]:
+            states = [self.state[p] for p in params if "past" in self.state[p]]
+            norms.match([state["past"] for state in states], states, clock or group["updates"], found_inf)
 
-    def _gather(self, index: int, group: Group, past: History | None) -> tuple[_Ready | None, Sequence[Tensor]]:
+    def _gather(
+        self, index: int, group: Group, past: History | None, told: bool
+    ) -> tuple[_Ready | None, Sequence[Tensor]]:
         """The group's plan, made anew when an array has moved, and its gradients; none where the plan has them."""
         params = group["params"]
         kept = Kept(
@@ -126,7 +166,7 @@ class FusedOptimizer(PastOptimizer):
             past.emas if past is not None else 0,
             past is not None and group["materialize"],
             group["master_weights"],
-            self.counts,
+            self._counts(group, told),
         )
         ready = self._ready_groups.get(index)
         if ready is not None and ready.kept != kept:
@@ -181,7 +221,9 @@ class FusedOptimizer(PastOptimizer):
         state: dict[str, Any] = self.state[param]
         full = reference.state_dtype(param.dtype)
         if kept.counts and not isinstance(state.get("step"), Tensor):
-            state["step"] = torch.full((), float(state.get("step", 0.0)), dtype=torch.float32, device=param.device)
+            begun = state.get("momentum_buffer") is not None and param not in self._fresh
+            made = float(state.get("step", begun))
+            state["step"] = torch.full((), made, dtype=torch.float32, device=param.device)
         if kept.counts and state["step"].device != param.device:  # torch keeps it on the CPU
             state["step"] = state["step"].to(param.device)
         for name in kept.states:
@@ -192,7 +234,7 @@ class FusedOptimizer(PastOptimizer):
             dtype = group["ema_dtype"] or full
             state["ema"] = torch.zeros((kept.emas, *param.shape), dtype=dtype, device=param.device)
         if kept.past and "past" not in state:
-            state["past"] = torch.empty_like(param)
+            state["past"] = param.detach().clone()
         if kept.master and "master" not in state:
             state["master"] = param.detach().to(torch.float32, copy=True)
         return state
@@ -202,12 +244,93 @@ class FusedOptimizer(PastOptimizer):
             self._still.difference_update(moving)
         self._still.update(still)
 
+    def _mark_moved(
+        self, moving: Sequence[Tensor], still: Sequence[Tensor], clock: DeviceClock, found_inf: Tensor | None
+    ) -> None:
+        """As :meth:`_mark_still`, where only the device knows whether there was an update."""
+        if not clock.has_velocity:
+            return
+        for param in self._still:
+            self._moved_on_device(param, clock)
+        for param in still:
+            if param not in self._moved:
+                self._moved[param] = torch.ones_like(clock.lr)
+        for params, value in ((moving, 1.0), (still, 0.0)):
+            for param in params:
+                moved = self._moved.get(param)
+                if moved is not None:
+                    moved.fill_(value) if found_inf is None else moved.masked_fill_(found_inf == 0, value)
+
     @torch.no_grad()
-    def _age(self, still: Sequence[Tensor], past: History, clock: Clock) -> None:
+    def _age(
+        self, still: Sequence[Tensor], past: History, clock: Clock | DeviceClock, found_inf: Tensor | None
+    ) -> None:
         """A parameter without a gradient was updated by zero: its averages fade, its weights stay."""
+        if not still:
+            return
+        decays: Sequence[float | Tensor]
+        decays = clock.decays(found_inf).unbind() if isinstance(clock, DeviceClock) else past.design.at(clock.t)[0]
         for param in still:
             state = self.state[param]
-            for e, decay in zip(state.get("ema", ()), past.design.at(clock.t)[0], strict=False):
+            for e, decay in zip(state.get("ema", ()), decays, strict=False):
                 e.mul_(decay)
-            if "past" in state:
+            if "past" not in state:
+                continue
+            if isinstance(clock, Clock):
                 past.past(param, state, past.mixture(clock), moved=False, out=state["past"])
+                continue
+            made = past.past_on_device(param, state, clock, moved=self._moved_on_device(param, clock))
+            if found_inf is not None:  # else the step has written what may hold more than can be made now
+                made = torch.where(found_inf == 0, made, state["past"])
+            state["past"].copy_(made)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled_step(optimizer: FusedOptimizer, closure: Callable[[], Any] | None) -> Any:
+    return optimizer.step(closure)
+
+
+def _scalar_on(value: Tensor, device: torch.device) -> Tensor:
+    return value if value.device == device and value.dtype == torch.float32 else value.to(device, torch.float32)
+
+
+def _refuse_capture() -> None:
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a captured step would count its updates only once; give the optimizer capturable=True, so that the device "
+            "counts them"
+        )
+
+
+def learning_rate(group: Group) -> float | Tensor:
+    """A number, or the tensor itself where it lies beside the weights and looking at it would wait for them."""
+    lr = group["lr"]
+    if not isinstance(lr, Tensor):
+        return float(lr)
+    device = group["params"][0].device if group["params"] else lr.device
+    if lr.device == device and (group["capturable"] or not lr.is_cpu):
+        return _scalar_on(lr, device)
+    return float(lr)
+
+
+def check_flags(foreach: bool | None, fused: bool | None, differentiable: bool, name: str) -> None:
+    """torch's ways to compute a step: every step here is fused, and none is differentiable.
+
+    Raises:
+        RuntimeError: ``fused`` beside ``foreach`` or ``differentiable``, as in torch.
+        ValueError: ``differentiable``.
+    """
+    if fused and differentiable:
+        raise RuntimeError("`fused` does not support `differentiable`")
+    if fused and foreach:
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
+    if differentiable:
+        raise ValueError(f"differentiable=True is not supported; use torch.optim.{name}")
+
+
+def check_learning_rate(lr: float | Tensor) -> None:
+    """As torch does, and a NaN."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError("Tensor lr must be 1-element")
+    if not float(lr) >= 0.0:
+        raise ValueError(f"Invalid learning rate: {lr}; lr must be a number of at least 0")

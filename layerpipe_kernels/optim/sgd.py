@@ -9,7 +9,7 @@ from torch import Tensor
 
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.base import PAST_DEFAULTS, Group, require_finite
-from layerpipe_kernels.optim.fused import FusedOptimizer
+from layerpipe_kernels.optim.fused import FusedOptimizer, check_flags, check_learning_rate, learning_rate
 from layerpipe_kernels.options import SgdOptions
 
 
@@ -28,10 +28,12 @@ class SGD(FusedOptimizer):
         ema_decay: a rule's name, a number, a function of the delay, or for a blend a tuple; default: designed.
         ema_of: ``"update"``, or ``"gradient"`` for the paper's literal form.
         ema_dtype: ``torch.bfloat16`` halves the averages' memory; rounded stochastically. Default: the state's.
+        past_norm: ``"match"`` scales past weights to the norm that the true ones had, kept as ``n`` numbers per tensor.
         materialize: let the step itself write the past weights, at one more copy of memory.
         master_weights: keep float32 copies of weights of 16 bits, update those and round them.
         seed: of the stochastic rounding; the same seed gives the same bits on every backend.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
+        capturable: let the device count the updates, so that a CUDA graph can replay them; needed with a delay.
         foreach, fused, differentiable: accepted for torch's sake; every step here is fused, none is differentiable.
 
     Raises:
@@ -53,19 +55,20 @@ class SGD(FusedOptimizer):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        capturable: bool = False,
         delay: int = 0,
         past: str = "blend",
         order: int = 2,
         ema_decay: DecayRule | tuple[float, ...] | None = None,
         ema_of: str = "update",
         ema_dtype: torch.dtype | None = None,
+        past_norm: str | None = None,
         materialize: bool = False,
         master_weights: bool = False,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
-        if differentiable:
-            raise ValueError("differentiable=True is not supported; use torch.optim.SGD")
+        check_flags(foreach, fused, differentiable, "SGD")
         defaults = {
             **PAST_DEFAULTS,
             "lr": lr,
@@ -77,12 +80,14 @@ class SGD(FusedOptimizer):
             "foreach": foreach,
             "differentiable": differentiable,
             "fused": fused,
+            "capturable": capturable,
             "delay": delay,
             "past": past,
             "order": order,
             "ema_decay": ema_decay,
             "ema_of": ema_of,
             "ema_dtype": ema_dtype,
+            "past_norm": past_norm,
             "materialize": materialize,
             "master_weights": master_weights,
             "seed": seed,
@@ -91,7 +96,8 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        for name in ("lr", "momentum", "weight_decay"):
+        check_learning_rate(group["lr"])
+        for name in ("momentum", "weight_decay"):
             if not float(group[name]) >= 0.0:
                 raise ValueError(f"Invalid {name} value: {group[name]}")
         require_finite(group, ("lr", "momentum", "dampening", "weight_decay"))
@@ -102,13 +108,17 @@ class SGD(FusedOptimizer):
     def _options(self, group: Group) -> SgdOptions:
         require_finite(group, ("lr", "momentum", "dampening", "weight_decay"))
         return SgdOptions(
-            float(group["lr"]),
+            learning_rate(group),
             group["momentum"],
             group["dampening"],
-            group["weight_decay"],
+            float(group["weight_decay"]),
             group["nesterov"],
             group["maximize"],
         )
 
     def _states(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
+
+    def _counts(self, group: Group, told: bool) -> bool:
+        # An empty buffer begins with the whole gradient. Without dampening, zeros do that by themselves.
+        return bool(told and group["momentum"] and group["dampening"])

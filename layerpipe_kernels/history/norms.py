@@ -1,0 +1,70 @@
+"""Norm matching: past weights are scaled to the norm that the true ones had."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels.history.device import DeviceClock, put
+from layerpipe_kernels.reference import state_dtype
+
+State = dict[str, Any]
+
+
+class Norms:
+    """The norms of every tensor's last ``n`` versions, version ``t`` in slot ``t mod n``: no copies of weights.
+
+    An estimate that overshoots amplifies the activations' gradient, stage after stage; scaled, it cannot (MATH,
+    "Past weights"). Nothing here waits for a device.
+
+    Args:
+        n: the delay, in updates.
+        params: of one group, on one device.
+        states: of those parameters; each keeps its row, float32 ``(n,)``, as ``state["norms"]``.
+    """
+
+    def __init__(self, n: int, params: Sequence[Tensor], states: Sequence[State]) -> None:
+        self.n = n
+        self.dtype = max((state_dtype(p.dtype) for p in params), key=lambda dtype: dtype.itemsize)
+        self.ring = torch.zeros(len(params), n, dtype=self.dtype, device=params[0].device)
+        for row, state in zip(self.ring, states, strict=True):
+            if "norms" in state and state["norms"].shape == row.shape:
+                row.copy_(state["norms"])
+            state["norms"] = row
+
+    @torch.no_grad()
+    def record(self, params: Sequence[Tensor], at: int | DeviceClock, found_inf: Tensor | None = None) -> None:
+        """Before an update: the norms of the version that ``at`` shows."""
+        norms = torch.stack(torch._foreach_norm(list(params), 2, dtype=self.dtype))
+        if isinstance(at, DeviceClock):
+            put(self.ring, 1, at.newest_slot(), norms[:, None], found_inf)
+        else:
+            self.ring[:, at % self.n] = norms
+
+    @torch.no_grad()
+    def match(
+        self,
+        estimates: Sequence[Tensor],
+        states: Sequence[State],
+        at: int | DeviceClock,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """After an update: scale every ``What``, in place, to the norm of the version that it estimates."""
+        if isinstance(at, int) and at == 0:
+            return  # nothing has been recorded
+        norms = torch._foreach_norm(list(estimates), 2, dtype=self.dtype)
+        if isinstance(at, DeviceClock):
+            slot = at.past_slot()
+            targets = [state["norms"].index_select(0, slot)[0] for state in states]
+        else:
+            targets = [state["norms"][(at - min(at, self.n)) % self.n] for state in states]
+        for estimate, norm, target in zip(estimates, norms, targets, strict=True):
+            matched = norm > 0
+            if isinstance(at, DeviceClock):
+                matched = matched & (at.t > 0)
+            if found_inf is not None:  # what an earlier step has scaled stays as it is, to the bit
+                matched = matched & (found_inf.view(()) == 0)
+            estimate.mul_(torch.where(matched, target / norm, 1.0))

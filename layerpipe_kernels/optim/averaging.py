@@ -1,0 +1,74 @@
+"""Optimizers whose step makes its updates as tensors, which are then averaged one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels import checks, ops, reference
+from layerpipe_kernels.optim.base import Group, PastOptimizer
+
+
+class AveragingOptimizer(PastOptimizer):
+    """A :class:`PastOptimizer` without a fused step. Its clocks are on the host: it is not captured in a CUDA graph,
+    and a :class:`torch.amp.GradScaler` decides on the host whether it steps."""
+
+    def _check_group(self, group: Group) -> None:
+        super()._check_group(group)
+        if group["ema_of"] != "update":
+            raise ValueError(f"ema_of={group['ema_of']!r} is for SGD alone; {type(self).__name__} averages its updates")
+        if group["master_weights"]:
+            raise ValueError(f"master_weights=True is for SGD, Adam and AdamW, not for {type(self).__name__}")
+        if group["delay"] and group["past"] == "momentum":
+            raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
+        if group["delay"]:
+            for i, param in enumerate(group["params"]):
+                checks.check_tensor(self.name(group, i), param, "parameter")
+
+    def _before_step(self, group: Group) -> None:
+        """While the weights are still those of the last update."""
+        past, params = self.history(group), group["params"]
+        if past is not None and past.needs_states:
+            past.before_update(params, [self.state[p] for p in params], group["updates"])
+        norms = self._norms_of(group)
+        if norms is not None:
+            norms.record(params, group["updates"])
+
+    @torch.no_grad()
+    def _after_step(self, group: Group, updates: Sequence[Tensor | None]) -> None:
+        """Average the updates ``u``, in the state's dtype, of all parameters; ``None`` where there was none."""
+        group["updates"], group["last_lr"] = group["updates"] + 1, float(group.get("lr", 0.0))
+        past, t = self.history(group), group["updates"]
+        if past is None:
+            return
+        decays, taps, update_tap = past.design.at(t)
+        for i, (param, update) in enumerate(zip(group["params"], updates, strict=True)):
+            state = self.state[param]
+            emas = self._emas(param, state, past.emas, group["ema_dtype"])
+            if emas and update is not None:
+                seed = reference.hash32(past.design.seed ^ reference.hash32(t)) + i
+                ops.ema_update_(emas, update, decays, seed=seed, backend=group["backend"])
+            elif emas:
+                for e, decay in zip(emas, decays, strict=True):
+                    e.mul_(decay)
+            if group["materialize"]:
+                terms, factors = ([], []) if update is None else ([update], [update_tap])
+                state["past"] = ops.reconstruct(
+                    param, [*terms, *emas], [*factors, *taps], out=state.get("past"), backend=group["backend"]
+                )
+        norms = self._norms_of(group)
+        if norms is not None and group["materialize"]:
+            states = [self.state[p] for p in group["params"]]
+            norms.match([state["past"] for state in states], states, t)
+
+    @staticmethod
+    def _emas(param: Tensor, state: dict[str, Any], count: int, dtype: torch.dtype | None) -> list[Tensor]:
+        if not count:
+            return []
+        if "ema" not in state or len(state["ema"]) != count:
+            dtype = dtype or reference.state_dtype(param.dtype)
+            state["ema"] = torch.zeros((count, *param.shape), dtype=dtype, device=param.device)
+        return list(state["ema"].unbind(0))

@@ -1,0 +1,88 @@
+"""Checkpoints that torch's optimizers and ours can read of each other, and in which nothing is lost."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels import reference
+
+if TYPE_CHECKING:
+    from layerpipe_kernels.optim.base import Group, PastOptimizer
+
+StateDict = dict[str, Any]
+
+#: State that need not be of its parameter's dtype, which torch gives it when it loads.
+FULL_PRECISION = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master", "norms")
+
+#: A group's place in time; it goes with the averages and not with the options.
+CLOCK = ("updates", "last_lr")
+
+#: In a checkpoint: the last update did not reach this parameter, so its momentum buffer is not the newest update.
+STILL = "still"
+
+
+def mark(packed: StateDict, params: list[Tensor], still: set[Tensor], fresh: set[Tensor]) -> StateDict:
+    """A state_dict with what is known beside the arrays, in torch's terms: an empty momentum buffer is ``None``."""
+    indices = [index for group in packed["param_groups"] for index in group["params"]]
+    state = dict(packed["state"])
+    for index, param in zip(indices, params, strict=True):
+        entry = state.get(index)
+        if not entry or "momentum_buffer" not in entry:
+            continue
+        if param in still:
+            state[index] = {**entry, STILL: True}
+        if param in fresh:
+            state[index] = {**state[index], "momentum_buffer": None}
+    return {**packed, "state": state}
+
+
+def with_options(groups: list[Group], state_dict: StateDict) -> StateDict:
+    """Options that a torch checkpoint does not have stay as they are here; a clock that it does not have starts."""
+    saved = state_dict["param_groups"]
+    if len(groups) != len(saved):
+        return state_dict  # torch says what does not fit
+    kept = [{k: v for k, v in own.items() if k not in ("params", "param_names", *CLOCK)} for own in groups]
+    return {**state_dict, "param_groups": [{**own, **other} for own, other in zip(kept, saved, strict=True)]}
+
+
+def restore_precision(groups: list[Group], state: dict[Tensor, Any], saved: StateDict) -> None:
+    """torch casts state to its parameter's dtype; take ours from the checkpoint again, as it was."""
+    for own, other in zip(groups, saved["param_groups"], strict=True):
+        for param, index in zip(own["params"], other["params"], strict=True):
+            full = reference.state_dtype(param.dtype)
+            for key in FULL_PRECISION:
+                value = saved["state"].get(index, {}).get(key)
+                if value is None:
+                    continue
+                dtype = value.dtype if key == "ema" else full
+                if state[param][key].dtype != dtype:
+                    state[param][key] = value.to(device=param.device, dtype=dtype, copy=True)
+
+
+def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved: StateDict) -> None:
+    """A group that trained, but without our averages, begins to fill its delay anew, with a warning."""
+    for i, (own, other) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
+        history = optimizer.history(own)
+        trained = [p for p, index in zip(own["params"], other["params"], strict=True) if saved["state"].get(index)]
+        if history is None or not trained:
+            continue
+        if "updates" in other and all(history.remembers(state.get(p, {})) for p in trained):
+            continue
+        own["updates"], own["last_lr"] = 0, 0.0
+        if history.kind != "latest":
+            warnings.warn(
+                f"the loaded state of param_groups[{i}] has no past (past={own['past']!r}, delay={own['delay']}); it "
+                f"begins anew, as if the next update were the first",
+                stacklevel=3,
+            )
+
+
+def move_clock(group: Group, device: torch.device) -> None:
+    """A clock of a device onto the one where the parameters are now."""
+    for key in CLOCK:
+        if isinstance(group[key], Tensor):
+            group[key] = group[key].to(device, copy=True)

@@ -1,0 +1,166 @@
+"""Past weights for every other optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels import history, reference
+from layerpipe_kernels.decay import DecayRule
+from layerpipe_kernels.optim import checkpoint
+from layerpipe_kernels.optim.averaging import AveragingOptimizer
+from layerpipe_kernels.optim.base import HISTORY_KEYS, PAST_DEFAULTS, Group, PastOptimizer
+
+
+class PastWeights(AveragingOptimizer):
+    """Any :class:`torch.optim.Optimizer` with a memory of its past weights.
+
+    It steps the optimizer it is given and takes the difference of the weights before and after as the update. For that
+    it holds one more copy of the weights during a step, unless the kind of past needs no updates (``"stash"``,
+    ``"latest"``). Parameter groups are the optimizer's own, so schedulers may be given either; its state stays in
+    ``optimizer.state``, and :meth:`state_dict` has both.
+
+    Args:
+        optimizer: steps on dense, contiguous weights.
+        delay, past, order, ema_decay, ema_dtype, past_norm, materialize, seed, backend: as in
+            :class:`layerpipe_kernels.AdamW`; a group may have its own.
+
+    Raises:
+        TypeError: not an optimizer, or one that knows its past weights itself.
+        ValueError: an option out of its range, or options that contradict each other.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        delay: int,
+        past: str = "blend",
+        order: int = 2,
+        ema_decay: DecayRule | tuple[float, ...] | None = None,
+        ema_dtype: torch.dtype | None = None,
+        past_norm: str | None = None,
+        materialize: bool = False,
+        seed: int = 0,
+        backend: str = "auto",
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"PastWeights wraps a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, PastOptimizer):
+            raise TypeError(f"{type(optimizer).__name__} knows its past weights itself; give it delay={delay}")
+        self.optimizer = optimizer
+        self._options: dict[str, Any] = {
+            **PAST_DEFAULTS,
+            "delay": delay,
+            "past": past,
+            "order": order,
+            "ema_decay": ema_decay,
+            "ema_dtype": ema_dtype,
+            "past_norm": past_norm,
+            "materialize": materialize,
+            "seed": seed,
+            "backend": backend,
+        }
+        self._complete = False
+        super().__init__(optimizer.param_groups, {**optimizer.defaults, **self._options})
+        self._complete = True
+
+    @property
+    def param_groups(self) -> list[Group]:
+        """The wrapped optimizer's own."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        if groups:  # torch's constructor begins with an empty list
+            self.optimizer.param_groups = groups
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in super().__getstate__().items() if k != "param_groups"}
+        return {**kept, "optimizer": self.optimizer, "_options": self._options, "_complete": True}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer = state["optimizer"]
+        super().__setstate__(state)
+
+    def __repr__(self) -> str:
+        return f"PastWeights of {self.optimizer!r}"
+
+    def add_param_group(self, param_group: Group) -> None:
+        group = param_group
+        if self._complete:
+            self.optimizer.add_param_group(param_group)
+            group = self.param_groups[-1]
+        for key, value in {**self._options, "updates": 0, "last_lr": 0.0}.items():
+            group.setdefault(key, value)
+        try:
+            self._check_group(group)
+        except Exception:
+            if self._complete:
+                self.param_groups.pop()
+            raise
+        self._reset_caches()
+
+    def _settings(self, group: Group) -> history.Settings:
+        betas = group.get("betas")
+        correlation = float(betas[0] if betas else group.get("momentum", 0.0))
+        known = super()._settings(group)
+        return known._replace(momentum=0.0, nesterov=False, correlation=min(max(correlation, 0.0), 0.99), newest=False)
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step the wrapped optimizer, and average what it changed."""
+        before: list[list[Tensor | None]] = []
+        for group in self.param_groups:
+            self._before_step(group)
+            before.append([self._copy(p, group) for p in group["params"]])
+        loss = self.optimizer.step(closure)
+        for group, copies in zip(self.param_groups, before, strict=True):
+            for param, copy in zip(group["params"], copies, strict=True):
+                if copy is not None:
+                    copy.sub_(param.detach())
+            self._after_step(group, copies)
+        return loss
+
+    def _copy(self, param: Tensor, group: Group) -> Tensor | None:
+        past = self.history(group)
+        if past is None or not (past.emas or past.design.update_tap):
+            return None
+        return param.detach().to(reference.state_dtype(param.dtype), copy=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, and in every parameter's state what its past weights are made of."""
+        packed = self.optimizer.state_dict()
+        state = dict(packed["state"])
+        for group, own in zip(packed["param_groups"], self.param_groups, strict=True):
+            for index, param in zip(group["params"], own["params"], strict=True):
+                if self.state.get(param):
+                    state[index] = {**state.get(index, {}), **self.state[param]}
+        return {**packed, "state": state}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` gave, of this optimizer or of the wrapped one alone.
+
+        Where there are no averages, their warm-up begins anew, with a warning.
+        """
+        saved = checkpoint.with_options(self.param_groups, state_dict)
+        theirs = {i: {k: v for k, v in s.items() if k not in HISTORY_KEYS} for i, s in saved["state"].items()}
+        self.optimizer.load_state_dict({**saved, "state": {i: s for i, s in theirs.items() if s}})
+        self.state.clear()
+        self._reset_caches()
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            group.setdefault("updates", 0)
+            group.setdefault("last_lr", 0.0)
+            for param, index in zip(group["params"], packed["params"], strict=True):
+                for key, value in saved["state"].get(index, {}).items():
+                    if key in HISTORY_KEYS:
+                        dtype = param.dtype if key in ("stash", "past") else value.dtype
+                        self.state[param][key] = value.to(param.device, dtype, copy=True)
+        checkpoint.restart_where_lost(self, self.state, saved)
+
+    def optimizer_bytes(self) -> int:
+        """Bytes of the wrapped optimizer's state."""
+        return sum(v.nbytes for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))

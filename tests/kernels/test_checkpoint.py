@@ -1,0 +1,244 @@
+"""Checkpoints: torch's into ours, ours into torch's, and nothing lost on the way."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import layerpipe_kernels as lk
+
+F32, BF16 = torch.float32, torch.bfloat16
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("SGD", {"lr": 0.1}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    ("Adam", {"lr": 0.05, "amsgrad": True}),
+    ("AdamW", {"lr": 0.05, "weight_decay": 0.1}),
+]
+PASTS: list[dict[str, Any]] = [
+    {"past": "stash"},
+    {"past": "ema"},
+    {"past": "blend", "order": 3},
+    {"past": "blend", "materialize": True},
+    {"past": "blend", "past_norm": "match"},
+    {"past": "ema", "ema_dtype": BF16},
+]
+
+
+def parameters(dtype: torch.dtype = F32) -> list[Tensor]:
+    torch.manual_seed(3)
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in ((5, 4), (7,), (2,))]
+
+
+def steps(optimizer: torch.optim.Optimizer, params: list[Tensor], count: int, seed: int, late: bool = False) -> None:
+    """``late``: the last parameter has no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        if late:
+            params[-1].grad = None
+        optimizer.step()
+
+
+def saved(optimizer: torch.optim.Optimizer) -> Any:
+    """Through a file, as it is read by default."""
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def take(params: list[Tensor], source: list[Tensor]) -> None:
+    with torch.no_grad():
+        for param, value in zip(params, source, strict=True):
+            param.copy_(value)
+
+
+@pytest.mark.parametrize("delay", [0, 4])
+@pytest.mark.parametrize(("name", "options"), OPTIMIZERS, ids=str)
+def test_a_run_goes_from_torch_to_ours_and_back(name: str, options: dict[str, Any], delay: int) -> None:
+    alone, params = parameters(), parameters()
+    expected = getattr(torch.optim, name)(alone, foreach=False, **options)
+    steps(expected, alone, 15, seed=1)
+    optimizer: Any = getattr(torch.optim, name)(params, foreach=False, **options)
+    steps(optimizer, params, 5, seed=1)
+    generator_steps = [(lk, {"delay": delay}), (torch.optim, {"foreach": False})]
+    for i, (library, extra) in enumerate(generator_steps):
+        state = saved(optimizer)
+        optimizer = getattr(library, name)(params, **options, **extra)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that torch's checkpoint has no past
+            optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["lr"] == options["lr"]
+        generator = torch.Generator().manual_seed(1)
+        for step in range(15):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            if 5 * (i + 1) <= step < 5 * (i + 2):
+                optimizer.step()
+    for a, b in zip(params, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("past", PASTS, ids=str)
+@pytest.mark.parametrize(("name", "options"), OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("how", ["file", "deepcopy", "pickle"])
+def test_resume_is_bitwise(
+    name: str, options: dict[str, Any], past: dict[str, Any], dtype: torch.dtype, how: str
+) -> None:
+    params = parameters(dtype)
+    make = lambda of: getattr(lk, name)(of, delay=4, master_weights=dtype == BF16, **options, **past)
+    optimizer = make(params)
+    steps(optimizer, params, 7, seed=1)
+    steps(optimizer, params, 1, seed=2, late=True)
+    if how == "file":
+        others = parameters(dtype)
+        other = make(others)
+        take(others, params)
+        other.load_state_dict(saved(optimizer))
+    else:
+        pair = (params, optimizer)
+        others, other = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+        assert other.param_groups[0]["params"][0] is others[0]
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(optimizer.past_weight(a), other.past_weight(b))
+    for each, of in ((optimizer, params), (other, others)):
+        steps(each, of, 6, seed=4)
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(optimizer.past_weight(a), other.past_weight(b))
+
+
+def test_float32_state_survives_on_bfloat16_parameters() -> None:
+    params = parameters(BF16)
+    optimizer = lk.SGD(params, lr=0.1, momentum=0.9, delay=4, past="ema", past_norm="match", master_weights=True)
+    steps(optimizer, params, 5, seed=1)
+    other = lk.SGD(parameters(BF16), lr=0.1, momentum=0.9, delay=4, past="ema", past_norm="match", master_weights=True)
+    other.load_state_dict(saved(optimizer))
+    for a, b in zip(params, other.param_groups[0]["params"], strict=True):
+        for key in ("momentum_buffer", "ema", "master", "norms"):
+            assert other.state[b][key].dtype == F32
+            assert torch.equal(optimizer.state[a][key], other.state[b][key])
+
+
+def test_bfloat16_averages_survive_on_float32_parameters() -> None:
+    params = parameters()
+    optimizer = lk.AdamW(params, delay=4, ema_dtype=BF16)
+    steps(optimizer, params, 5, seed=1)
+    other = lk.AdamW(parameters(), delay=4, ema_dtype=BF16)
+    other.load_state_dict(saved(optimizer))
+    for a, b in zip(params, other.param_groups[0]["params"], strict=True):
+        assert other.state[b]["ema"].dtype == BF16
+        assert torch.equal(optimizer.state[a]["ema"], other.state[b]["ema"])
+
+
+@pytest.mark.parametrize("past", ["ema", "blend", "stash"])
+@pytest.mark.parametrize("begun", [0, 9])
+def test_a_checkpoint_without_a_past_warms_up_anew_with_a_warning(past: str, begun: int) -> None:
+    alone, params = parameters(), parameters()
+    theirs = torch.optim.SGD(alone, lr=0.1, momentum=0.9)
+    steps(theirs, alone, 6, seed=1)
+    optimizer = lk.SGD(params, lr=0.1, momentum=0.9, delay=3, past=past)
+    steps(optimizer, params, begun, seed=2)
+    with pytest.warns(UserWarning, match=r"param_groups\[0\] has no past .*delay=3"):
+        optimizer.load_state_dict(theirs.state_dict())
+    start = [p.detach().clone() for p in params]
+    for t in range(3):
+        steps(optimizer, params, 1, seed=10 + t)
+        for param, first in zip(params, start, strict=True):
+            torch.testing.assert_close(optimizer.past_weight(param), first, rtol=1e-6, atol=1e-6)
+
+
+def test_a_checkpoint_that_lost_its_averages_warms_up_anew() -> None:
+    params = parameters()
+    optimizer = lk.AdamW(params, lr=0.05, delay=3)
+    steps(optimizer, params, 8, seed=1)
+    state = saved(optimizer)
+    for entry in state["state"].values():
+        del entry["ema"]
+    with pytest.warns(UserWarning, match="has no past"):
+        optimizer.load_state_dict(state)
+    start = [p.detach().clone() for p in params]
+    for t in range(3):
+        steps(optimizer, params, 1, seed=10 + t)
+        for param, first in zip(params, start, strict=True):
+            torch.testing.assert_close(optimizer.past_weight(param), first, rtol=1e-6, atol=1e-6)
+
+
+def test_a_checkpoint_before_the_first_step_or_without_a_delay_warns_of_nothing() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lk.SGD(parameters(), lr=0.1, delay=3).load_state_dict(torch.optim.SGD(parameters(), lr=0.1).state_dict())
+        params = parameters()
+        theirs = torch.optim.AdamW(params)
+        steps(theirs, params, 2, seed=1)
+        lk.AdamW(parameters()).load_state_dict(theirs.state_dict())
+
+
+def test_a_momentum_buffer_that_holds_nothing_yet_is_none_in_a_checkpoint() -> None:
+    """The step that would have filled it failed: its zeros are no momentum, here and in torch."""
+    params = [torch.randn(3, requires_grad=True), torch.randn(3, requires_grad=True)]
+    options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}
+    optimizer = lk.SGD(params, backend="reference", **options)
+    memory = torch.randn(3)
+    params[0].data = params[1].data = memory
+    for param in params:
+        param.grad = torch.ones(3)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
+    for param in params:
+        param.data = torch.zeros(3)
+    state = saved(optimizer)
+    assert state["state"][0]["momentum_buffer"] is None
+    for library in (lk, torch.optim):
+        others = [p.detach().clone().requires_grad_() for p in params]
+        other = library.SGD(others, **options)
+        other.load_state_dict(state)
+        for param in others:
+            param.grad = torch.ones(3)
+        other.step()
+        assert torch.equal(other.state[others[0]]["momentum_buffer"], torch.ones(3))
+    twin, copied = copy.deepcopy((params, optimizer))
+    for param in twin:
+        param.grad = torch.ones(3)
+    copied.step()
+    assert torch.equal(copied.state[twin[0]]["momentum_buffer"], torch.ones(3))
+
+
+@pytest.mark.parametrize("how", ["file", "deepcopy"])
+def test_a_parameter_that_stood_still_is_remembered_as_such(how: str) -> None:
+    """Its momentum buffer is not its newest update, after loading as before."""
+    params = parameters()
+    optimizer = lk.SGD(params, lr=0.1, momentum=0.9, delay=3, past="momentum")
+    steps(optimizer, params, 5, seed=1)
+    steps(optimizer, params, 1, seed=2, late=True)
+    if how == "file":
+        others = parameters()
+        other = lk.SGD(others, lr=0.1, momentum=0.9, delay=3, past="momentum")
+        take(others, params)
+        other.load_state_dict(saved(optimizer))
+        torch.optim.SGD(parameters(), lr=0.1, momentum=0.9).load_state_dict(saved(optimizer))
+    else:
+        others, other = copy.deepcopy((params, optimizer))
+    assert torch.equal(optimizer.past_weight(params[-1]), params[-1])
+    assert torch.equal(other.past_weight(others[-1]), others[-1])
+    assert not torch.equal(other.past_weight(others[0]), others[0])
+
+
+def test_a_group_added_in_the_middle_forgets_nothing_of_the_others() -> None:
+    params = parameters()
+    optimizer = lk.SGD(params, lr=0.1, momentum=0.9, delay=3, past="momentum")
+    steps(optimizer, params, 5, seed=1, late=True)
+    before = [optimizer.past_weight(p) for p in params]
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    assert all(map(torch.equal, before, map(optimizer.past_weight, params)))
+    assert optimizer.param_groups[1]["delay"] == 3
