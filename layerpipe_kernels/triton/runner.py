@@ -39,7 +39,7 @@ class TritonRunner:
     def __init__(self, rule: str, arrays: Arrays, grad_dtype: torch.dtype) -> None:
         weights = arrays.weights
         # No tensor is kept: the tables serve whatever lies at these addresses.
-        self.device, self.tensors = weights[0].device, len(weights)
+        self.rule, self.device, self.tensors = rule, weights[0].device, len(weights)
         emas = len(arrays.emas[0]) if arrays.emas else 0
         average = arrays.emas[0].dtype if arrays.emas else torch.float32
         _device.check_device(step_kernel, self.device)
