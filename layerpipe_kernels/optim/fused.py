@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ from layerpipe_kernels.history import Clock, DeviceClock, History
 from layerpipe_kernels.optim.base import Group, PastOptimizer
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
+
+#: Elements from which the allocator gives an array pages of its own.
+_LARGE = 1 << 15
 
 #: torch's C functions for looking at a tensor (DLPack), where it has them.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
@@ -228,15 +232,15 @@ class FusedOptimizer(PastOptimizer):
             state["step"] = state["step"].to(param.device)
         for name in kept.states:
             if state.get(name) is None:
-                state[name] = torch.zeros_like(param, dtype=full)
+                state[name] = _zeros_apart(param.shape, full, param.device, 1 + kept.states.index(name))
                 self._fresh.add(param)
         if kept.emas and ("ema" not in state or len(state["ema"]) != kept.emas):
             dtype = group["ema_dtype"] or full
-            state["ema"] = torch.zeros((kept.emas, *param.shape), dtype=dtype, device=param.device)
+            state["ema"] = _zeros_apart((kept.emas, *param.shape), dtype, param.device, 4)
         if kept.past and "past" not in state:
-            state["past"] = param.detach().clone()
+            state["past"] = _zeros_apart(param.shape, param.dtype, param.device, 5).copy_(param)
         if kept.master and "master" not in state:
-            state["master"] = param.detach().to(torch.float32, copy=True)
+            state["master"] = _zeros_apart(param.shape, torch.float32, param.device, 6).copy_(param)
         return state
 
     def _mark_still(self, moving: Sequence[Tensor], still: Sequence[Tensor]) -> None:
@@ -283,6 +287,18 @@ class FusedOptimizer(PastOptimizer):
             if found_inf is not None:  # else the step has written what may hold more than can be made now
                 made = torch.where(found_inf == 0, made, state["past"])
             state["past"].copy_(made)
+
+
+def _zeros_apart(shape: Sequence[int], dtype: torch.dtype, device: torch.device, place: int) -> Tensor:
+    """Zeros that begin elsewhere in a page of memory than the group's other arrays.
+
+    Large arrays all begin at the same offset in a page, and a step that walks through five of them at once then meets
+    loads whose addresses look to the processor like those of stores in flight (4 KiB aliasing): 105 ms, not 73, for
+    67 million parameters on a 2.5 GHz Xeon, 2026-11-22.
+    """
+    numel = math.prod(shape)
+    skip = 64 * place if device.type == "cpu" and numel >= _LARGE else 0
+    return torch.zeros(numel + skip, dtype=dtype, device=device)[skip:].view(tuple(shape))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
