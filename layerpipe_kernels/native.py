@@ -140,7 +140,6 @@ def mix(
     out: Tensor,
 ) -> None:
     """:func:`layerpipe_kernels.ops.mix`: the averages by address, because cutting them out takes longest."""
-    number = device_number(weight.device)
     terms, dtypes, taps = [], [], []
     if velocity is not None:
         terms.append(velocity.data_ptr())
@@ -151,30 +150,30 @@ def mix(
         terms += [begin + k * step for k in range(len(ema_taps))]
         dtypes += [DTYPES[ema.dtype]] * len(ema_taps)
         taps += ema_taps
-    _extension.reconstruct(
-        number,
-        out.data_ptr(),
-        DTYPES[out.dtype],
-        weight.data_ptr(),
-        DTYPES[weight.dtype],
-        weight.numel(),
-        terms,
-        dtypes,
-        taps,
-        0,
-        current_stream(number),
-        torch.get_num_threads() if number < 0 else 1,
-    )
+    _reconstruct(weight, terms, dtypes, taps, 0, out, weight.numel())
 
 
 def reconstruct(
     weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float] | Tensor, out: Tensor, numel: int
 ) -> None:
     """:func:`layerpipe_kernels.reference.reconstruct` of ``numel`` elements of contiguous tensors."""
-    number = device_number(weight.device)
-    if number < 0 and isinstance(taps, Tensor):
+    if weight.is_cpu and isinstance(taps, Tensor):
         taps = taps.tolist()
-    at = taps.data_ptr() if isinstance(taps, Tensor) else 0
+    numbers, at = ((), taps.data_ptr()) if isinstance(taps, Tensor) else (taps, 0)
+    _reconstruct(weight, pointers(terms), [DTYPES[t.dtype] for t in terms], numbers, at, out, numel)
+
+
+def _reconstruct(
+    weight: Tensor,
+    terms: Sequence[int],
+    dtypes: Sequence[int],
+    taps: Sequence[float],
+    taps_at: int,
+    out: Tensor,
+    numel: int,
+) -> None:
+    """``terms`` by address; ``taps`` numbers, or at the address ``taps_at``."""
+    number = device_number(weight.device)
     _extension.reconstruct(
         number,
         out.data_ptr(),
@@ -182,10 +181,10 @@ def reconstruct(
         weight.data_ptr(),
         DTYPES[weight.dtype],
         numel,
-        [t.data_ptr() for t in terms],
-        [DTYPES[t.dtype] for t in terms],
-        () if at else taps,
-        at,
+        terms,
+        dtypes,
+        taps,
+        taps_at,
         current_stream(number),
         torch.get_num_threads() if number < 0 else 1,
     )

@@ -129,7 +129,6 @@ Design design(int emas, int64_t delay) {
 template <class Rule, class W, class E, int kEmas>
 void walk(const Group<Rule>& group, const Design& d, const std::vector<double>& options, const Moment& moment,
           bool first, int64_t chunk, int threads) {
-    const GroupArrays a = group.arrays();
     StepArgs<Rule> args{};
     args.options = Rule::options(options.data());
     args.design.delay = d.delay;
@@ -174,7 +173,6 @@ void walk(const Group<Rule>& group, const Design& d, const std::vector<double>& 
     for (const Chunk& c : chunks)
         for (int thread = 0; thread < threads; ++thread) step_chunk<Rule, W, E, kEmas>(args, c, thread, threads);
     for (int thread = 0; thread < threads; ++thread) count_step(args, thread, threads);
-    (void)a;
 }
 
 int cases = 0;
