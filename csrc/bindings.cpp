@@ -131,6 +131,36 @@ void run_ema_update(int device, const std::vector<uint64_t>& emas, const std::ve
 #endif
 }
 
+// The past weights of a plan's `i`-th tensor: by the momentum buffer, where it has a tap, and its first averages.
+void run_past(const StepPlan& plan, size_t i, uint64_t out, double velocity_tap, const std::vector<double>& ema_taps,
+              uint64_t stream, int threads) {
+    const GroupArrays& a = plan.arrays();
+    const Record& r = plan.record(i);
+    const Dtype full = a.weight == Dtype::f64 ? Dtype::f64 : Dtype::f32;
+    require(ema_taps.size() <= static_cast<size_t>(a.emas), "past: more taps than averages");
+    std::vector<uint64_t> terms;
+    std::vector<int> dtypes;
+    std::vector<double> taps;
+    const auto add = [&](const void* term, Dtype dtype, double tap) {
+        terms.push_back(reinterpret_cast<uint64_t>(term));
+        dtypes.push_back(static_cast<int>(dtype));
+        taps.push_back(tap);
+    };
+    if (velocity_tap != 0.0 && r.state[0]) add(r.state[0], full, velocity_tap);
+    for (size_t k = 0; k < ema_taps.size(); ++k)
+        add(static_cast<const char*>(r.ema) + k * static_cast<size_t>(r.numel) * size_of(a.average), a.average,
+            ema_taps[k]);
+    const void* const weight = r.master ? r.master : r.weight;
+    run_reconstruct(a.device, out, static_cast<int>(a.weight), reinterpret_cast<uint64_t>(weight),
+                    static_cast<int>(r.master ? Dtype::f32 : a.weight), r.numel, terms, dtypes, taps, 0, stream,
+                    threads);
+}
+
+void run_step(StepPlan& plan, const Moment& moment, const std::vector<uint8_t>& first, uint64_t stream, int threads) {
+    run_unlocked(plan.numel() > kSmallWork && plan.arrays().device < 0,
+                 [&] { plan.step(moment, first, at<void*>(stream), threads); });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -178,8 +208,7 @@ PYBIND11_MODULE(_C, m) {
                                     at<const float*>(grad_scale),
                                     at<const float*>(found_inf)};
                 require(first.empty() || first.size() == plan.grads.size(), "step: one `first` per tensor, or none");
-                run_unlocked(plan.numel() > kSmallWork && plan.arrays().device < 0,
-                             [&] { plan.step(moment, first, at<void*>(stream), threads); });
+                run_step(plan, moment, first, stream, threads);
             },
             "lr"_a, "t"_a, "first"_a, "lr_at"_a, "clock"_a, "grad_scale"_a, "found_inf"_a, "stream"_a, "threads"_a)
         .def("table",
@@ -195,8 +224,37 @@ PYBIND11_MODULE(_C, m) {
     py::class_<Collector>(m, "Collector", "Gathers a step's gradients without a Python loop.")
         .def(py::init<const py::list&, const std::vector<bool>&, const py::dict&, py::tuple, const py::object&>(),
              "params"_a, "moving"_a, "state"_a, "keys"_a, "exchange"_a)
-        .def("collect", &Collector::collect, "plan"_a, "params"_a, "state"_a);
+        .def("collect", &Collector::collect, "plan"_a, "params"_a, "state"_a)
+        .def(
+            "step",
+            [](const Collector& c, StepPlan& plan, const py::list& params, const py::dict& state, double lr, int64_t t,
+               uint64_t stream, int threads) {
+                if (!c.collect(plan, params, state)) return false;
+                run_step(plan, {lr, nullptr, t, nullptr, nullptr, nullptr}, {}, stream, threads);
+                return true;
+            },
+            "Collects and steps; false, and nothing is written, where a collection says false.", "plan"_a, "params"_a,
+            "state"_a, "lr"_a, "t"_a, "stream"_a, "threads"_a)
+        .def(
+            "past",
+            [](const Collector& c, const StepPlan& plan, size_t i, const py::list& params, const py::dict& state,
+               uint64_t out, double velocity_tap, const std::vector<double>& ema_taps, uint64_t stream, int threads) {
+                if (!c.holds(i, params, state)) return false;
+                run_past(plan, i, out, velocity_tap, ema_taps, stream, threads);
+                return true;
+            },
+            "Past weights of the `i`-th of a group whose parameters all have gradients; false where it has moved.",
+            "plan"_a, "i"_a, "params"_a, "state"_a, "out"_a, "velocity_tap"_a, "ema_taps"_a, "stream"_a, "threads"_a);
 
+    m.def(
+        "finite",
+        [](uint64_t address, int dtype, int64_t numel) {
+            bool finite = false;
+            run_unlocked(numel > kSmallWork,
+                         [&] { finite = all_finite(at<const void*>(address), dtype_of(dtype), numel); });
+            return finite;
+        },
+        "Whether memory on the host holds no NaN and no infinity.", "address"_a, "dtype"_a, "numel"_a);
     m.def("reconstruct", &run_reconstruct, "device"_a, "out"_a, "out_dtype"_a, "weight"_a, "weight_dtype"_a, "numel"_a,
           "terms"_a, "dtypes"_a, "taps"_a, "taps_at"_a, "stream"_a, "threads"_a);
     m.def("ema_update", &run_ema_update, "device"_a, "emas"_a, "dtypes"_a, "update"_a, "update_dtype"_a, "numel"_a,

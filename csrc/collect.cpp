@@ -2,8 +2,6 @@
 
 #include <optional>
 
-#include "dlpack.h"
-
 namespace py = pybind11;
 
 namespace layerpipe {
@@ -120,25 +118,35 @@ bool Collector::collect(StepPlan& plan, const py::list& params, const py::dict& 
     for (size_t i = 0; i < entries_.size(); ++i) {
         const Entry& entry = entries_[i];
         PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
-        if (param != entry.param.object.ptr()) return false;
         const py::object grad = attribute(param, grad_name);
         if (grad.is_none() == entry.moving) return false;
         if (!entry.moving) continue;
-        const auto weight = view(param, api);
-        if (!weight || weight->address != entry.param.address || !weight->contiguous) return false;
-        if (entry.state && _PyDict_GetItem_KnownHash(state.ptr(), param, entry.hash) != entry.state.ptr()) return false;
-        for (size_t k = 0; k < entry.tensors.size(); ++k) {
-            const Tensor& tensor = entry.tensors[k];
-            if (PyDict_GetItem(entry.state.ptr(), PyTuple_GET_ITEM(keys_.ptr(), k)) != tensor.object.ptr())
-                return false;
-            const auto kept = view(tensor.object.ptr(), api);
-            if (!kept || kept->address != tensor.address) return false;
-        }
+        if (!holds(entry, param, state, api)) return false;
         const auto found = view(grad.ptr(), api);
         if (!found || found->dtype != dtype || !found->contiguous) return false;
         plan.grads[at++] = found->address;
     }
     return at == plan.grads.size();
+}
+
+bool Collector::holds(const Entry& entry, PyObject* param, const py::dict& state,
+                      const dlpack::DLPackExchangeAPI* api) const {
+    if (param != entry.param.object.ptr()) return false;
+    const auto weight = view(param, api);
+    if (!weight || weight->address != entry.param.address || !weight->contiguous) return false;
+    if (entry.state && _PyDict_GetItem_KnownHash(state.ptr(), param, entry.hash) != entry.state.ptr()) return false;
+    for (size_t k = 0; k < entry.tensors.size(); ++k) {
+        const Tensor& tensor = entry.tensors[k];
+        if (PyDict_GetItem(entry.state.ptr(), PyTuple_GET_ITEM(keys_.ptr(), k)) != tensor.object.ptr()) return false;
+        const auto kept = view(tensor.object.ptr(), api);
+        if (!kept || kept->address != tensor.address) return false;
+    }
+    return true;
+}
+
+bool Collector::holds(size_t i, const py::list& params, const py::dict& state) const {
+    return params.size() == entries_.size() && i < entries_.size() && entries_[i].moving &&
+           holds(entries_[i], PyList_GET_ITEM(params.ptr(), i), state, api_of(exchange_));
 }
 
 }  // namespace layerpipe

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "dlpack.h"
 #include "plan.h"
 
 namespace layerpipe {
@@ -23,6 +24,9 @@ class Collector {
     // of the plan's dtype. Otherwise says false, and Python finds out what is different and whether it is wrong.
     bool collect(StepPlan& plan, const pybind11::list& params, const pybind11::dict& state) const;
 
+    // Whether the group's `i`-th parameter and its state are still where the plan has them.
+    bool holds(size_t i, const pybind11::list& params, const pybind11::dict& state) const;
+
    private:
     struct Tensor {
         pybind11::object object;
@@ -35,6 +39,9 @@ class Collector {
         pybind11::object state;
         std::vector<Tensor> tensors;
     };
+    bool holds(const Entry& entry, PyObject* param, const pybind11::dict& state,
+               const dlpack::DLPackExchangeAPI* api) const;
+
     std::vector<Entry> entries_;
     pybind11::tuple keys_;
     pybind11::object exchange_;

@@ -48,6 +48,7 @@ class StepPlan {
     std::vector<const void*> grads;
 
     const GroupArrays& arrays() const { return arrays_; }
+    const Record& record(size_t i) const { return records_.at(i); }
     int64_t numel() const { return numel_; }
     size_t chunks() const { return chunks_.size(); }
     int launches() const { return launches_; }

@@ -38,6 +38,13 @@ def pointers(tensors: Sequence[Tensor]) -> list[int]:
     return [t.data_ptr() for t in tensors]
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a real tensor has no NaN and no infinity; waits for its device."""
+    if _extension is not None and tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in DTYPES:
+        return bool(_extension.finite(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.numel()))
+    return bool(torch.isfinite(tensor).all())
+
+
 def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -97,9 +104,7 @@ class NativeRunner:
         if grads:
             self.plan.set_grads([g.data_ptr() for g in grads])
         lr, lr_at = (0.0, options.lr.data_ptr()) if isinstance(options.lr, Tensor) else (options.lr, 0)
-        stream = current_stream(self.number)
-        if self._table is not None and stream != self._stream:
-            self._table.record_stream(torch.cuda.current_stream(self.device))
+        stream, threads = self.current()
         self.plan.step(
             lr,
             moment.t,
@@ -109,8 +114,17 @@ class NativeRunner:
             _pointer(moment.grad_scale),
             _pointer(moment.found_inf),
             stream,
-            torch.get_num_threads() if self.number < 0 else 1,
+            threads,
         )
+
+    def current(self) -> tuple[int, int]:
+        """The stream that work goes to now, and the threads that share it on the CPU."""
+        if self.number < 0:
+            return 0, torch.get_num_threads()
+        stream = current_stream(self.number)
+        if self._table is not None and stream != self._stream:
+            self._table.record_stream(torch.cuda.current_stream(self.device))
+        return stream, 1
 
     def _configure(self, options: Options, design: PastDesign) -> None:
         o = options

@@ -59,14 +59,19 @@ class PastDesign(NamedTuple):
         While ``t <= n`` every EMA is the mean of all updates, so that ``t`` times it is exactly their sum. After that
         no update may weigh more than it would in that mean.
         """
-        if t == 0:
-            return self.decays, self.taps, self.update_tap
-        mean = (t - 1) / t
-        if t > self.delay:
-            return tuple(min(decay, mean) for decay in self.decays), self.taps, self.update_tap
+        decays = self.decays
+        if t and decays:
+            mean = (t - 1) / t
+            decays = (mean,) * len(decays) if t <= self.delay else tuple(min(decay, mean) for decay in decays)
+        return decays, *self.taps_at(t)
+
+    def taps_at(self, t: int) -> tuple[tuple[float, ...], float]:
+        """Of :meth:`at`, what past weights are made with."""
+        if t == 0 or t > self.delay:
+            return self.taps, self.update_tap
         if self.decays:
-            return (mean,) * len(self.decays), (float(t), *[0.0] * (len(self.taps) - 1)), 0.0
-        return (), (), sum(self.fill_ratio**i for i in range(t)) if self.update_tap else 0.0
+            return (float(t), *[0.0] * (len(self.taps) - 1)), 0.0
+        return (), sum(self.fill_ratio**i for i in range(t)) if self.update_tap else 0.0
 
 
 class Moment(NamedTuple):

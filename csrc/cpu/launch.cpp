@@ -93,4 +93,6 @@ void cpu_ema_update(const Averages& work, int64_t numel, int threads) {
     parallel_range(numel, threads, [&](int64_t begin, int64_t end) { run(work, begin, end); });
 }
 
+bool all_finite(const void* array, Dtype dtype, int64_t numel) { return instruction_set().finite(array, dtype, numel); }
+
 }  // namespace layerpipe

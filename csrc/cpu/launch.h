@@ -29,4 +29,7 @@ void cpu_step(const CpuStep<Rule>& step, int threads);
 void cpu_reconstruct(const Reconstruction& work, int64_t numel, int threads);
 void cpu_ema_update(const Averages& work, int64_t numel, int threads);
 
+// Whether there is no NaN and no infinity.
+bool all_finite(const void* array, Dtype dtype, int64_t numel);
+
 }  // namespace layerpipe

@@ -230,6 +230,25 @@ void average_span(const Averages& a, int64_t begin, int64_t end) {
     }
 }
 
+// Infinity and NaN have all bits of the exponent; a sum would tell them, too, but may overflow by itself.
+template <class Bits>
+bool finite_bits(const void* array, Bits exponent, int64_t numel) {
+    const auto* bits = static_cast<const Bits*>(array);
+    Bits found = 0;
+    for (int64_t i = 0; i < numel; ++i) found |= (bits[i] & exponent) == exponent;
+    return !found;
+}
+
+bool finite_span(const void* array, Dtype dtype, int64_t numel) {
+    switch (dtype) {
+        case Dtype::f64: return finite_bits<uint64_t>(array, 0x7ff0000000000000u, numel);
+        case Dtype::f32: return finite_bits<uint32_t>(array, 0x7f800000u, numel);
+        case Dtype::bf16: return finite_bits<uint16_t>(array, 0x7f80u, numel);
+        case Dtype::f16: return finite_bits<uint16_t>(array, 0x7c00u, numel);
+    }
+    return false;
+}
+
 }  // namespace
 
 extern const InstructionSet LP_CONCAT(instruction_set_, LP_ISA);
@@ -237,6 +256,7 @@ const InstructionSet LP_CONCAT(instruction_set_, LP_ISA) = {
     LP_STRING(LP_ISA),
     {step_span<Sgd<float>>, step_span<Adam<float>>, reconstruct_span<float>, average_span<float>},
     {step_span<Sgd<double>>, step_span<Adam<double>>, reconstruct_span<double>, average_span<double>},
+    finite_span,
 };
 
 }  // namespace layerpipe

@@ -50,6 +50,7 @@ struct InstructionSet {
     const char* name;
     SpanKernels<float> f32;
     SpanKernels<double> f64;
+    bool (*finite)(const void* array, Dtype dtype, int64_t numel);
 };
 
 const InstructionSet& instruction_set();

@@ -93,7 +93,7 @@ class History(ABC):
 
     def mixture(self, clock: Clock) -> Mixture:
         """Everything about :meth:`past` that does not depend on the parameter."""
-        _, emas, update = self.design.at(clock.t) if clock.t else ((), (), 0.0)
+        emas, update = self.design.taps_at(clock.t) if clock.t else ((), 0.0)
         while emas and not emas[-1]:  # while the delays fill, one average knows it all
             emas = emas[:-1]
         return Mixture(clock, update * clock.lr, emas)

@@ -11,10 +11,12 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import backend, native, reference
 from layerpipe_kernels.history import Clock, DeviceClock, History
 from layerpipe_kernels.optim.base import Group, PastOptimizer
+from layerpipe_kernels.optim.routine import Routine
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
 
@@ -75,6 +77,8 @@ class FusedOptimizer(PastOptimizer):
     def _reset_caches(self) -> None:
         super()._reset_caches()
         self._ready_groups: dict[int, _Ready] = {}
+        self._routines: dict[int, Routine] = {}
+        self._routine_of: dict[Tensor, tuple[int, int]] = {}  # a group's index and the parameter's in it
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights, and with them what their past is made of.
@@ -109,11 +113,41 @@ class FusedOptimizer(PastOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        options = [self._options(group) for group in self.param_groups]  # all of them before any weight is written
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if scale is None and found_inf is None and self._step_as_before():
+            return loss
+        options = [self._options(group) for group in self.param_groups]  # all of them before any weight is written
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, options[index], scale, found_inf)
         return loss
+
+    def _step_as_before(self) -> bool:
+        """Step by routine; false, with nothing written, where a group's options have changed."""
+        routines = self._routines
+        if len(routines) != len(self.param_groups) or not all(map(Routine.fits, routines.values())):
+            return False
+        for index, group in enumerate(self.param_groups):
+            if not routines[index].step():
+                self._step_group(index, group, self._options(group), None, None)
+        return True
+
+    def past_view(self, param: Tensor) -> Tensor:
+        at = self._routine_of.get(param)
+        if at is not None:
+            routine = self._routines.get(at[0])
+            if routine is not None and routine.makes_past:
+                past = routine.past(at[1])
+                if past is not None:
+                    return past
+        return self._past(param, None)
+
+    def _begin_routine(self, index: int, group: Group, ready: _Ready | None, past: History | None) -> None:
+        """After a step that looked at everything, if the next one need not."""
+        self._routines.pop(index, None)
+        if ready is None or ready.collector is None or ready.still or not Routine.possible(group, past):
+            return
+        self._routines[index] = Routine(group, ready.plan, ready.collector, past, self.state)
+        self._routine_of.update((p, (index, i)) for i, p in enumerate(group["params"]))
 
     def _step_group(
         self, index: int, group: Group, options: Options, scale: Tensor | None, found_inf: Tensor | None
@@ -151,6 +185,7 @@ class FusedOptimizer(PastOptimizer):
             self._mark_moved(moving, still, clock, found_inf)
         else:
             group["updates"], group["last_lr"] = group["updates"] + 1, options.lr
+        self._begin_routine(index, group, ready, past)
         if past is None:
             return
         if clock is None:
@@ -301,7 +336,7 @@ def _zeros_apart(shape: Sequence[int], dtype: torch.dtype, device: torch.device,
     return torch.zeros(numel + skip, dtype=dtype, device=device)[skip:].view(tuple(shape))
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@_disable_dynamo  # torch.compiler.disable would import the compiler here and now, which takes seconds
 def _uncompiled_step(optimizer: FusedOptimizer, closure: Callable[[], Any] | None) -> Any:
     return optimizer.step(closure)
 

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-try:
-    from torch.autograd.graph import _engine_run_backward
-except ImportError:  # a torch that has renamed it
-    _engine_run_backward = None  # type: ignore[assignment]
+_run = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
 
 
 def backward(
@@ -32,10 +29,8 @@ def backward(
         inputs: the only leaves to compute gradients of; all if empty.
         keep_graph: whether the graph will be walked again.
     """
-    if _engine_run_backward is None:
+    if _run is None:  # a torch that has renamed it
         torch.autograd.backward(list(outputs), list(grads), retain_graph=keep_graph, inputs=list(inputs) or None)
         return
-    filled = tuple(torch.ones_like(y) if g is None else g for y, g in zip(outputs, grads, strict=True))
-    _engine_run_backward(
-        tuple(outputs), filled, keep_graph, False, tuple(inputs), allow_unreachable=True, accumulate_grad=True
-    )
+    filled = [torch.ones_like(y) if g is None else g for y, g in zip(outputs, grads, strict=True)]
+    _run(tuple(outputs), tuple(filled), keep_graph, False, tuple(inputs), allow_unreachable=True, accumulate_grad=True)

@@ -126,7 +126,7 @@ class Threads(Executor):
 
     Args:
         close_channels: called when a worker failed or the pipeline is closed, so that nobody waits for it.
-        threads_per_stage: torch's intra-op threads of every worker; by default the caller's setting shared among them.
+        threads_per_stage: torch's intra-op threads of every worker.
     """
 
     name = "threads"
@@ -139,7 +139,7 @@ class Threads(Executor):
         run: Run,
         *,
         close_channels: Callable[[], None],
-        threads_per_stage: Sequence[int] | None = None,
+        threads_per_stage: Sequence[int],
     ) -> None:
         super().__init__(names, run)
         self._close_channels = close_channels
@@ -147,12 +147,11 @@ class Threads(Executor):
         self._commands: list[Commands] = [queue.SimpleQueue() for _ in names]
         self._events: Events = queue.SimpleQueue()
         mine = torch.get_num_threads()
-        shares = threads_per_stage or [max(1, mine // len(names))] * len(names)
         ready = threading.Barrier(len(names) + 1)
         self._workers = [
             threading.Thread(
                 target=_work,
-                args=(s, shares[s], ready, self._commands[s], self._events, weakref.ref(self)),
+                args=(s, threads_per_stage[s], ready, self._commands[s], self._events, weakref.ref(self)),
                 name=f"layerpipe {name}",
                 daemon=True,
             )

@@ -58,6 +58,7 @@ def split(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(parts)} splittable layers "
             f"({', '.join(label(SplitStage(model, [p])) for p in parts)})"
         )
+    costs: list[float] | None = None
     if at is not None:
         cuts = [0, *find_cuts(model, parts, at), len(parts)]
     else:
@@ -76,6 +77,9 @@ def split(
     made: list[nn.Module] = [SplitStage(model, parts[a:b]) for a, b in itertools.pairwise(cuts)]
     refuse_shared(made)
     _warn_of_unused(model, made)
+    if costs is not None:
+        for stage, (a, b) in zip(made, itertools.pairwise(cuts), strict=True):
+            stage.cost = sum(costs[a:b])  # type: ignore[assignment]  # a plain number, of no tensor's kind
     return made
 
 
@@ -99,6 +103,22 @@ def costs_by(layers: LayerGraph, balance: str) -> list[float]:
 def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:
     """Whether :func:`split` made this stage, so that its parameters have the model's names."""
     return isinstance(stage, fx.GraphModule) and getattr(stage, "is_split", False)
+
+
+def share_threads(threads: int, stages: Sequence[nn.Module]) -> list[int]:
+    """How many of a machine's threads each stage gets: one at least, the rest by what :func:`split` says they cost.
+
+    Equal shares where stages were made by hand, or balance well. The rest goes, thread by thread, to whichever stage
+    would otherwise take longest.
+    """
+    costs = [float(getattr(stage, "cost", 0.0)) for stage in stages]
+    if not all(costs):
+        return [max(1, threads // len(stages))] * len(stages)
+    shares = [1] * len(stages)
+    for _ in range(threads - len(stages)):
+        slowest = max(range(len(stages)), key=lambda s: costs[s] / shares[s])
+        shares[slowest] += 1
+    return shares
 
 
 def label(stage: nn.Module) -> str:

@@ -18,7 +18,7 @@ from layerpipe.channels import Channel
 from layerpipe.errors import CheckpointError
 from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
 from layerpipe.optimizer import PipelineOptimizer
-from layerpipe.partition import is_split, label, refuse_shared
+from layerpipe.partition import is_split, label, refuse_shared, share_threads
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
 from layerpipe.tracing import CHANNEL, Trace
@@ -62,8 +62,9 @@ class Pipeline:
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
             :mod:`layerpipe.schedule`.
         executor: ``"serial"`` or ``"threads"``.
-        threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage, more for
-            the slow ones; by default the caller's setting shared equally, at least 1.
+        threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage; by
+            default the caller's setting is shared by what the stages cost, see
+            :func:`layerpipe.partition.share_threads`.
         max_norm: clip the norm of each stage's gradient to this before its update.
         split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
         check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity (CPU only).
@@ -143,6 +144,7 @@ class Pipeline:
         names = [s.name for s in self.stages]
         self._executor: Executor
         if executor == "threads":
+            shares = shares or share_threads(torch.get_num_threads(), stages)
             self._executor = Threads(names, self._run, close_channels=self._close_channels, threads_per_stage=shares)
         else:
             self._executor = Serial(names, self._run)

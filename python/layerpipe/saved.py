@@ -100,7 +100,8 @@ class SavedTensors:
             self._kept[pointer] = tensor.nbytes
         saved = _SavedActivation()
         # The tensor itself may be the output of the node that saves it: a cycle that no collector sees.
-        saved.tensor, saved.version = tensor.detach(), tensor._version
+        saved.tensor = tensor if tensor.is_leaf else tensor.detach()
+        saved.version = tensor._version
         return saved
 
     def _unpack(self, saved: _SavedWeight | _SavedActivation) -> Tensor:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layerpipe import engine, first_layer
@@ -19,6 +17,7 @@ from layerpipe.optimizer import Options, check_stage
 from layerpipe.recompute import Recomputation, past_in_place
 from layerpipe.saved import SavedTensors, Spans
 from layerpipe.split_backward import SplitBackward
+from layerpipe_kernels.native import all_finite
 from layerpipe_kernels.optim import PastOptimizer
 
 Tensors = tuple[Tensor, ...]
@@ -170,9 +169,12 @@ class Stage:
             self.probe(self)
         for param in self._params:
             param.grad = None
-        wanted = [(y, None if grads is None else grads[i]) for i, y in enumerate(flight.outputs) if y.requires_grad]
-        if grads is not None:
-            wanted = [(y, g) for y, g in wanted if g is not None]
+        arrived = (None,) * len(flight.outputs) if grads is None else grads
+        wanted = [
+            (y, g)
+            for y, g in zip(flight.outputs, arrived, strict=True)
+            if y.requires_grad and (grads is None or g is not None)
+        ]
         if wanted:
             start = time.perf_counter()
             self._differentiate(flight.inputs, [y for y, _ in wanted], [g for _, g in wanted])
@@ -257,7 +259,7 @@ class Stage:
     def _check_finite(self, tensors: Iterable[Tensor], what: str, minibatch: int) -> None:
         for tensor in tensors:
             # On an accelerator, reading the value would make the host wait for the device.
-            if tensor.is_cpu and tensor.is_floating_point() and not _finite(tensor):
+            if tensor.is_cpu and tensor.is_floating_point() and not all_finite(tensor):
                 self._diverged(f"the {what} of minibatch {minibatch}")
 
     def check_weights(self) -> None:
@@ -266,7 +268,7 @@ class Stage:
         Raises:
             DivergenceError: a weight is not finite.
         """
-        if self.check_finite and not all(_finite(p.detach()) for p in self._params):
+        if self.check_finite and not all(all_finite(p.detach()) for p in self._params):
             self._diverged("a weight")
 
     def _diverged(self, what: str) -> None:
@@ -277,9 +279,3 @@ class Stage:
         """Let go of the minibatches in flight."""
         self._flights.clear()
         self._kept_bytes, self._rest = 0, None
-
-
-def _finite(tensor: Tensor) -> bool:
-    """Of a real tensor; a sum is not finite if a term is not."""
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return math.isfinite((tensor.sum(dtype=torch.float32) if half else tensor.sum()).item())

@@ -55,8 +55,13 @@ for _ in range(5):
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(("given", "wanted"), [(1, (1, 1)), ([1, 2], (1, 2)), (None, (1, 1))])
-def test_workers_compute_with_the_threads_they_are_given(given: Any, wanted: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("given", "costs", "wanted"),
+    [(1, (1.0, 5.0), (1, 1)), ([1, 2], (), (1, 2)), (None, (), (1, 1)), (None, (1.0, 2.0), (1, 2))],
+)
+def test_workers_compute_with_the_threads_they_are_given(
+    given: Any, costs: tuple[float, ...], wanted: tuple[int, int]
+) -> None:
     class Count(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             y = super().forward(x)
@@ -64,8 +69,10 @@ def test_workers_compute_with_the_threads_they_are_given(given: Any, wanted: tup
             return y
 
     seen: set[tuple[int, int]] = set()
-    torch.set_num_threads(2)
+    torch.set_num_threads(3 if costs else 2)
     stages = [Count(6, 6), Count(6, 3)]
+    for stage, cost in zip(stages, costs, strict=False):
+        stage.cost = cost  # type: ignore[assignment]
     with layerpipe.Pipeline(stages, F.cross_entropy, sgd, executor="threads", threads_per_stage=given) as pipe:
         for x, y in minibatches(3):
             pipe.step(x, y)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from layerpipe import split
 from layerpipe.balance import balance as balanced
-from layerpipe.partition import is_split, label
+from layerpipe.partition import is_split, label, share_threads
 
 
 def sequential() -> nn.Sequential:
@@ -204,3 +204,28 @@ def test_what_cannot_be_split_is_refused_with_a_way_out(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         split(model, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("costs", "threads", "shares"),
+    [
+        ((3.0, 1.0), 4, [3, 1]),
+        ((1.0, 1.0), 5, [3, 2]),
+        ((1.0, 8.0, 1.0), 6, [1, 4, 1]),
+        ((5.0, 1.0), 1, [1, 1]),
+        ((None, None), 5, [2, 2]),  # made by hand: nothing is known of them
+    ],
+)
+def test_threads_are_shared_by_what_stages_cost(
+    costs: tuple[float | None, ...], threads: int, shares: list[int]
+) -> None:
+    stages = [nn.Linear(1, 1) for _ in costs]
+    for stage, cost in zip(stages, costs, strict=True):
+        if cost is not None:
+            stage.cost = cost  # type: ignore[assignment]
+    assert share_threads(threads, stages) == shares
+
+
+def test_split_says_what_its_stages_cost() -> None:
+    parts = split(sequential(), 2, balance="params")
+    assert [part.cost for part in parts] == [sum(p.numel() for p in part.parameters()) for part in parts]
