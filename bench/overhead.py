@@ -3,7 +3,9 @@
     python -m bench.overhead
 
 *Per stage and tick*: a chain of tiny linear layers, one per stage, run by one thread. Everything is counted: forward,
-reconstruct, backward, step, channels, all Python. Beside it a plain loop over the same layers with torch's fused SGD.
+reconstruct, backward, step, channels, all Python. Beside it a plain loop over the same layers with torch's fused SGD,
+and *one layer alone*: its forward and a backward of its own, which is what torch itself takes of a stage's tick. What a
+tick takes beyond that is the engine's work.
 
 *Past weights*: ticks of a ResNet-18 with ``blend`` and with ``latest``, in turn, so that a change of the machine's
 speed meets both; the ratio is formed within a round.
@@ -60,11 +62,27 @@ def plain_step(network: nn.Module) -> Step:
     return step
 
 
+def layer_step(layer: nn.Module) -> Step:
+    """A stage's tick without the engine: forward, and the gradients of weights and input."""
+    gradient = torch.randn(BATCH, WIDTH)
+
+    def step(x: Tensor, y: Tensor) -> None:
+        x = x.detach().requires_grad_()
+        layer.zero_grad()
+        layer(x).backward(gradient)
+
+    return step
+
+
 def per_stage(stages: int, rounds: int, ticks: int) -> dict[str, list[float]]:
     """Seconds per stage and tick of every variant, one number per round."""
     torch.set_num_threads(1)
     x, y = torch.randn(BATCH, WIDTH), torch.randn(BATCH, WIDTH)
-    variants: dict[str, Step] = {"plain torch": plain_step(nn.Sequential(*layers(stages)))}
+    alone = [layer_step(layer) for layer in layers(stages)]
+    variants: dict[str, Step] = {
+        "plain torch": plain_step(nn.Sequential(*layers(stages))),
+        ALONE: lambda x, y: [step(x, y) for step in alone],
+    }
     pipes = [
         layerpipe.Pipeline(layers(stages), F.mse_loss, sgd, past=past, schedule=schedule, check_finite=checked)
         for past, schedule, checked in VARIANTS.values()
@@ -79,8 +97,9 @@ def per_stage(stages: int, rounds: int, ticks: int) -> dict[str, list[float]]:
     return found
 
 
+ALONE, BLEND = "one layer alone", "lockstep, blend"
 VARIANTS = {
-    "lockstep, blend": ("blend", "lockstep", True),
+    BLEND: ("blend", "lockstep", True),
     "lockstep, latest": ("latest", "lockstep", True),
     "1f1b, blend": ("blend", "1f1b", True),
     "lockstep, blend, unchecked": ("blend", "lockstep", False),
@@ -123,6 +142,9 @@ def main() -> None:
     for name, values in result["seconds per stage and tick"].items():
         low, middle, high = (1e6 * q for q in statistics.quantiles(values, n=4))
         print(f"  {name:<28} {1e6 * min(values):6.1f}  {middle:6.1f} ({low:.1f}–{high:.1f})")
+    own = [a - b for a, b in zip(*map(result["seconds per stage and tick"].get, (BLEND, ALONE)), strict=True)]
+    low, middle, high = (1e6 * q for q in statistics.quantiles(own, n=4))
+    print(f"  the engine's own, lockstep and blend: {middle:.1f} ({low:.1f}–{high:.1f})")
     if not options.no_resnet:
         ratios = past_weights(options.width, options.batch, options.rounds, 3)
         result["tick of blend over latest"] = ratios

@@ -39,9 +39,11 @@ def pointers(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a real tensor has no NaN and no infinity; waits for its device."""
-    if _extension is not None and tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in DTYPES:
-        return bool(_extension.finite(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.numel()))
+    """Whether a tensor has no NaN and no infinity; waits for its device."""
+    dtype = DTYPES.get(tensor.dtype)
+    if dtype is not None and tensor.is_cpu and tensor.is_contiguous():
+        finite: bool = _extension.finite(tensor.data_ptr(), dtype, tensor.numel())
+        return finite
     return bool(torch.isfinite(tensor).all())
 
 

@@ -183,7 +183,7 @@ class Stage:
             return ()
         upstream = tuple([x.grad for x in flight.inputs])
         if self.check_finite:
-            self._check_finite([g for g in upstream if g is not None], "gradient", minibatch)
+            self._check_finite(upstream, "gradient", minibatch)
         return upstream
 
     def _differentiate(self, inputs: Tensors, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -256,10 +256,10 @@ class Stage:
         if self.spans is not None:
             self.spans.append((name, start, time.perf_counter()))
 
-    def _check_finite(self, tensors: Iterable[Tensor], what: str, minibatch: int) -> None:
+    def _check_finite(self, tensors: Iterable[Tensor | None], what: str, minibatch: int) -> None:
         for tensor in tensors:
             # On an accelerator, reading the value would make the host wait for the device.
-            if tensor.is_cpu and tensor.is_floating_point() and not all_finite(tensor):
+            if tensor is not None and tensor.is_cpu and not all_finite(tensor):
                 self._diverged(f"the {what} of minibatch {minibatch}")
 
     def check_weights(self) -> None:
