@@ -86,7 +86,9 @@ class FusedOptimizer(PastOptimizer):
         Args:
             closure: reevaluates the model and returns the loss, which is then returned.
         """
-        if torch.compiler.is_compiling():  # the step is one kernel already: a compiled function calls it as it is
+        # The step is one kernel already: a traced function calls it as it is. is_compiling() is true here, too,
+        # while another thread compiles.
+        if torch.compiler.is_dynamo_compiling():
             return _uncompiled_step(self, closure)
         if self._watched():
             return self._watched_step(closure)

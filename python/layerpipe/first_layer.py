@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from layerpipe.partition import is_split
+from layerpipe.partition import is_split, uncompiled
 
 #: Layers that are linear in their weights, or look them up.
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.EmbeddingBag)
@@ -23,6 +23,7 @@ def without_past(stage: nn.Module) -> set[nn.Parameter]:
 
     Looks into the stages of :func:`layerpipe.split` and into ``nn.Sequential``; of other modules it knows nothing.
     """
+    stage = uncompiled(stage)
     found = set(_of_graph(stage) if is_split(stage) else _of_module(stage))
     # Of a parameter or layer that is there twice, the second use may need the past.
     layers = [module for _, module in stage.named_modules(remove_duplicate=False)]

@@ -121,8 +121,15 @@ def share_threads(threads: int, stages: Sequence[nn.Module]) -> list[int]:
     return shares
 
 
+def uncompiled(stage: nn.Module) -> nn.Module:
+    """What :func:`torch.compile` was given, whose parameters have their own names; any other module as it is."""
+    original = getattr(stage, "_orig_mod", stage)
+    return original if isinstance(original, nn.Module) else stage
+
+
 def label(stage: nn.Module) -> str:
     """What a stage holds, for people: its first and last layer."""
+    stage = uncompiled(stage)
     names = [n.target for n in stage.graph.nodes if n.op == "call_module"] if is_split(stage) else []
     if not names:
         return type(stage).__name__

@@ -18,7 +18,7 @@ from layerpipe.channels import Channel
 from layerpipe.errors import CheckpointError
 from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
 from layerpipe.optimizer import PipelineOptimizer
-from layerpipe.partition import is_split, label, refuse_shared, share_threads
+from layerpipe.partition import is_split, label, refuse_shared, share_threads, uncompiled
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
 from layerpipe.tracing import CHANNEL, Trace
@@ -109,6 +109,7 @@ class Pipeline:
             )
         refuse_shared(stages)
         self.modules = list(stages)
+        self._named = [uncompiled(stage) for stage in stages]
         self.stages: list[Stage] = []
         self.loss_fn = loss_fn
         self.schedule = schedules.make(schedule, len(stages), executor)
@@ -302,7 +303,7 @@ class Pipeline:
             yield from module.parameters()
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for prefix, module in zip(self._prefixes(), self.modules, strict=True):
+        for prefix, module in zip(self._prefixes(), self._named, strict=True):
             yield from module.named_parameters(prefix=prefix)
 
     def state_dict(self) -> dict[str, Any]:
@@ -310,7 +311,7 @@ class Pipeline:
         those of ``nn.Sequential(*stages)`` where they were given by hand. References, as in torch."""
         self._executor.synchronize()
         state: dict[str, Any] = {}
-        for prefix, module in zip(self._prefixes(), self.modules, strict=True):
+        for prefix, module in zip(self._prefixes(), self._named, strict=True):
             state.update(module.state_dict(prefix=f"{prefix}." if prefix else ""))
         return state
 
@@ -326,7 +327,7 @@ class Pipeline:
         missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
         if strict and (missing or unexpected):
             raise RuntimeError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
-        for prefix, module in zip(self._prefixes(), self.modules, strict=True):
+        for prefix, module in zip(self._prefixes(), self._named, strict=True):
             cut = len(prefix) + 1 if prefix else 0
             mine = {k[cut:]: v for k, v in state.items() if not prefix or k.startswith(f"{prefix}.")}
             known = module.state_dict().keys()
@@ -371,7 +372,7 @@ class Pipeline:
         return extra
 
     def _prefixes(self) -> list[str]:
-        split = all(map(is_split, self.modules))
+        split = all(map(is_split, self._named))
         return ["" if split else str(i) for i in range(len(self.modules))]
 
     # -- reports -------------------------------------------------------------------------------------------------

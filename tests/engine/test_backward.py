@@ -214,3 +214,29 @@ def test_bf16_parameters_train(executor: str) -> None:
         losses = [float(loss) for _ in range(120) if (loss := pipe.step(x, y)) is not None]
         assert losses[-1] < 0.5 * losses[0]
         assert all(p.dtype == torch.bfloat16 for p in pipe.parameters())
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_compiled_stages_train_as_they_are_written(executor: str) -> None:
+    """The workers compile at the same time, and one may step while another compiles."""
+
+    def run(compiled: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Linear(6, 3))
+        stages = layerpipe.split(model, 3, balance="params")
+        if compiled:
+            stages = [torch.compile(stage, backend="aot_eager") for stage in stages]  # type: ignore[misc]
+        with layerpipe.Pipeline(
+            stages, F.cross_entropy, lambda p, **past: lk.SGD(p, lr=0.1, momentum=0.9, **past), executor=executor,
+            threads_per_stage=1,
+        ) as pipe:  # fmt: skip
+            for x, y in minibatches(12):
+                pipe.step(x, y)
+            pipe.drain()
+            assert pipe.names == ["0 … 1", "2", "3"]
+            assert pipe.state_dict().keys() == dict(pipe.named_parameters()).keys() == model.state_dict().keys()
+            return pipe.state_dict()
+
+    eager, compiled = run(False), run(True)
+    assert all(torch.equal(eager[name], compiled[name]) for name in eager)

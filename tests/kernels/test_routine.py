@@ -130,6 +130,17 @@ def test_a_routine_step_counts_versions() -> None:
         assert all(p._version > v for p, v in zip(params, versions, strict=True))
 
 
+def test_a_step_works_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters()
+    optimizer = lk.SGD(params, lr=0.1)
+    fill(params, 0)
+    monkeypatch.setattr(torch.compiler, "_is_compiling_flag", True)
+    assert torch.compiler.is_compiling()
+    before = params[0].detach().clone()
+    optimizer.step()
+    assert not torch.equal(before, params[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("numel", [0, 1, 7, 64, 1000])
 def test_all_finite_finds_what_is_not(dtype: torch.dtype, numel: int) -> None:
