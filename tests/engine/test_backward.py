@@ -216,6 +216,36 @@ def test_bf16_parameters_train(executor: str) -> None:
         assert all(p.dtype == torch.bfloat16 for p in pipe.parameters())
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_bf16_stages_keep_small_updates_in_float32_masters(executor: str) -> None:
+    """Updates below half a unit of bfloat16 are lost without masters and add up with them."""
+    x = torch.randn(64, 6).bfloat16()
+    y = (x[:, 0] > 0).long()
+
+    def run(master_weights: bool) -> tuple[list[Tensor], layerpipe.Pipeline]:
+        torch.manual_seed(0)
+        stages: list[nn.Module] = [stage.bfloat16() for stage in chain(3)]
+        start = [p.detach().clone() for stage in stages for p in stage.parameters() if p.ndim > 1]
+
+        def optimizer(params: Any, **past: Any) -> lk.SGD:
+            return lk.SGD(params, lr=1e-4, momentum=0.9, master_weights=master_weights, **past)
+
+        with layerpipe.Pipeline(stages, F.cross_entropy, optimizer, executor=executor, threads_per_stage=1) as pipe:
+            for _ in range(200):
+                pipe.step(x, y)
+            pipe.drain()
+        now = [p.detach() for p in pipe.parameters() if p.ndim > 1]
+        return [(a != b).double().mean() for a, b in zip(start, now, strict=True)], pipe
+
+    lost, _ = run(False)
+    moved, pipe = run(True)
+    assert sum(moved) > 3 * sum(lost)
+    for param, state in pipe.optimizer.state.items():
+        assert state["master"].dtype == torch.float32
+        assert torch.equal(state["master"].bfloat16(), param)
+        assert "ema" not in state or state["ema"].dtype == torch.float32
+
+
 @pytest.mark.parametrize("executor", ["serial", "threads"])
 def test_compiled_stages_train_as_they_are_written(executor: str) -> None:
     """The workers compile at the same time, and one may step while another compiles."""
