@@ -30,15 +30,15 @@ KINDS: list[tuple[Optimizer, dict[str, Any]]] = [
 ]
 
 
-def parameters(dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+def parameters(device: str = "cpu") -> list[torch.nn.Parameter]:
     torch.manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in ((3, 5), (7,), (2, 2, 2))]
+    return [torch.nn.Parameter(torch.randn(shape).to(device)) for shape in ((3, 5), (7,), (2, 2, 2))]
 
 
 def fill(params: list[torch.nn.Parameter], step: int) -> None:
     generator = torch.Generator().manual_seed(step)
     for param in params:
-        param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
+        param.grad = torch.randn(param.shape, generator=generator).to(param.device)
 
 
 def changes(optimizer: Any, params: list[torch.nn.Parameter], step: int) -> None:
@@ -65,10 +65,10 @@ def changes(optimizer: Any, params: list[torch.nn.Parameter], step: int) -> None
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
-def trajectory(kind: Optimizer, options: dict[str, Any]) -> list[Tensor]:
-    params = parameters()
+def trajectory(kind: Optimizer, options: dict[str, Any], device: str = "cpu") -> list[Tensor]:
+    params = parameters(device)
     groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.05}]
-    optimizer = kind(groups, delay=3, backend="cpp", weight_decay=0.01, **options)
+    optimizer = kind(groups, delay=3, backend="cpp" if device == "cpu" else device, weight_decay=0.01, **options)
     seen = []
     for step in range(24):
         fill(params, step)
@@ -84,9 +84,13 @@ def trajectory(kind: Optimizer, options: dict[str, Any]) -> list[Tensor]:
     ("kind", "options"), KINDS, ids=[f"{k.__name__}-{o['past']}-{i}" for i, (k, o) in enumerate(KINDS)]
 )
 def test_a_routine_changes_nothing(kind: Optimizer, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = trajectory(kind, options)
+    check(kind, options, monkeypatch)
+
+
+def check(kind: Optimizer, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: str = "cpu") -> None:
+    quick = trajectory(kind, options, device)
     monkeypatch.setattr(Routine, "possible", staticmethod(lambda group, past: False))
-    slow = trajectory(kind, options)
+    slow = trajectory(kind, options, device)
     assert all(map(torch.equal, quick, slow))
 
 
