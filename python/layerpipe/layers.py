@@ -14,7 +14,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerpipe.cuts import Piece, SplitStage, pieces, unique_names
+from layerpipe.cuts import Piece, pieces, unique_names
+from layerpipe.forward import trace
+from layerpipe.split_stage import SplitStage
 
 Tensors = tuple[Any, ...]
 #: What writing an activation costs beside arithmetic, as seen on one core with ResNet-18's layers.
@@ -90,15 +92,16 @@ def profile(model: nn.Module, example_inputs: Sequence[Any], *, measure: bool = 
     meta device (``with torch.device("meta"): model = ...``).
 
     Args:
-        model: traced by :mod:`torch.fx`.
+        model: traced, see :func:`layerpipe.forward.trace`.
         example_inputs: arguments of a forward, one minibatch.
         measure: also time every layer here, forward and backward, with torch's current intra-op threads.
 
     Raises:
         ValueError: the model cannot be traced, or a layer's code depends on the values of its inputs.
     """
-    parts = pieces(model)
-    return profile_units(parts, [SplitStage(model, [piece]) for piece in parts], example_inputs, measure=measure)
+    forward = trace(model, example_inputs)
+    parts = pieces(forward)
+    return profile_units(parts, [SplitStage(forward.root, [piece]) for piece in parts], example_inputs, measure=measure)
 
 
 def profile_units(

@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from layerpipe.balance import balance as balanced
-from layerpipe.cuts import SplitStage, find_cuts, pieces
+from layerpipe.cuts import find_cuts, pieces
+from layerpipe.forward import trace
 from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph, profile_units
+from layerpipe.split_stage import SplitStage, is_split, label
+
+__all__ = ["BALANCES", "costs_by", "is_split", "label", "refuse_shared", "split"]
 
 BALANCES = ("flops", "time", "params", "bytes")
 
@@ -28,13 +32,14 @@ def split(
     """Cut a model into a chain of stages of equal cost that share its layers and keep its parameter names.
 
     The model's ``forward`` is traced (:mod:`torch.fx`) down to torch's own layers, or, where a block's code does not
-    allow that, down to the blocks of its ``nn.Sequential`` parts. It is cut between layers wherever only tensors pass:
-    skip connections and branches are carried along through the stages that they cross.
+    allow that, down to the blocks of its ``nn.Sequential`` parts, or else by :mod:`torch.export` with the example
+    inputs (:func:`layerpipe.forward.trace`). It is cut between layers wherever only tensors pass: skip connections and
+    branches are carried along through the stages that they cross.
 
     Args:
         model: shared with the stages, not copied.
         stages: how many.
-        example_inputs: arguments of a forward, needed to balance by all but ``params``.
+        example_inputs: arguments of a forward, needed to balance by all but ``params``, and by ``torch.export``.
         balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine),
             ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have),
             ``"bytes"`` (weights and what the backward needs) or ``"params"``.
@@ -52,16 +57,17 @@ def split(
         raise ValueError(f"balance={balance!r} runs the model: give example_inputs, or use balance='params'")
     if at is not None and len(at) != stages - 1:
         raise ValueError(f"{stages} stages have {stages - 1} cuts between them, got at={list(at)}")
-    parts = pieces(model)
+    forward = trace(model, example_inputs)
+    parts = pieces(forward)
     if stages > len(parts):
         raise ValueError(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(parts)} splittable layers "
-            f"({', '.join(label(SplitStage(model, [p])) for p in parts)})"
+            f"({', '.join(label(SplitStage(forward.root, [p])) for p in parts)})"
         )
     if at is not None:
-        cuts = [0, *find_cuts(model, parts, at), len(parts)]
+        cuts = [0, *find_cuts(forward, parts, at), len(parts)]
     else:
-        units = [SplitStage(model, [piece]) for piece in parts]
+        units = [SplitStage(forward.root, [piece]) for piece in parts]
         if balance == "params":
             costs = [float(sum(p.numel() for p in u.parameters())) for u in units]
         else:
@@ -73,7 +79,7 @@ def split(
                 torch.set_num_threads(threads)
             costs = costs_by(layers, balance)
         cuts = balanced(costs, stages)
-    made: list[nn.Module] = [SplitStage(model, parts[a:b]) for a, b in itertools.pairwise(cuts)]
+    made: list[nn.Module] = [SplitStage(forward.root, parts[a:b]) for a, b in itertools.pairwise(cuts)]
     refuse_shared(made)
     _warn_of_unused(model, made)
     return made
@@ -94,19 +100,6 @@ def costs_by(layers: LayerGraph, balance: str) -> list[float]:
     if any(layer.seconds is None for layer in layers.layers):
         raise ValueError("balance='time' needs layers profiled with measure=True")
     return [sum(layer.seconds or ()) for layer in layers.layers]
-
-
-def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:
-    """Whether :func:`split` made this stage, so that its parameters have the model's names."""
-    return isinstance(stage, fx.GraphModule) and getattr(stage, "is_split", False)
-
-
-def label(stage: nn.Module) -> str:
-    """What a stage holds, for people: its first and last layer."""
-    names = [n.target for n in stage.graph.nodes if n.op == "call_module"] if is_split(stage) else []
-    if not names:
-        return type(stage).__name__
-    return str(names[0]) if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
 def refuse_shared(stages: Sequence[nn.Module]) -> None:

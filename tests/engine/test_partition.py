@@ -107,9 +107,16 @@ class Dropping(nn.Module):
         return self.b(nn.functional.dropout(self.a(x), 0.5, self.training))
 
 
-def test_training_mode_is_not_frozen_into_the_stages() -> None:
-    model = nn.Sequential(Dropping(), nn.Linear(4, 4), Dropping())
-    parts = split(model, 3, balance="params")
+class Shortcut(Dropping):
+    """Training and evaluation are different operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if self.training else self.b(x)
+
+
+@pytest.mark.parametrize(("model", "stages"), [(Dropping(), 2), (nn.Sequential(Dropping(), nn.Linear(4, 4)), 3)])
+def test_training_mode_is_not_frozen_into_the_stages(model: nn.Module, stages: int) -> None:
+    parts = split(model, stages, balance="params")
     x = torch.randn(8, 4)
 
     def run() -> Tensor:
@@ -122,8 +129,17 @@ def test_training_mode_is_not_frozen_into_the_stages() -> None:
     for part in parts:
         part.eval()
     assert torch.equal(run(), model.eval()(x))
+
+
+def test_other_operations_in_training_leave_a_block_whole() -> None:
+    model, x = nn.Sequential(Shortcut(), nn.Linear(4, 4), Shortcut()), torch.randn(2, 4)
+    parts = split(model, 3, balance="params")
+    for mode in (True, False):
+        for part in parts:
+            part.train(mode)
+        assert torch.equal(parts[2](parts[1](parts[0](x))), model.train(mode)(x))
     with pytest.raises(ValueError, match=r"self\.training"):
-        split(Dropping(), 2, balance="params")
+        split(Shortcut(), 2, balance="params")
 
 
 def test_tracing_leaves_modes_alone() -> None:
