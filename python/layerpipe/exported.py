@@ -45,7 +45,7 @@ def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph,
     for x in example_inputs:
         if isinstance(x, Tensor) and x.dim():
             shapes[x] = {0: torch.export.Dim.AUTO}
-    with _as_in_training():
+    with _quietly():
         program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes, strict=False)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -71,18 +71,15 @@ def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph,
 
 
 @contextlib.contextmanager
-def _as_in_training() -> Iterator[None]:
-    """Attention by the operations that training uses in evaluation, too; and what torch prints of a graph that it gives
-    up on is kept back, as its exception says the same."""
-    fast, level = torch.backends.mha.get_fastpath_enabled(), logging.root.manager.disable
-    torch.backends.mha.set_fastpath_enabled(False)
+def _quietly() -> Iterator[None]:
+    """Without what torch prints of a graph that it gives up on; its exception says it, too."""
+    level = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         logging.disable(level)
 
 

@@ -40,10 +40,6 @@ class SplitStage(fx.GraphModule):
         super().__init__(root, graph, class_name="Stage")
         # Copies and pickling make it a plain GraphModule; these keep what is in meta, those attributes.
         self.is_split = self.meta["is_split"] = True
-        for node in graph.find_nodes(op="get_attr"):  # what the model leaves out of its state_dict
-            path, _, name = str(node.target).rpartition(".")
-            if name in root.get_submodule(path)._non_persistent_buffers_set:
-                self.get_submodule(path)._non_persistent_buffers_set.add(name)
 
 
 def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:
