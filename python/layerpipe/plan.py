@@ -163,7 +163,7 @@ def plan(
             cut keeps to.
     """
     _check(simulate, SCHEDULES, "simulate")
-    _check([schedule], retiming.CLOCKINGS, "schedule")
+    retiming.clocking(schedule)
     history_copies(past, 1, order=order, momentum=momentum)
     costs = [machine.cost(layer, layers.crossing[i]) for i, layer in enumerate(layers.layers)]
     weights = [cost.seconds for cost in costs] if balance == "roofline" else costs_by(layers, balance)

@@ -147,7 +147,8 @@ def test_a_layer_used_twice_has_two_names() -> None:
     ("options", "message"),
     [
         ({"stages": 99}, "8 places to begin one"),
-        ({"schedule": "gpipe"}, "lockstep, 1f1b"),
+        ({"schedule": "other"}, "lockstep, 1f1b"),
+        ({"schedule": "gpipe"}, "not derived by retiming: it puts no register anywhere"),
         ({"past": "guess"}, "stash, latest"),
         ({"simulate": ["chimera"]}, "gpipe"),
         ({"balance": "time"}, "measure=True"),

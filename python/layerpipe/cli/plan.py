@@ -55,7 +55,8 @@ def plan(
         _option("Bytes that no stage may exceed, e.g. 16G; without --stages as few of them as can be.", CUT),
     ] = None,
     schedule: Annotated[
-        Literal["lockstep", "1f1b", "sequential"], _option("Delays and memory are this one's.", CUT, shown=True)
+        Literal["lockstep", "1f1b", "sequential"],
+        _option("Delays and memory are this one's. gpipe delays nothing, as sequential.", CUT, shown=True),
     ] = "lockstep",
     past: o.Past = "blend",
     order: o.Order = 2,
