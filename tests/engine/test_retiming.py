@@ -333,7 +333,7 @@ def test_schedules_without_registers_say_so() -> None:
     assert "none is inserted" not in str(derive(3, singles(3)))
     with pytest.raises(ValueError, match="'gpipe' is not derived by retiming: it puts no register anywhere"):
         derive(3, singles(3), "gpipe")
-    with pytest.raises(ValueError, match="'layerpipe' is not derived .* no stages to retime"):
+    with pytest.raises(ValueError, match=r"'layerpipe' is not derived .* no stages to retime"):
         derive(3, singles(3), "layerpipe")
     with pytest.raises(ValueError, match="'other' is unknown; there are: sequential, lockstep, 1f1b"):
         derive(3, singles(3), "other")

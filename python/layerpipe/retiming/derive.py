@@ -35,8 +35,8 @@ CLOCKINGS = {
 }
 #: Why other schedules have no derivation.
 _UNDERIVED = {
-    "gpipe": "it puts no register anywhere: all parts of a minibatch meet the same weights, which are updated once after "
-    "them, so its delays are those of 'sequential', 0",
+    "gpipe": "it puts no register anywhere: all parts of a minibatch meet the same weights, which are updated once "
+    "after them, so its delays are those of 'sequential', 0",
     "layerpipe": "it places the tasks of layers on processors freely and has no stages to retime; the simulator counts "
     "its staleness",
 }
@@ -178,7 +178,7 @@ def derive(layers: nx.DiGraph | int, grouping: Sequence[Sequence[Hashable]], sch
 
     Raises:
         RetimingError: a connection between layers runs against the stages' order; the message names it.
-        ValueError: a schedule that is unknown or cannot be derived, or a grouping that leaves out, repeats or invents a layer.
+        ValueError: a schedule without a derivation, or a grouping that leaves out, repeats or invents a layer.
     """
     slow, boundary, turn = clocking(schedule)
     sequential = training_graph(layers)
