@@ -72,6 +72,13 @@ def find_cuts(forward: Forward, parts: list[Piece], names: Sequence[str]) -> lis
     return cuts
 
 
+def hindrances(forward: Forward) -> dict[str, str]:
+    """Layers with parameters before which there is no cut, and why."""
+    work, _, reasons = _cuts(forward)
+    return {str(work[i].target): reason for i, reason in reasons.items()
+            if work[i].op == "call_module" and _has_parameters(forward.root, [work[i]])}  # fmt: skip
+
+
 def _why_not(forward: Forward, name: str) -> str:
     work, _, reasons = _cuts(forward)
     at = next((i for i, node in enumerate(work) if node.op == "call_module" and node.target == name), None)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from layerpipe.balance import balance as balanced
-from layerpipe.cuts import find_cuts, pieces
-from layerpipe.forward import trace
+from layerpipe.cuts import find_cuts, hindrances, pieces
+from layerpipe.forward import Forward, trace
 from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph, profile_units
 from layerpipe.split_stage import SplitStage, is_split, label
 
@@ -62,7 +62,7 @@ def split(
     if stages > len(parts):
         raise ValueError(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(parts)} splittable layers "
-            f"({', '.join(label(SplitStage(forward.root, [p])) for p in parts)})"
+            f"({', '.join(label(SplitStage(forward.root, [p])) for p in parts)}){_hindrance(forward)}"
         )
     if at is not None:
         cuts = [0, *find_cuts(forward, parts, at), len(parts)]
@@ -83,6 +83,12 @@ def split(
     refuse_shared(made)
     _warn_of_unused(model, made)
     return made
+
+
+def _hindrance(forward: Forward) -> str:
+    """The first cut that might have been, and why it cannot be."""
+    found = next(iter(hindrances(forward).items()), None)
+    return f"; no cut before {found[0]}, for example: {found[1]}" if found else ""
 
 
 def costs_by(layers: LayerGraph, balance: str) -> list[float]:
