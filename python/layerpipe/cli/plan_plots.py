@@ -189,7 +189,8 @@ def _memory_bars(axes: Any, plan: Plan, kinds: Sequence[str], divisor: float) ->
         bottom, x = 0.0, s + (k - (len(kinds) - 1) / 2) * width
         for i, part in enumerate(parts):
             size = getattr(stage.memory[kind], part) / divisor
-            axes.bar(x, size, width * 0.92, bottom=bottom, color=colours(i))
+            if size:  # an empty one would take the margin above it away
+                axes.bar(x, size, width * 0.92, bottom=bottom, color=colours(i))
             bottom += size
         axes.text(x, bottom, f" {kind}", rotation=90, ha="center", va="bottom", fontsize=8)
     axes.margins(y=0.25)
@@ -197,8 +198,5 @@ def _memory_bars(axes: Any, plan: Plan, kinds: Sequence[str], divisor: float) ->
 
 
 def _unit(largest: float) -> tuple[str, float]:
-    return next(
-        (name, size)
-        for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
-        if size <= max(largest, 1)
-    )
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
+    return next((name, size) for name, size in units if largest >= size or size == 1)

@@ -59,9 +59,8 @@ def memory_table(plan: Plan) -> Table:
         rows.append([some.weights, some.activations, *(stage.memory[kind].total for kind in kinds)])
     largest = max(max(row) for row in rows)
     # A unit in which small stages, too, are more than nothing.
-    unit, size = next(
-        (u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if 100 * s <= max(largest, 100)
-    )
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
+    unit, size = next((u, s) for u, s in units if largest >= 100 * s or s == 1)
     table = _table(f"Memory in {unit}", "stage", "weights", "in\nflight", "activ-\nations", *kinds)
     table.caption = "Under each kind: weights, gradients, momentum, history, scratch and activations together."
     for i, (stage, row) in enumerate(zip(plan.stages, rows, strict=True)):
