@@ -20,8 +20,9 @@ from rich.table import Table
 
 from bench.report import save
 from layerpipe.balance import balance
-from layerpipe.layers import LayerGraph, profile
+from layerpipe.layers import LayerGraph
 from layerpipe.models import catalog
+from layerpipe.profile import profile
 from layerpipe.simulate import StageCost, layerpipe, one_f_one_b, report, run, together
 
 CLAIMED = (7, 8, 9)

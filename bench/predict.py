@@ -36,8 +36,8 @@ import layerpipe_kernels
 from bench.others import Others
 from bench.report import save, spread, summary
 from layerpipe import models
-from layerpipe.layers import profile
 from layerpipe.plan import plan
+from layerpipe.profile import profile
 from layerpipe.simulate import BUILDERS, StageCost, report, run
 
 WARM_UP = 6  # minibatches through a stage before its times count

@@ -30,8 +30,8 @@ from bench.others import Others
 from bench.pipeline import Options, pipelined
 from bench.report import save, spread, summary
 from layerpipe import data as datasets
-from layerpipe.cli.app import sequential
 from layerpipe.cli.config import TrainConfig
+from layerpipe.cli.runs import sequential
 from layerpipe.cli.training import train
 from layerpipe.schedule import AUTO
 

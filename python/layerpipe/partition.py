@@ -13,7 +13,8 @@ from torch import nn
 from layerpipe.balance import balance as balanced
 from layerpipe.cuts import find_cuts, hindrances, pieces
 from layerpipe.forward import Forward, trace
-from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph, profile_units
+from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph
+from layerpipe.profile import profile_units
 from layerpipe.split_stage import SplitStage, is_split, label
 
 __all__ = ["BALANCES", "costs_by", "is_split", "label", "refuse_shared", "split"]

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe import split
-from layerpipe.layers import profile
 from layerpipe.models.gpt import GPT, gpt2
+from layerpipe.profile import profile
 from layerpipe.retiming import Node, derive, registers
 
 

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe.layers import LayerGraph, profile
+from layerpipe.layers import LayerGraph
+from layerpipe.machine import Machine
 from layerpipe.memory import history_copies, stage_memory
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
 from layerpipe.models.gpt import gpt2
-from layerpipe.plan import SCHEDULES, Machine, plan
+from layerpipe.plan import SCHEDULES, plan
+from layerpipe.profile import profile
 
 
 def chain(layers: int = 8, width: int = 16, batch: int = 4) -> tuple[nn.Sequential, tuple[Tensor, ...]]:

@@ -17,10 +17,10 @@ from layerpipe import plan as planning
 from layerpipe.cli import options as o
 from layerpipe.cli import plan_plots, plan_report
 from layerpipe.errors import UsageError
-from layerpipe.layers import profile
+from layerpipe.machine import Machine
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
-from layerpipe.plan import Machine
+from layerpipe.profile import profile
 from layerpipe.simulate import Link, to_chrome
 
 CUT, MACHINE, OUTPUT = "Cut and schedule", "Machine", "Output"
