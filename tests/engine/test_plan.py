@@ -14,7 +14,7 @@ from layerpipe.machine import Machine
 from layerpipe.memory import history_copies, stage_memory
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
-from layerpipe.models.gpt import gpt2
+from layerpipe.models.gpt import GPT
 from layerpipe.plan import SCHEDULES, plan
 from layerpipe.profile import profile
 
@@ -123,7 +123,7 @@ def test_measured_times_take_the_place_of_predicted_ones() -> None:
 
 def test_tied_weights_on_both_sides_of_a_cut_are_refused() -> None:
     with torch.device("meta"):
-        model = gpt2(layers=2, width=16, heads=2, context=8, vocabulary=11, tied=True)
+        model = GPT(layers=2, width=16, heads=2, context=8, vocabulary=11, tied=True)
         tokens = torch.zeros(1, 8, dtype=torch.long)
     graph = profile(model, (tokens,))
     assert len(plan(graph, stages=1).stages) == 1
