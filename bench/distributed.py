@@ -13,8 +13,6 @@ compares how fast they get through the same data, nothing else.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -27,8 +25,8 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 import layerpipe
 import layerpipe_kernels
-from bench import environment
 from bench.networks import Case, loss_fn
+from bench.report import save, spread
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 MICROBATCHES = 8
@@ -160,15 +158,10 @@ def main() -> None:
         ours = next(iter(seconds.values()))
         print(f"{case}, {options.stages} stages: samples per second, and ours over it; median (quartiles)")
         for name, values in seconds.items():
-            rate = statistics.quantiles([case.batch / s for s in values], n=4)
-            ratio = statistics.quantiles([a / b for a, b in zip(values, ours, strict=True)], n=4)
-            print(f"  {name:<20} {rate[1]:7.1f} ({rate[0]:.1f}–{rate[2]:.1f})", end="")
-            print(f"   {ratio[1]:.2f} ({ratio[0]:.2f}–{ratio[2]:.2f})")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(
-            json.dumps({"environment": environment.describe(), "seconds": results}, indent=1) + "\n"
-        )
+            rate = spread([case.batch / s for s in values], ".1f")
+            ratio = spread([a / b for a, b in zip(values, ours, strict=True)], ".2f")
+            print(f"  {name:<20} {rate:<22} {ratio}")
+    save(options.json, seconds=results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ speed meets both; the ratio is formed within a round.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels
-from bench import environment
+from bench.report import save
 from layerpipe import models
 
 WIDTH, BATCH = 8, 4
@@ -136,7 +135,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds: quartiles need at least 2")
-    result: dict[str, Any] = {"environment": environment.describe()}
+    result: dict[str, Any] = {}
     result["seconds per stage and tick"] = per_stage(options.stages, options.rounds, options.ticks)
     print(f"microseconds per stage and tick, {options.stages} stages: least, median (quartiles)")
     for name, values in result["seconds per stage and tick"].items():
@@ -153,9 +152,7 @@ def main() -> None:
             f"past weights on ResNet-18, width {options.width}, batch {options.batch}: "
             f"{middle:+.1f} % of a tick ({low:+.1f} to {high:+.1f})"
         )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.json, **result)
 
 
 if __name__ == "__main__":

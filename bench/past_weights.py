@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import statistics
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 import layerpipe_kernels as lk
 from bench import environment
+from bench.report import save
 from layerpipe import data
 
 DELAYS = (2, 6, 14)
@@ -233,9 +233,7 @@ def main() -> None:
     described = environment.describe()
     print("\n" + markdown(results))
     print(f"{described['command']}; {described['processor']}, torch {described['torch']}, {described['date']}")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps({"environment": described, "results": results}, indent=1) + "\n")
+    save(args.json, results=results)
 
 
 if __name__ == "__main__":

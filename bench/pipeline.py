@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +27,8 @@ from rich.table import Table
 
 import layerpipe
 import layerpipe_kernels
-from bench import environment
 from bench.networks import Case, loss_fn
+from bench.report import save, spread
 
 Run = Callable[[int], float]
 
@@ -153,11 +151,6 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
     return results
 
 
-def spread(values: list[float], form: str) -> str:
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:{form}} ({low:{form}}–{high:{form}})"
-
-
 def table(results: list[dict[str, Any]]) -> Table:
     out = Table(title="Samples per second and ratios: median (quartiles) over rounds", title_justify="left")
     names = list(results[0]["seconds"])
@@ -214,9 +207,7 @@ def main() -> None:
     Console().print(table(results))
     for text, result in zip(given.case, results[:: len(results) // len(given.case)], strict=True):
         print(f"{text}: stages {' | '.join(result['stages'])}")
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({"environment": environment.describe(), "results": results}, indent=1) + "\n")
+    save(given.json, results=results)
 
 
 if __name__ == "__main__":

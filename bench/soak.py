@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import threading
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels
-from bench import environment
+from bench.report import save
 
 WIDTH, BATCH, PARTS = 8, 4, 20
 
@@ -99,10 +98,7 @@ def main() -> None:
     print(
         f"last fifth over second: {slower:.2f} of the time; since the first fifth {growth:+.1f} MB, {objects:+} objects"
     )
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {"environment": environment.describe(), "samples": [s._asdict() for s in samples]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    save(options.json, samples=[s._asdict() for s in samples])
     sys.exit(int(slower > options.slower or growth > options.growth))
 
 

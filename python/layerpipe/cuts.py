@@ -1,15 +1,18 @@
-"""A model's forward as a list of layers, and the places where it can be cut."""
+"""The places where a traced forward can be cut."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.ipow)
+from layerpipe.aliasing import overwritten
+from layerpipe.exported import is_tensor
+from layerpipe.forward import Forward, constants
+from layerpipe.received import derivable
 
 
 class Piece(NamedTuple):
@@ -29,36 +32,13 @@ class Piece(NamedTuple):
         return self.nodes[0].name
 
 
-class SplitStage(fx.GraphModule):
-    """Consecutive pieces of a traced model as a module of its own, with the model's own parameter names."""
-
-    def __init__(self, model: nn.Module, pieces: list[Piece]) -> None:
-        graph = fx.Graph()
-        values = {node: graph.placeholder(node.name) for node in pieces[0].inputs}
-        nodes = [node for piece in pieces for node in piece.nodes]
-        for node in nodes:
-            for source in node.all_input_nodes:
-                if source.op == "get_attr" and source not in values:
-                    values[source] = graph.node_copy(source)
-            values[node] = graph.node_copy(node, lambda n: values[n])
-        if nodes[-1].op != "output":
-            passed = [values[node] for node in pieces[-1].outputs]
-            graph.output(passed[0] if len(passed) == 1 else tuple(passed))
-        super().__init__(model, graph, class_name="Stage")
-        self.is_split = True  # outlives pickling, which makes it a plain GraphModule
-
-
-def pieces(model: nn.Module) -> list[Piece]:
-    """The finest legal cut of the model, each piece led by something that has parameters.
-
-    Raises:
-        ValueError: the model cannot be traced.
-    """
-    work, crossing, _ = _cuts(model)
+def pieces(forward: Forward) -> list[Piece]:
+    """The finest legal cut of a model, each piece led by something that has parameters."""
+    work, crossing, _ = _cuts(forward)
     starts = [0, *crossing]
     # A piece without parameters belongs to the one before; what comes before the first parameters, to those.
     ends = [*starts[1:], len(work)]
-    kept = [a for a, b in zip(starts, ends, strict=True) if _has_parameters(model, work[a:b])]
+    kept = [a for a, b in zip(starts, ends, strict=True) if _has_parameters(forward.root, work[a:b])]
     kept = [0, *kept[1:]]
     crossing = {0: [], **crossing, len(work): []}
     return [Piece(crossing[a], work[a:b], crossing[b]) for a, b in itertools.pairwise([*kept, len(work)])]
@@ -74,7 +54,7 @@ def unique_names(parts: Sequence[Piece]) -> list[str]:
     return names
 
 
-def find_cuts(model: nn.Module, parts: list[Piece], names: Sequence[str]) -> list[int]:
+def find_cuts(forward: Forward, parts: list[Piece], names: Sequence[str]) -> list[int]:
     """Which pieces these layers begin.
 
     Raises:
@@ -84,7 +64,7 @@ def find_cuts(model: nn.Module, parts: list[Piece], names: Sequence[str]) -> lis
     cuts = []
     for name in names:
         if not starts.get(name):
-            reason = "the first stage begins with it" if name in starts else _why_not(model, name)
+            reason = "the first stage begins with it" if name in starts else _why_not(forward, name)
             raise ValueError(f"cannot cut before {name}: {reason}")
         cuts.append(starts[name])
     if cuts != sorted(set(cuts)):
@@ -92,20 +72,30 @@ def find_cuts(model: nn.Module, parts: list[Piece], names: Sequence[str]) -> lis
     return cuts
 
 
-def _why_not(model: nn.Module, name: str) -> str:
-    work, _, reasons = _cuts(model)
+def hindrances(forward: Forward) -> dict[str, str]:
+    """Layers with parameters before which there is no cut, and why."""
+    work, _, reasons = _cuts(forward)
+    return {str(work[i].target): reason for i, reason in reasons.items()
+            if work[i].op == "call_module" and _has_parameters(forward.root, [work[i]])}  # fmt: skip
+
+
+def _why_not(forward: Forward, name: str) -> str:
+    work, _, reasons = _cuts(forward)
     at = next((i for i, node in enumerate(work) if node.op == "call_module" and node.target == name), None)
     if at is None:
         return "the forward calls no such layer"
     return reasons.get(at, "there are no parameters from there to the next cut, or none before it")
 
 
-def _cuts(model: nn.Module) -> tuple[list[fx.Node], dict[int, list[fx.Node]], dict[int, str]]:
-    """A traced forward, the values that cross before each node where a cut is legal, and elsewhere why it is not."""
-    work = [node for node in _trace(model) if node.op != "get_attr"]
+def _cuts(forward: Forward) -> tuple[list[fx.Node], dict[int, list[fx.Node]], dict[int, str]]:
+    """What is computed, the values that cross before each node where a cut is legal, and elsewhere why it is not."""
+    model = forward.root
+    work = [node for node in forward.nodes if not constants(node)]
     position = {node: i for i, node in enumerate(work)}
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in work}
-    overwriter = {target: node for node in work if (target := _overwrites(model, node)) is not None}
+    overwriter: dict[fx.Node, fx.Node] = {}
+    for node in work:
+        overwriter.update(dict.fromkeys(overwritten(model, node), node))
     crossing: dict[int, list[fx.Node]] = {}
     reasons: dict[int, str] = {}
     alive: list[fx.Node] = []
@@ -114,7 +104,8 @@ def _cuts(model: nn.Module) -> tuple[list[fx.Node], dict[int, list[fx.Node]], di
         if node.op in ("placeholder", "output") or not alive:
             continue
         changed = [n for n in alive if n in overwriter and position[overwriter[n]] >= i]
-        others = [n for n in alive if not _is_tensor(model, n)]
+        tensors = [n for n in alive if _is_tensor(model, n)]
+        others = [n for n in alive if n not in tensors and not derivable(n, tensors)]
         if changed:
             by = overwriter[changed[0]]
             reasons[i] = (
@@ -123,47 +114,15 @@ def _cuts(model: nn.Module) -> tuple[list[fx.Node], dict[int, list[fx.Node]], di
             )
         elif others:
             reasons[i] = f"{others[0].name}, which is not one tensor, is needed on both sides"
-        else:
-            crossing[i] = alive
+        elif tensors:
+            crossing[i] = tensors
     return work, crossing, reasons
-
-
-def _trace(model: nn.Module) -> list[fx.Node]:
-    """As deep as the model's code allows.
-
-    A trace holds the branch that ``self.training`` chose; where the two modes differ, it goes less deep.
-
-    Raises:
-        ValueError: not at all.
-    """
-    training = {module: module.training for module in model.modules()}
-    reason: Exception = ValueError("its code depends on self.training")
-    try:
-        for tracer in (fx.Tracer, _Blocks):
-            try:
-                model.eval()
-                evaluated = list(tracer().trace(model).nodes)
-                model.train()
-                trained = list(tracer().trace(model).nodes)
-            except Exception as error:  # whatever the model's own code raises under tracing
-                reason = error
-                continue
-            if list(map(_spelled, evaluated)) == list(map(_spelled, trained)):
-                return trained
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-    raise ValueError(
-        f"{type(model).__name__} cannot be traced ({reason}); give the stages by hand, as a list of modules"
-    ) from reason
-
-
-def _spelled(node: fx.Node) -> tuple[str, ...]:
-    return node.op, node.name, str(node.target), str(node.args), str(node.kwargs)
 
 
 def _is_tensor(model: nn.Module, node: fx.Node) -> bool:
     """Whether a value is one tensor, as far as its making shows; sizes and tuples cannot cross a boundary."""
+    if "val" in node.meta:
+        return is_tensor(node)
     if node.op == "call_module":
         return not isinstance(model.get_submodule(str(node.target)), nn.RNNBase | nn.MultiheadAttention)
     if node.op == "placeholder":
@@ -179,30 +138,13 @@ def _is_tensor(model: nn.Module, node: fx.Node) -> bool:
     return any(_is_tensor(model, source) or source.op == "get_attr" for source in node.all_input_nodes)
 
 
-def _overwrites(model: nn.Module, node: fx.Node) -> fx.Node | None:
-    """The value that a node changes in place."""
-    if not node.all_input_nodes:
-        return None
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if node.op == "call_module":
-        in_place = bool(getattr(model.get_submodule(str(node.target)), "inplace", False))
-    else:
-        in_place = (
-            bool(node.kwargs.get("inplace"))
-            or (name.endswith("_") and not name.endswith("__"))
-            or getattr(operator, name, None) in _IN_PLACE_OPERATORS
-        )
-    return node.all_input_nodes[0] if in_place else None
-
-
 def _has_parameters(model: nn.Module, nodes: list[fx.Node]) -> bool:
     return any(
         next(model.get_submodule(str(n.target)).parameters(), None) is not None for n in nodes if n.op == "call_module"
-    ) or any(source.op == "get_attr" for n in nodes for source in n.all_input_nodes)
+    ) or any(source.op == "get_attr" and isinstance(_attribute(model, source), nn.Parameter)
+             for n in nodes for source in n.all_input_nodes)  # fmt: skip
 
 
-class _Blocks(fx.Tracer):
-    """Looks into the model and its nn.Sequential parts, and takes every other module as one layer."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not isinstance(m, nn.Sequential)
+def _attribute(model: nn.Module, node: fx.Node) -> Any:
+    path, _, name = str(node.target).rpartition(".")
+    return getattr(model.get_submodule(path), name)

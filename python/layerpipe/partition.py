@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from layerpipe.balance import balance as balanced
-from layerpipe.cuts import SplitStage, find_cuts, pieces
-from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph, profile_units
+from layerpipe.cuts import find_cuts, hindrances, pieces
+from layerpipe.forward import Forward, trace
+from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph
+from layerpipe.profile import profile_units
+from layerpipe.split_stage import SplitStage, label, uncompiled
 
 BALANCES = ("flops", "time", "params", "bytes")
 
@@ -28,13 +31,14 @@ def split(
     """Cut a model into a chain of stages of equal cost that share its layers and keep its parameter names.
 
     The model's ``forward`` is traced (:mod:`torch.fx`) down to torch's own layers, or, where a block's code does not
-    allow that, down to the blocks of its ``nn.Sequential`` parts. It is cut between layers wherever only tensors pass:
-    skip connections and branches are carried along through the stages that they cross.
+    allow that, down to the blocks of its ``nn.Sequential`` parts, or else by :mod:`torch.export` with the example
+    inputs (:func:`layerpipe.forward.trace`). It is cut between layers wherever only tensors pass: skip connections and
+    branches are carried along through the stages that they cross.
 
     Args:
         model: shared with the stages, not copied.
         stages: how many.
-        example_inputs: arguments of a forward, needed to balance by all but ``params``.
+        example_inputs: arguments of a forward, needed to balance by all but ``params``, and by ``torch.export``.
         balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine),
             ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have),
             ``"bytes"`` (weights and what the backward needs) or ``"params"``.
@@ -52,17 +56,18 @@ def split(
         raise ValueError(f"balance={balance!r} runs the model: give example_inputs, or use balance='params'")
     if at is not None and len(at) != stages - 1:
         raise ValueError(f"{stages} stages have {stages - 1} cuts between them, got at={list(at)}")
-    parts = pieces(model)
+    forward = trace(model, example_inputs)
+    parts = pieces(forward)
     if stages > len(parts):
         raise ValueError(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(parts)} splittable layers "
-            f"({', '.join(label(SplitStage(model, [p])) for p in parts)})"
+            f"({', '.join(label(SplitStage(forward.root, [p])) for p in parts)}){_hindrance(forward)}"
         )
     costs: list[float] | None = None
     if at is not None:
-        cuts = [0, *find_cuts(model, parts, at), len(parts)]
+        cuts = [0, *find_cuts(forward, parts, at), len(parts)]
     else:
-        units = [SplitStage(model, [piece]) for piece in parts]
+        units = [SplitStage(forward.root, [piece]) for piece in parts]
         if balance == "params":
             costs = [float(sum(p.numel() for p in u.parameters())) for u in units]
         else:
@@ -74,13 +79,19 @@ def split(
                 torch.set_num_threads(threads)
             costs = costs_by(layers, balance)
         cuts = balanced(costs, stages)
-    made: list[nn.Module] = [SplitStage(model, parts[a:b]) for a, b in itertools.pairwise(cuts)]
+    made = [SplitStage(forward.root, parts[a:b]) for a, b in itertools.pairwise(cuts)]
     refuse_shared(made)
     _warn_of_unused(model, made)
     if costs is not None:
         for stage, (a, b) in zip(made, itertools.pairwise(cuts), strict=True):
-            stage.cost = sum(costs[a:b])  # type: ignore[assignment]  # a plain number, of no tensor's kind
-    return made
+            stage.meta["cost"] = sum(costs[a:b])
+    return list(made)
+
+
+def _hindrance(forward: Forward) -> str:
+    """The first cut that might have been, and why it cannot be."""
+    found = next(iter(hindrances(forward).items()), None)
+    return f"; no cut before {found[0]}, for example: {found[1]}" if found else ""
 
 
 def costs_by(layers: LayerGraph, balance: str) -> list[float]:
@@ -100,18 +111,14 @@ def costs_by(layers: LayerGraph, balance: str) -> list[float]:
     return [sum(layer.seconds or ()) for layer in layers.layers]
 
 
-def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:
-    """Whether :func:`split` made this stage, so that its parameters have the model's names."""
-    return isinstance(stage, fx.GraphModule) and getattr(stage, "is_split", False)
-
-
 def share_threads(threads: int, stages: Sequence[nn.Module]) -> list[int]:
     """How many of a machine's threads each stage gets: one at least, the rest by what :func:`split` says they cost.
 
     Equal shares where stages were made by hand, or balance well. The rest goes, thread by thread, to whichever stage
     would otherwise take longest.
     """
-    costs = [float(getattr(stage, "cost", 0.0)) for stage in stages]
+    metas = [getattr(uncompiled(stage), "meta", None) for stage in stages]
+    costs = [float(meta.get("cost", 0.0)) if isinstance(meta, dict) else 0.0 for meta in metas]
     if not all(costs):
         return [max(1, threads // len(stages))] * len(stages)
     shares = [1] * len(stages)
@@ -119,21 +126,6 @@ def share_threads(threads: int, stages: Sequence[nn.Module]) -> list[int]:
         slowest = max(range(len(stages)), key=lambda s: costs[s] / shares[s])
         shares[slowest] += 1
     return shares
-
-
-def uncompiled(stage: nn.Module) -> nn.Module:
-    """What :func:`torch.compile` was given, whose parameters have their own names; any other module as it is."""
-    original = getattr(stage, "_orig_mod", stage)
-    return original if isinstance(original, nn.Module) else stage
-
-
-def label(stage: nn.Module) -> str:
-    """What a stage holds, for people: its first and last layer."""
-    stage = uncompiled(stage)
-    names = [n.target for n in stage.graph.nodes if n.op == "call_module"] if is_split(stage) else []
-    if not names:
-        return type(stage).__name__
-    return str(names[0]) if len(names) == 1 else f"{names[0]} … {names[-1]}"
 
 
 def refuse_shared(stages: Sequence[nn.Module]) -> None:
@@ -152,7 +144,7 @@ def refuse_shared(stages: Sequence[nn.Module]) -> None:
                 )
 
 
-def _warn_of_unused(model: nn.Module, stages: list[nn.Module]) -> None:
+def _warn_of_unused(model: nn.Module, stages: Sequence[nn.Module]) -> None:
     used = {name for stage in stages for name, _ in stage.named_parameters()}
     unused = [name for name, _ in model.named_parameters() if name not in used]
     if unused:

@@ -18,8 +18,9 @@ from layerpipe.channels import Channel
 from layerpipe.errors import CheckpointError
 from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
 from layerpipe.optimizer import PipelineOptimizer
-from layerpipe.partition import is_split, label, refuse_shared, share_threads, uncompiled
+from layerpipe.partition import refuse_shared, share_threads
 from layerpipe.schedule import Action
+from layerpipe.split_stage import is_split, label, uncompiled
 from layerpipe.stage import Stage
 from layerpipe.tracing import CHANNEL, Trace
 

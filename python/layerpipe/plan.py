@@ -13,45 +13,14 @@ from layerpipe import retiming
 from layerpipe.balance import CapError
 from layerpipe.balance import balance as balanced
 from layerpipe.layers import Layer, LayerGraph
+from layerpipe.machine import A100, Machine
 from layerpipe.memory import Memory, history_copies, stage_memory
 from layerpipe.partition import costs_by
 from layerpipe.retiming import Derivation
-from layerpipe.simulate import BUILDERS, Link, Report, StageCost, Timeline, layerpipe, report, run, together
+from layerpipe.simulate import BUILDERS, Report, StageCost, Timeline, layerpipe, report, run, together
 
 #: Schedules that a plan compares.
 SCHEDULES = (*BUILDERS, "layerpipe")
-
-
-#: PCIe 4.0 x16, each way.
-A100_LINK = Link(bandwidth=32e9, latency=5e-6)
-
-
-@dataclasses.dataclass(frozen=True)
-class Machine:
-    """One processor of the pipeline and the links between them.
-
-    The defaults are an NVIDIA A100 of 40 GB (data sheet: 19.5 TFLOP/s in float32, 1,555 GB/s memory, PCIe 4.0 x16 with
-    32 GB/s each way), every rate as if all of it could be had.
-    """
-
-    flops: float = 19.5e12  # per second
-    memory: float = 1.555e12  # bytes per second
-    link: Link = A100_LINK
-
-    def cost(self, layer: Layer, received: int) -> StageCost:
-        """Seconds of one layer: measured where it was, else the slower of arithmetic and memory (a roofline)."""
-        if layer.seconds is not None:
-            forward, backward, gradient = layer.seconds
-        else:
-            read, written = layer.input_bytes + layer.weights, layer.output_bytes
-            kept = layer.saved + written  # what the backward reads beside the weights
-            forward = max(layer.forward_flops / self.flops, (read + written) / self.memory)
-            backward = max(layer.backward_flops / self.flops, (kept + read) / self.memory)
-            gradient = max(layer.gradient_flops / self.flops, (kept + layer.weights) / self.memory)
-            gradient *= bool(layer.parameters)
-        # Momentum SGD with a blend: 32 bytes per float32 weight, 8 times its own (docs: MATH, optimizer steps).
-        update = 8 * layer.weights / self.memory
-        return StageCost(forward, backward, gradient, update, received, layer.saved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,14 +112,14 @@ def plan(
     order: int = 2,
     momentum: float = 0.9,
     balance: str = "roofline",
-    machine: Machine = Machine(),
+    machine: Machine = A100,
     microbatches: int = 8,
     simulate: Sequence[str] = SCHEDULES,
 ) -> Plan:
     """Cut a network into stages and predict what comes of it.
 
     Args:
-        layers: from :func:`layerpipe.layers.profile`.
+        layers: from :func:`layerpipe.profile.profile`.
         stages: how many; without it, the fewest that keep to ``memory_per_stage``, or 4.
         memory_per_stage: bytes that no stage may need, under ``schedule`` and ``past``.
         schedule: ``"lockstep"``, ``"1f1b"`` or ``"sequential"``.
@@ -163,7 +132,7 @@ def plan(
             cut keeps to.
     """
     _check(simulate, SCHEDULES, "simulate")
-    _check([schedule], retiming.CLOCKINGS, "schedule")
+    retiming.clocking(schedule)
     history_copies(past, 1, order=order, momentum=momentum)
     costs = [machine.cost(layer, layers.crossing[i]) for i, layer in enumerate(layers.layers)]
     weights = [cost.seconds for cost in costs] if balance == "roofline" else costs_by(layers, balance)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe import split
-from layerpipe.layers import profile
-from layerpipe.models.gpt import GPT, gpt2
+from layerpipe.models.gpt import GPT
+from layerpipe.profile import profile
 from layerpipe.retiming import Node, derive, registers
 
 
@@ -114,7 +114,7 @@ def test_a_resnet_gets_registers_on_its_skips() -> None:
 
 def test_gpt_is_causal_and_has_the_published_size() -> None:
     with torch.device("meta"):
-        assert sum(p.numel() for p in gpt2(tied=True).parameters()) == 124439808
+        assert sum(p.numel() for p in GPT(tied=True).parameters()) == 124439808
     torch.manual_seed(0)
     model = GPT(layers=2, width=16, heads=2, context=8, vocabulary=11)
     tokens = torch.randint(11, (3, 8))

@@ -72,7 +72,7 @@ def test_workers_compute_with_the_threads_they_are_given(
     torch.set_num_threads(3 if costs else 2)
     stages = [Count(6, 6), Count(6, 3)]
     for stage, cost in zip(stages, costs, strict=False):
-        stage.cost = cost  # type: ignore[assignment]
+        stage.meta = {"cost": cost}  # type: ignore[assignment]
     with layerpipe.Pipeline(stages, F.cross_entropy, sgd, executor="threads", threads_per_stage=given) as pipe:
         for x, y in minibatches(3):
             pipe.step(x, y)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from layerpipe import split
 from layerpipe.balance import balance as balanced
-from layerpipe.partition import is_split, label, share_threads
+from layerpipe.partition import share_threads
+from layerpipe.split_stage import is_split, label
 
 
 def sequential() -> nn.Sequential:
@@ -107,9 +108,16 @@ class Dropping(nn.Module):
         return self.b(nn.functional.dropout(self.a(x), 0.5, self.training))
 
 
-def test_training_mode_is_not_frozen_into_the_stages() -> None:
-    model = nn.Sequential(Dropping(), nn.Linear(4, 4), Dropping())
-    parts = split(model, 3, balance="params")
+class Shortcut(Dropping):
+    """Training and evaluation are different operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)) if self.training else self.b(x)
+
+
+@pytest.mark.parametrize(("model", "stages"), [(Dropping(), 2), (nn.Sequential(Dropping(), nn.Linear(4, 4)), 3)])
+def test_training_mode_is_not_frozen_into_the_stages(model: nn.Module, stages: int) -> None:
+    parts = split(model, stages, balance="params")
     x = torch.randn(8, 4)
 
     def run() -> Tensor:
@@ -122,8 +130,17 @@ def test_training_mode_is_not_frozen_into_the_stages() -> None:
     for part in parts:
         part.eval()
     assert torch.equal(run(), model.eval()(x))
+
+
+def test_other_operations_in_training_leave_a_block_whole() -> None:
+    model, x = nn.Sequential(Shortcut(), nn.Linear(4, 4), Shortcut()), torch.randn(2, 4)
+    parts = split(model, 3, balance="params")
+    for mode in (True, False):
+        for part in parts:
+            part.train(mode)
+        assert torch.equal(parts[2](parts[1](parts[0](x))), model.train(mode)(x))
     with pytest.raises(ValueError, match=r"self\.training"):
-        split(Dropping(), 2, balance="params")
+        split(Shortcut(), 2, balance="params")
 
 
 def test_tracing_leaves_modes_alone() -> None:
@@ -222,10 +239,12 @@ def test_threads_are_shared_by_what_stages_cost(
     stages = [nn.Linear(1, 1) for _ in costs]
     for stage, cost in zip(stages, costs, strict=True):
         if cost is not None:
-            stage.cost = cost  # type: ignore[assignment]
+            stage.meta = {"cost": cost}  # type: ignore[assignment]
     assert share_threads(threads, stages) == shares
 
 
 def test_split_says_what_its_stages_cost() -> None:
     parts = split(sequential(), 2, balance="params")
-    assert [part.cost for part in parts] == [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert [part.meta["cost"] for part in copy.deepcopy(parts)] == [
+        sum(p.numel() for p in part.parameters()) for part in parts
+    ]

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe.layers import LayerGraph, profile
+from layerpipe.layers import LayerGraph
+from layerpipe.machine import Machine
 from layerpipe.memory import history_copies, stage_memory
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
-from layerpipe.models.gpt import gpt2
-from layerpipe.plan import SCHEDULES, Machine, plan
+from layerpipe.models.gpt import GPT
+from layerpipe.plan import SCHEDULES, plan
+from layerpipe.profile import profile
 
 
 def chain(layers: int = 8, width: int = 16, batch: int = 4) -> tuple[nn.Sequential, tuple[Tensor, ...]]:
@@ -121,7 +123,7 @@ def test_measured_times_take_the_place_of_predicted_ones() -> None:
 
 def test_tied_weights_on_both_sides_of_a_cut_are_refused() -> None:
     with torch.device("meta"):
-        model = gpt2(layers=2, width=16, heads=2, context=8, vocabulary=11, tied=True)
+        model = GPT(layers=2, width=16, heads=2, context=8, vocabulary=11, tied=True)
         tokens = torch.zeros(1, 8, dtype=torch.long)
     graph = profile(model, (tokens,))
     assert len(plan(graph, stages=1).stages) == 1
@@ -147,7 +149,8 @@ def test_a_layer_used_twice_has_two_names() -> None:
     ("options", "message"),
     [
         ({"stages": 99}, "8 places to begin one"),
-        ({"schedule": "gpipe"}, "lockstep, 1f1b"),
+        ({"schedule": "other"}, "lockstep, 1f1b"),
+        ({"schedule": "gpipe"}, "not derived by retiming: it puts no register anywhere"),
         ({"past": "guess"}, "stash, latest"),
         ({"simulate": ["chimera"]}, "gpipe"),
         ({"balance": "time"}, "measure=True"),

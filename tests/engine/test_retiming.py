@@ -262,8 +262,6 @@ def test_bad_arguments_are_refused() -> None:
         retiming.lockstep_delays(0)
     with pytest.raises(ValueError, match="at least one layer"):
         training_graph(0)
-    with pytest.raises(ValueError, match="lockstep, 1f1b"):
-        derive(2, singles(2), "gpipe")
     with pytest.raises(ValueError, match="circle: a -> b"):
         training_graph(nx.DiGraph([("a", "b"), ("b", "a")]))
     graph = training_graph(2)
@@ -325,3 +323,17 @@ def test_a_loop_without_a_register_is_refused() -> None:
     graph.edges[Node("W", 0), Node("F", 0)]["registers"] = 0
     with pytest.raises(RetimingError, match=r"a loop without a register: .*F0"):
         retiming.clock_period(graph)
+
+
+def test_schedules_without_registers_say_so() -> None:
+    derivation = derive(3, singles(3), "sequential")
+    assert dict(derivation.graph.edges) == dict(derivation.sequential.edges)
+    assert (derivation.delays, derivation.input_delay, derivation.inserted) == ([0, 0, 0], 0, [0, 0, 0])
+    assert "none is inserted" in str(derivation)
+    assert "none is inserted" not in str(derive(3, singles(3)))
+    with pytest.raises(ValueError, match="'gpipe' is not derived by retiming: it puts no register anywhere"):
+        derive(3, singles(3), "gpipe")
+    with pytest.raises(ValueError, match=r"'layerpipe' is not derived .* no stages to retime"):
+        derive(3, singles(3), "layerpipe")
+    with pytest.raises(ValueError, match="'other' is unknown; there are: sequential, lockstep, 1f1b"):
+        derive(3, singles(3), "other")

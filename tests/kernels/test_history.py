@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from layerpipe_kernels.history import KINDS
 from tests.conftest import needs_cpp
+from tests.kernels.runs import Run
 
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 ESTIMATES = ["ema", "momentum", "blend"]
@@ -19,27 +19,6 @@ AVERAGES: list[dict[str, Any]] = [
     *({"past": "ema", "ema_decay": rule} for rule in ("matched", "white", "window", 0.9, 0.1)),
     *({"past": "blend", "order": k} for k in (1, 2, 3)),
 ]
-
-
-class Run:
-    """An optimizer on one parameter with AR(1) gradients, and the true versions of its weights."""
-
-    def __init__(self, size: int = 50, dtype: torch.dtype = torch.float64, noise: float = 1.0, **options: Any) -> None:
-        self.param = torch.randn(size, dtype=dtype, requires_grad=True)
-        self.optimizer = lk.SGD([self.param], **{"lr": 0.1, "momentum": 0.9, **options})
-        self.versions = [self.param.detach().clone()]
-        self.drift, self.noise = torch.randn(size, dtype=dtype), noise
-
-    def step(self, count: int = 1, grad: bool = True) -> None:
-        for _ in range(count):
-            self.param.grad = self.drift + self.noise * torch.randn_like(self.param) if grad else None
-            self.optimizer.step()
-            self.versions.append(self.param.detach().clone())
-
-    def error(self, n: int) -> float:
-        """Mean-square error of the past weights, relative to using the latest."""
-        true, past = self.versions[-1 - n], self.optimizer.past_weight(self.param)
-        return float((past - true).square().sum() / (self.versions[-1] - true).square().sum())
 
 
 def test_there_are_five_kinds() -> None:
@@ -232,183 +211,3 @@ def test_past_weight_is_fresh_or_out() -> None:
     run.step(2)
     assert torch.equal(fresh, run.versions[2])
     assert torch.equal(out, run.versions[2])
-
-
-@pytest.mark.parametrize("past", ["stash", *ESTIMATES])
-def test_resume_from_state_dict_is_bitwise(past: str) -> None:
-    run = Run(delay=4, past=past)
-    run.step(7)
-    twin = Run(delay=4, past=past)
-    with torch.no_grad():
-        twin.param.copy_(run.param)
-    twin.optimizer.load_state_dict(copy.deepcopy(run.optimizer.state_dict()))
-    twin.drift = run.drift
-    for each in (run, twin):
-        torch.manual_seed(5)
-        each.step(6)
-    assert torch.equal(run.param, twin.param)
-    assert torch.equal(run.optimizer.past_weight(run.param), twin.optimizer.past_weight(twin.param))
-
-
-def test_a_torch_checkpoint_loads() -> None:
-    param = torch.randn(5, requires_grad=True)
-    theirs = torch.optim.SGD([param], lr=0.3, momentum=0.9)
-    param.grad = torch.ones(5)
-    theirs.step()
-    ours = lk.SGD([param], lr=0.1, momentum=0.9)
-    ours.load_state_dict(theirs.state_dict())
-    assert ours.param_groups[0]["lr"] == 0.3
-    assert torch.equal(ours.state[param]["momentum_buffer"], theirs.state[param]["momentum_buffer"])
-    ours.step()
-
-
-def test_replaced_arrays_are_noticed() -> None:
-    """New memory under a parameter or its state is used from the next step on, whatever was planned before."""
-    param = torch.randn(20, requires_grad=True)
-    optimizer = lk.SGD([param], lr=0.1, momentum=0.9, delay=2, past="ema")
-    param.grad = torch.ones(20)
-    optimizer.step()
-    old = param.data
-    param.data = torch.zeros(20)
-    optimizer.state[param]["momentum_buffer"] = torch.zeros(20)
-    before = old.clone()
-    optimizer.step()
-    assert torch.equal(old, before)
-    torch.testing.assert_close(param.detach(), torch.full((20,), -0.1))
-
-
-@pytest.mark.parametrize("change", [lambda t: t.t(), lambda t: t.flatten().view(torch.bfloat16)[:16].view(4, 4)])
-def test_memory_that_changes_its_meaning_is_noticed(change: Any) -> None:
-    """Same address and size, other strides or dtype: refused or planned anew, never written as it was."""
-    param = torch.randn(4, 4, requires_grad=True)
-    optimizer = lk.SGD([param], lr=0.1)
-    param.grad = torch.ones(4, 4)
-    optimizer.step()
-    param.grad = None
-    param.data = change(param.data)
-    param.grad = torch.ones_like(param)
-    before = param.detach().clone()
-    if param.is_contiguous():
-        optimizer.step()
-        torch.testing.assert_close(param.detach(), before - 0.1, equal_nan=True)
-    else:
-        with pytest.raises(ValueError, match="not contiguous"):
-            optimizer.step()
-
-
-def test_more_averages_than_there_were_begin_anew() -> None:
-    run = Run(delay=6, past="blend", order=1)
-    run.step(3)
-    run.optimizer.param_groups[0]["order"] = 3
-    run.step(3)
-    assert run.optimizer.state[run.param]["ema"].shape == (3, 50)
-
-
-@pytest.mark.parametrize("past", ["ema", "blend", "stash"])
-def test_half_precision_resumes_bitwise(past: str) -> None:
-    runs = [Run(delay=3, past=past, dtype=torch.bfloat16) for _ in range(2)]
-    runs[0].step(5)
-    with torch.no_grad():
-        runs[1].param.copy_(runs[0].param)
-    runs[1].optimizer.load_state_dict(copy.deepcopy(runs[0].optimizer.state_dict()))
-    runs[1].drift = runs[0].drift
-    for run in runs:
-        torch.manual_seed(5)
-        run.step(4)
-    assert torch.equal(runs[0].param, runs[1].param)
-    assert torch.equal(*(run.optimizer.past_weight(run.param) for run in runs))
-
-
-def test_a_torch_checkpoint_keeps_our_options() -> None:
-    run = Run(delay=6, past="ema")
-    theirs = torch.optim.SGD([run.param], lr=0.3, momentum=0.9)
-    run.optimizer.load_state_dict(theirs.state_dict())
-    group = run.optimizer.param_groups[0]
-    assert (group["lr"], group["delay"], group["past"]) == (0.3, 6, "ema")
-
-
-def test_a_momentum_schedule_does_not_redesign_the_blend() -> None:
-    run = Run(delay=6, past="blend", momentum=0.9)
-    run.step()
-    first = run.optimizer.history(run.optimizer.param_groups[0])
-    run.optimizer.param_groups[0]["momentum"] = 0.85
-    run.step()
-    assert run.optimizer.history(run.optimizer.param_groups[0]) is first
-
-
-P = torch.nn.Parameter
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "lr"),
-        ({"lr": float("nan")}, "lr"),
-        ({"momentum": float("inf")}, "momentum"),
-        ({"weight_decay": -1.0}, "weight_decay"),
-        ({"nesterov": True, "momentum": 0.0}, "Nesterov"),
-        ({"nesterov": True, "dampening": 0.1}, "Nesterov"),
-        ({"delay": -1}, "delay"),
-        ({"delay": 2.5}, "delay"),
-        ({"delay": True}, "delay"),
-        ({"past": "yesterday"}, "stash, latest, ema, momentum, blend"),
-        ({"past": "blend", "order": 4}, "order"),
-        ({"past": "blend", "order": 2, "ema_decay": "matched"}, "designs its decays"),
-        ({"past": "ema", "ema_decay": "fast"}, "ema_decay"),
-        ({"past": "ema", "ema_decay": (0.1, 0.2)}, "one ema_decay"),
-        ({"past": "ema", "ema_of": "loss"}, "ema_of"),
-        ({"past": "blend", "ema_of": "gradient"}, "ema_of"),
-        ({"past": "momentum", "momentum": 0.0}, "momentum in"),
-        ({"past": "stash", "materialize": True}, "materialize"),
-        ({"differentiable": True}, "differentiable"),
-        ({"past": "yesterday", "delay": 0}, "past='yesterday'"),
-        ({"backend": "magic"}, "backend='magic'"),
-        ({"momentum": 1.0}, "momentum in"),
-    ],
-    ids=str,
-)
-def test_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        lk.SGD([P(torch.ones(3))], **{"lr": 0.1, "momentum": 0.9, "delay": 4, **options})
-
-
-def test_a_nan_learning_rate_is_refused_before_any_group_is_written() -> None:
-    params = [P(torch.ones(3)), P(torch.ones(3))]
-    optimizer = lk.SGD([{"params": [p]} for p in params], lr=0.1)
-    for param in params:
-        param.grad = torch.ones(3)
-    optimizer.param_groups[1]["lr"] = float("nan")
-    with pytest.raises(ValueError, match="lr is nan"):
-        optimizer.step()
-    assert all(torch.equal(param, torch.ones(3)) for param in params)
-
-
-def test_bad_parameters_and_gradients_are_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[0\].*complex64"):
-        lk.SGD([P(torch.ones(3, dtype=torch.complex64))], lr=0.1)
-    named = [("head.weight", P(torch.ones(4, 6).t()))]
-    optimizer = lk.SGD(named, lr=0.1)
-    named[0][1].grad = torch.ones(6, 4)
-    with pytest.raises(ValueError, match=r"'head.weight' .*not contiguous"):
-        optimizer.step()
-    table = torch.nn.Embedding(5, 3, sparse=True)
-    optimizer = lk.SGD(table.parameters(), lr=0.1)
-    table(torch.tensor([1])).sum().backward()
-    with pytest.raises(TypeError, match="sparse=False"):
-        optimizer.step()
-    memory = torch.randn(10)
-    before = memory.clone()
-    optimizer = lk.SGD([P(memory[:6]), P(memory[4:])], lr=0.1)
-    for p in optimizer.param_groups[0]["params"]:
-        p.grad = torch.ones_like(p)
-    with pytest.raises(ValueError, match="share memory"):
-        optimizer.step()
-    assert torch.equal(memory, before)
-
-
-def test_unknown_parameter_and_wrong_out() -> None:
-    run = Run(delay=2, past="ema")
-    with pytest.raises(KeyError, match="not in this optimizer"):
-        run.optimizer.past_weight(torch.ones(3))
-    with pytest.raises(ValueError, match="out must be"):
-        run.optimizer.past_weight(run.param, out=torch.empty(3))

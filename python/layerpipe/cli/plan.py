@@ -17,10 +17,10 @@ from layerpipe import plan as planning
 from layerpipe.cli import options as o
 from layerpipe.cli import plan_plots, plan_report
 from layerpipe.errors import UsageError
-from layerpipe.layers import profile
+from layerpipe.machine import Machine
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
-from layerpipe.plan import Machine
+from layerpipe.profile import profile
 from layerpipe.simulate import Link, to_chrome
 
 CUT, MACHINE, OUTPUT = "Cut and schedule", "Machine", "Output"
@@ -55,7 +55,8 @@ def plan(
         _option("Bytes that no stage may exceed, e.g. 16G; without --stages as few of them as can be.", CUT),
     ] = None,
     schedule: Annotated[
-        Literal["lockstep", "1f1b", "sequential"], _option("Delays and memory are this one's.", CUT, shown=True)
+        Literal["lockstep", "1f1b", "sequential"],
+        _option("Delays and memory are this one's. gpipe delays nothing, as sequential.", CUT, shown=True),
     ] = "lockstep",
     past: o.Past = "blend",
     order: o.Order = 2,

@@ -11,6 +11,7 @@ import networkx as nx
 
 from layerpipe import retiming
 from layerpipe.cli.plots import new_figure, save
+from layerpipe.memory import Memory
 from layerpipe.plan import Plan
 from layerpipe.retiming import Derivation, Node
 from layerpipe.simulate import Timeline
@@ -48,7 +49,9 @@ def delay_graph(path: Path, derivation: Derivation) -> Path:
     _draw_graph(
         above, derivation.sequential, f"Sequential training: {count} stages, one register in each update's loop"
     )
-    below.text(0.5, -0.02, "Not drawn: each W's loop to itself, and what the forwards save for the backwards",
+    kinds = ", ".join(f"{kind} {name}" for kind, name in KINDS.items())
+    below.text(0.5, -0.02, f"{kinds}; X input, L loss, Y output. Red: registers, and how many.\n"
+               "Not drawn: each W's loop to itself, and what the forwards save for the backwards.",
                transform=below.transAxes, ha="center", va="top", fontsize=9, color="#666666")  # fmt: skip
     title = f"After retiming, {derivation.schedule}: delays n = {', '.join(map(str, derivation.delays))}"
     _draw_graph(below, derivation.graph, title)
@@ -125,18 +128,19 @@ def _draw_timeline(axes: Any, timeline: Timeline, span: float, *, numbers: bool)
     from matplotlib.colors import to_rgba
     from matplotlib.patches import Rectangle
 
-    scale, boxes, colours = 1e3, [], []
+    scale, boxes, colours, edges = 1e3, [], [], []
     for event in timeline.tasks:
         width = min(event.end, span) - event.start
         if width <= 0:
             continue
         y, left = timeline.processors - 1 - event.processor, event.start * scale
         boxes.append(Rectangle((left, y - 0.43), width * scale, 0.86))
+        edges.append(0.4 if width > 0.006 * span else 0.0)  # an edge must not hide its box
         colours.append(to_rgba(COLOURS[event.key.kind], 0.7 + 0.3 * (event.key.minibatch % 2)))
         if numbers and width > 0.012 * span:
             axes.text(left + width / 2 * scale, y, str(event.key.minibatch), ha="center", va="center",
                       fontsize=7, color="white")  # fmt: skip
-    axes.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors="white", linewidths=0.4))
+    axes.add_collection(PatchCollection(boxes, facecolors=colours, edgecolors="white", linewidths=edges))
     step = 1 if timeline.processors <= 16 else timeline.processors // 8
     ticks = range(0, timeline.processors, step)
     axes.set(xlim=(0, span * scale), ylim=(-0.6, timeline.processors - 0.4), ylabel="processor")
@@ -145,34 +149,48 @@ def _draw_timeline(axes: Any, timeline: Timeline, span: float, *, numbers: bool)
 
 def memory(path: Path, plan: Plan) -> Path:
     """Bytes per stage and kind of past weights: stacked bars, or a line per kind where stages are many."""
-    kinds = list(plan.stages[0].memory)
-    unit, divisor = _unit(max(m.total for stage in plan.stages for m in stage.memory.values()))
-    fig, axes = new_figure(figsize=(max(8.0, min(12.0, len(plan.stages) + 3)), 5))
-    if len(plan.stages) <= MOST_DRAWN:
-        _memory_bars(axes, plan, kinds, divisor)
-        axes.set(xticks=range(len(plan.stages)))
+    kinds, count = list(plan.stages[0].memory), len(plan.stages)
+    fig, (weights, activations) = new_figure(
+        figsize=(max(9.0, min(14.0, 1.3 * count + 4)), 5), ncols=2, width_ratios=(2, 1)
+    )
+    unit, divisor = _unit(max(_beside_activations(m) for stage in plan.stages for m in stage.memory.values()))
+    if count <= MOST_DRAWN:
+        _memory_bars(weights, plan, kinds, divisor)
     else:
         for kind in kinds:
-            axes.step(range(len(plan.stages)), [stage.memory[kind].total / divisor for stage in plan.stages],
-                      where="mid", label=kind)  # fmt: skip
-        axes.set(ylim=(0, None))
-        axes.grid(alpha=0.3)
-        axes.legend(title="past weights")
-    axes.set(xlabel="stage", ylabel=unit, title=f"Memory per stage, {plan.schedule}")
+            sizes = [_beside_activations(stage.memory[kind]) / divisor for stage in plan.stages]
+            weights.step(range(count), sizes, where="mid", label=kind)
+        weights.set(ylim=(0, None))
+        weights.grid(alpha=0.3)
+        weights.legend(title="past weights")
+    weights.set(xlabel="stage", ylabel=unit, title="Weights and what they need, by kind of past weights")
+    # Activations do not depend on the kind, and are often so much more that nothing else could be seen beside them.
+    unit, divisor = _unit(max(stage.memory[kinds[0]].activations for stage in plan.stages))
+    sizes = [stage.memory[kinds[0]].activations / divisor for stage in plan.stages]
+    activations.bar(range(count), sizes, color="#9c755f")
+    activations.set(xlabel="stage", ylabel=unit, title="Activations in flight")
+    for axes in (weights, activations):
+        axes.set(xticks=range(0, count, 1 if count <= 16 else count // 8))
+    fig.suptitle(f"Memory per stage, {plan.schedule}")
     return save(fig, path)
+
+
+def _beside_activations(memory: Memory) -> int:
+    return memory.total - memory.activations
 
 
 def _memory_bars(axes: Any, plan: Plan, kinds: Sequence[str], divisor: float) -> None:
     from matplotlib import colormaps
     from matplotlib.patches import Patch
 
-    parts = plan.stages[0].memory[kinds[0]]._fields
+    parts = [part for part in Memory._fields if part != "activations"]
     colours, width = colormaps["tab10"], 0.85 / len(kinds)
     for (k, kind), (s, stage) in itertools.product(enumerate(kinds), enumerate(plan.stages)):
         bottom, x = 0.0, s + (k - (len(kinds) - 1) / 2) * width
         for i, part in enumerate(parts):
             size = getattr(stage.memory[kind], part) / divisor
-            axes.bar(x, size, width * 0.92, bottom=bottom, color=colours(i))
+            if size:  # an empty one would take the margin above it away
+                axes.bar(x, size, width * 0.92, bottom=bottom, color=colours(i))
             bottom += size
         axes.text(x, bottom, f" {kind}", rotation=90, ha="center", va="bottom", fontsize=8)
     axes.margins(y=0.25)
@@ -180,6 +198,5 @@ def _memory_bars(axes: Any, plan: Plan, kinds: Sequence[str], divisor: float) ->
 
 
 def _unit(largest: float) -> tuple[str, float]:
-    return next(
-        (name, size) for name, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0)) if largest >= size
-    )
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
+    return next((name, size) for name, size in units if largest >= size or size == 1)

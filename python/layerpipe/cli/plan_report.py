@@ -21,9 +21,9 @@ def report(plan: Plan, model: str, batch: int, *, measured: bool) -> Iterator[Re
         f"{len(plan.stages)} stages, {plan.schedule}; times {where}."
     )
     yield ""
-    yield stage_table(plan)
-    yield memory_table(plan)
-    yield schedule_table(plan)
+    for table in (stage_table, memory_table, schedule_table):
+        yield table(plan)
+        yield ""
     skips = sorted({registers for _, _, registers in plan.skips})
     if skips:
         yield (
@@ -58,7 +58,9 @@ def memory_table(plan: Plan) -> Table:
         some = stage.memory[kinds[0]]
         rows.append([some.weights, some.activations, *(stage.memory[kind].total for kind in kinds)])
     largest = max(max(row) for row in rows)
-    unit, size = next((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1)) if largest >= s)
+    # A unit in which small stages, too, are more than nothing.
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
+    unit, size = next((u, s) for u, s in units if largest >= 100 * s or s == 1)
     table = _table(f"Memory in {unit}", "stage", "weights", "in\nflight", "activ-\nations", *kinds)
     table.caption = "Under each kind: weights, gradients, momentum, history, scratch and activations together."
     for i, (stage, row) in enumerate(zip(plan.stages, rows, strict=True)):
@@ -73,8 +75,9 @@ def schedule_table(plan: Plan) -> Table:
     """Per schedule: what the simulator predicts."""
     table = _table("Schedules", "schedule", "minibatches/s", "speed-up", "idle", "staleness", "sent")
     table.caption = (
-        "Speed-up: over one processor, in steady state. Idle: of all processors, filling and draining included. "
-        "Staleness: the most updates between a forward and its backward. Sent: per minibatch, all links."
+        "Speed-up: over one processor, in steady state. Idle: of all processors, filling and "
+        "draining included. Staleness: the most updates between a forward and its backward. Sent: per minibatch, "
+        "all links."
     )
     for name, found in plan.reports.items():
         table.add_row(
@@ -90,7 +93,12 @@ def count(value: float) -> str:
         if value < 999.5 or unit == "P":
             break
         value /= 1000
-    return f"{value:.3g} {unit}".rstrip() if unit or value != int(value) else f"{value:.0f}"
+    return f"{_three(value)} {unit}".rstrip() if unit or value != int(value) else f"{value:.0f}"
+
+
+def _three(value: float) -> str:
+    """Three digits that count, zeros among them."""
+    return f"{value:#.3g}".rstrip(".")
 
 
 def _fixed(value: float) -> str:
@@ -101,7 +109,7 @@ def seconds(value: float) -> str:
     """``1.23 ms``."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
         if value * factor >= 1 or unit == "µs":
-            return f"{value * factor:.3g} {unit}"
+            return f"{_three(value * factor)} {unit}"
     raise AssertionError
 
 

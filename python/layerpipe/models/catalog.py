@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerpipe.models.gpt import gpt2
+from layerpipe.models.gpt import GPT
 from layerpipe.models.mlp import mlp
 from layerpipe.models.resnet import resnet18
 
@@ -46,7 +46,7 @@ CATALOG = {
     "resnet18": Entry(resnet18, _images(32)),  # the one that `layerpipe train` trains
     "resnet50": Entry(_torchvision("resnet50"), _images(224)),
     "vgg16": Entry(_torchvision("vgg16"), _images(224)),
-    "gpt2": Entry(gpt2, lambda o: [InputShape((o.get("context", 1024),), torch.int64)]),
+    "gpt2": Entry(GPT, lambda o: [InputShape((o.get("context", 1024),), torch.int64)]),
     "mlp": Entry(mlp, _images(28, channels=1)),
 }
 

@@ -43,6 +43,9 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token numbers ``(b, t)`` to logits ``(b, t, vocabulary)``.
 
+    GPT-2's small size by default: 124 million weights with ``tied``, 163 without. 48 layers of 1600 in 25 heads are its
+    largest, 1.6 billion.
+
     Args:
         tied: one matrix for the embedding and the output, as GPT-2 has it. A pipeline has these in its first and its
             last stage and cannot share them, so it is off by default.
@@ -86,17 +89,3 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.tokens(tokens) + self.positions[: tokens.size(1)]  # (b, t, width)
         return self.head(self.norm(self.blocks(x)))  # type: ignore[no-any-return]
-
-
-def gpt2(
-    *,
-    layers: int = 12,
-    width: int = 768,
-    heads: int = 12,
-    context: int = 1024,
-    vocabulary: int = 50257,
-    tied: bool = False,
-) -> GPT:
-    """GPT-2's small size by default: 124 million weights with ``tied``, 163 without. 48 layers of 1600 in 25 heads are
-    its largest, 1.6 billion."""
-    return GPT(layers=layers, width=width, heads=heads, context=context, vocabulary=vocabulary, tied=tied)

@@ -10,7 +10,7 @@ A register on an edge is a delay of one tick. The derivation is LayerPipe2's (ar
 >>> print(derive(chain(4), [[0], [1], [2], [3]], "lockstep"))       # doctest: +SKIP
 """
 
-from layerpipe.retiming.derive import CLOCKINGS, Clocking, Derivation, Step, delays, derive, lockstep_delays
+from layerpipe.retiming.derive import CLOCKINGS, Clocking, Derivation, Step, clocking, delays, derive, lockstep_delays
 from layerpipe.retiming.evaluate import run
 from layerpipe.retiming.graph import Node, chain, latency, registers, training_graph
 from layerpipe.retiming.operations import (
@@ -32,6 +32,7 @@ __all__ = [
     "Step",
     "chain",
     "clock_period",
+    "clocking",
     "delay_gradients",
     "delays",
     "derive",

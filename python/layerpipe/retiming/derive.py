@@ -33,8 +33,28 @@ CLOCKINGS = {
     "lockstep": Clocking(slow=1, boundary=1, turn=0),  # forward and backward in one tick
     "1f1b": Clocking(slow=2, boundary=1, turn=1),  # forward and backward in turns
 }
+#: Why other schedules have no derivation.
+_UNDERIVED = {
+    "gpipe": "it puts no register anywhere: all parts of a minibatch meet the same weights, which are updated once "
+    "after them, so its delays are those of 'sequential', 0",
+    "layerpipe": "it places the tasks of layers on processors freely and has no stages to retime; the simulator counts "
+    "its staleness",
+}
 #: A forward reads weights that were there when its tick began.
 WEIGHTS_HELD = 1
+
+
+def clocking(schedule: str) -> Clocking:
+    """What this schedule asks for.
+
+    Raises:
+        ValueError: it is unknown, or asks for nothing that retiming could give; the message says why.
+    """
+    if schedule in _UNDERIVED:
+        raise ValueError(f"schedule={schedule!r} is not derived by retiming: {_UNDERIVED[schedule]}")
+    if schedule not in CLOCKINGS:
+        raise ValueError(f"schedule={schedule!r} is unknown; there are: {', '.join(CLOCKINGS)}")
+    return CLOCKINGS[schedule]
 
 
 class Step(NamedTuple):
@@ -135,6 +155,8 @@ class Derivation:
     def __str__(self) -> str:
         lines = [f"{self.schedule}, {len(self.stages)} stages: {' | '.join(_names(s) for s in self.stages)}"]
         lines += [f"{i:>4}. {step}" for i, step in enumerate(self.steps)]
+        if len(self.steps) == 1:
+            lines.append("      No stage boundary asks for a register: none is inserted, and nothing is late.")
         lines.append("Left on the weights that the backwards read:")
         for layer, n in self.layer_delays.items():
             edge = Node("W", layer), Node("B", layer)
@@ -152,18 +174,16 @@ def derive(layers: nx.DiGraph | int, grouping: Sequence[Sequence[Hashable]], sch
     Args:
         layers: an acyclic graph of layers, or how many a chain has.
         grouping: the layers of each stage, from input to output.
-        schedule: ``"sequential"``, ``"lockstep"`` or ``"1f1b"``.
+        schedule: ``"sequential"``, which gets no registers, ``"lockstep"`` or ``"1f1b"``.
 
     Raises:
         RetimingError: a connection between layers runs against the stages' order; the message names it.
-        ValueError: an unknown schedule, or a grouping that leaves out, repeats or invents a layer.
+        ValueError: a schedule without a derivation, or a grouping that leaves out, repeats or invents a layer.
     """
-    if schedule not in CLOCKINGS:
-        raise ValueError(f"schedule={schedule!r} is unknown; there are: {', '.join(CLOCKINGS)}")
+    slow, boundary, turn = clocking(schedule)
     sequential = training_graph(layers)
     stages = [list(stage) for stage in grouping]
     stage_of = _stage_of(sequential, stages)
-    slow, boundary, turn = CLOCKINGS[schedule]
 
     def needed(a: Node, b: Node) -> int:
         # A skip connection over k boundaries passes every stage on its way, and needs a register at each.

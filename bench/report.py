@@ -1,0 +1,30 @@
+"""How benches print and keep what they measured."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import environment
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """``1.02 (0.99–1.05)``: median and quartiles."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:{form}} ({low:{form}}–{high:{form}})"
+
+
+def summary(values: Sequence[float]) -> dict[str, Any]:
+    """For machines: all values, and what :func:`spread` shows of them."""
+    low, middle, high = statistics.quantiles(values, n=4)
+    return {"median": middle, "quartiles": [low, high], "values": list(values)}
+
+
+def save(path: Path | None, **results: Any) -> None:
+    """Results and the environment as JSON; nothing without a path."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"environment": environment.describe(), **results}, indent=1) + "\n")

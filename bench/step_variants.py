@@ -1,0 +1,194 @@
+"""The ways to step, average and reconstruct that ``bench.step`` compares, each checked against a float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import layerpipe_kernels as lk
+from bench.parameter_lists import Shape, parameters
+from layerpipe_kernels import reference
+from layerpipe_kernels.options import Moment, PastDesign, SgdOptions
+from layerpipe_kernels.traffic import Traffic
+
+LR, MOMENTUM, DELAY = 1e-3, 0.9, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    shapes: tuple[Shape, ...]
+    optimizer: str  # "sgd" or "adamw"
+    device: str
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def numel(self) -> int:
+        return parameters(list(self.shapes))
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(weight=self.dtype, states=1 if self.optimizer == "sgd" else 2)
+
+    def parameters(self, seed: int = 0) -> list[Tensor]:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        made = []
+        for shape in self.shapes:
+            p = torch.randn(shape, generator=generator, device=self.device).to(self.dtype).requires_grad_()
+            p.grad = torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+            made.append(p)
+        return made
+
+
+class Variant:
+    """One way to do the work on its own copy of the parameters."""
+
+    launches: int | None = None
+    bytes_per_parameter: int
+
+    def __init__(self, name: str, case: Case) -> None:
+        self.name, self.case = name, case
+        self.params = case.parameters()
+
+    def step(self) -> None:
+        raise NotImplementedError
+
+    def pasts(self) -> Sequence[Tensor]:
+        """The past weights after the last step."""
+        raise NotImplementedError
+
+
+class Ours(Variant):
+    def __init__(self, backend: str, case: Case) -> None:
+        super().__init__(f"layerpipe, {backend}", case)
+        options: dict[str, Any] = {"past": "ema", "delay": DELAY, "materialize": True, "backend": backend, "lr": LR}
+        if case.optimizer == "sgd":
+            self.optimizer: Any = lk.SGD(self.params, momentum=MOMENTUM, **options)
+        else:
+            self.optimizer = lk.AdamW(self.params, **options)
+        self.bytes_per_parameter = case.traffic.one_pass()
+        self.step = self.optimizer.step  # type: ignore[method-assign]
+
+    def pasts(self) -> Sequence[Tensor]:
+        return [self.optimizer.past_view(p) for p in self.params]
+
+    def count_launches(self) -> None:
+        runner = self.optimizer._ready_groups[0].plan.runner
+        self.launches = getattr(runner, "launches", None)
+
+
+class Chain(Variant):
+    """torch's optimizer, then the averages, then the past weights, each a pass over memory of its own.
+
+    The average runs over the momentum buffer (SGD, whose updates are a multiple of it) or over ``exp_avg`` (Adam, whose
+    updates torch does not keep): the same bytes, and for Adam less work than the updates themselves would take.
+    """
+
+    def __init__(self, implementation: str, case: Case) -> None:
+        super().__init__(f"torch {implementation} chain", case)
+        kind: Any = torch.optim.SGD if case.optimizer == "sgd" else torch.optim.AdamW
+        options = {"momentum": MOMENTUM} if case.optimizer == "sgd" else {}
+        self.optimizer = kind(self.params, lr=LR, **options, **{implementation: True})
+        self.bytes_per_parameter = case.traffic.separate_passes()
+        self.key = "momentum_buffer" if case.optimizer == "sgd" else "exp_avg"
+        self.decay = lk.decay.matched(DELAY)
+        self.emas = [torch.zeros_like(p, dtype=reference.state_dtype(p.dtype)) for p in self.params]
+        self.out = [torch.empty_like(p, requires_grad=False) for p in self.params]
+        self.t = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        self.t += 1
+        mean = (self.t - 1) / self.t
+        decay = mean if self.t <= DELAY else min(self.decay, mean)
+        updates = [self.optimizer.state[p][self.key] for p in self.params]
+        torch._foreach_lerp_(self.emas, updates, 1 - decay)
+        scale = LR * min(self.t, DELAY)
+        if self.case.device == "cuda":  # one launch for all; on the CPU a loop without allocations is faster
+            self.out = torch._foreach_add(self.params, self.emas, alpha=scale)
+        else:
+            for p, e, out in zip(self.params, self.emas, self.out, strict=True):
+                torch.add(p, e, alpha=scale, out=out)
+
+    def pasts(self) -> Sequence[Tensor]:
+        return self.out
+
+
+class Compiled(Variant):
+    """``torch.compile`` of the reference, for SGD."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__("torch.compile of the reference", case)
+        self.bytes_per_parameter = case.traffic.one_pass()
+        full = reference.state_dtype(case.dtype)
+        self.velocities = [torch.zeros_like(p, dtype=full, requires_grad=False) for p in self.params]
+        self.emas = [torch.zeros((1, *p.shape), dtype=full, device=p.device) for p in self.params]
+        self.out = [torch.empty_like(p, requires_grad=False) for p in self.params]
+        options = SgdOptions(LR, MOMENTUM)
+
+        def all_tensors(weights: Any, grads: Any, velocities: Any, emas: Any, pasts: Any, decay: Any, tap: Any) -> None:
+            design = PastDesign(0, (decay,), (tap,))
+            for w, g, v, e, past in zip(weights, grads, velocities, emas, pasts, strict=True):
+                reference.sgd_step_(w, g, v, e, past, options, design)
+
+        self.compiled = torch.compile(all_tensors, dynamic=False)
+        self.scalars: dict[float, Tensor] = {}  # as tensors, so that another value is not another program
+        self.t = 0
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.t += 1
+        decays, taps, _ = PastDesign(DELAY, (lk.decay.matched(DELAY),), (float(DELAY),)).at(self.t)
+        grads = [p.grad for p in self.params]
+        weights = [p.detach() for p in self.params]
+        decay, tap = (
+            self.scalars.setdefault(x, torch.tensor(x, device=weights[0].device)) for x in (decays[0], taps[0])
+        )
+        self.compiled(weights, grads, self.velocities, self.emas, self.out, decay, tap)
+
+    def pasts(self) -> Sequence[Tensor]:
+        return self.out
+
+
+def verify(variant: Variant) -> None:
+    """Three steps against the float64 reference on the first tensors; raises where they differ."""
+    case = variant.case
+    before = [p.detach().double() for p in variant.params]
+    for _ in range(3):
+        variant.step()
+    design = PastDesign(DELAY, (0.5,), (float(DELAY),))  # while the delay fills, its decays do not matter
+    pasts = variant.pasts()
+    for i in sorted(range(len(before)), key=lambda i: before[i].numel())[:8]:
+        w, g = before[i].clone(), variant.params[i].grad
+        assert g is not None
+        v, e = torch.zeros_like(w), torch.zeros_like(w)[None]
+        if case.optimizer == "sgd":
+            past = torch.empty_like(w)
+            for t in range(1, 4):
+                reference.sgd_step_(w, g.double(), v, e, past, SgdOptions(LR, MOMENTUM), design, Moment(t=t))
+            torch.testing.assert_close(pasts[i].double(), past, rtol=2e-2 if case.dtype != torch.float32 else 1e-4,
+                                       atol=1e-5 if case.dtype == torch.float32 else 2e-2)  # fmt: skip
+        else:
+            q, count, options = torch.zeros_like(w), torch.zeros((), device=w.device), lk.options.AdamOptions(LR)
+            options = options._replace(weight_decay=1e-2)
+            for t in range(1, 4):
+                reference.adam_step_(w, g.double(), v, q, None, count, e, None, options, design, Moment(t=t))
+        tolerance = {"rtol": 1e-5, "atol": 1e-5} if case.dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+        torch.testing.assert_close(variant.params[i].detach().double(), w, **tolerance)
+
+
+def variants(case: Case, compiled: bool) -> list[Variant]:
+    backends = [b for b in lk.available_backends() if (b == "cpp") == (case.device == "cpu") and b != "reference"]
+    made: list[Variant] = [Ours(backend, case) for backend in backends]
+    for implementation in ("fused", "foreach"):
+        # torch 2.13's fused SGD left blocks of 16-bit parameters on the CPU as they were: never a measure there.
+        if case.device == "cuda" or case.dtype == torch.float32 or implementation == "foreach":
+            made.append(Chain(implementation, case))
+    if compiled and case.optimizer == "sgd" and len(case.shapes) <= 64:
+        made.append(Compiled(case))
+    return made

@@ -1,0 +1,115 @@
+"""``layerpipe compare``: the same network under several kinds of past weights, schedules and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from layerpipe.cli import options as o
+from layerpipe.cli import plots, report
+from layerpipe.cli.config import TrainConfig
+from layerpipe.cli.output import RunDirectory, default_path
+from layerpipe.cli.runs import INTERRUPTED, prepare, run, sequential
+from layerpipe.cli.training import Result
+from layerpipe.errors import UsageError
+from layerpipe.schedule import NAMES
+
+
+def compare(
+    past: Annotated[
+        str,
+        typer.Option(help="Kinds to compare, with commas; blend:1 is a blend of order 1.", rich_help_panel=o.METHOD),
+    ] = "stash,latest,ema,blend",
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Seeds per kind: --seed, --seed + 1, ...", rich_help_panel=o.TRAINING)
+    ] = 3,
+    model: o.Model = "resnet18",
+    data: o.Data = "digits",
+    data_dir: o.DataDir = TrainConfig.data_dir,
+    width: o.Width = 8,
+    stages: o.Stages = TrainConfig.stages,
+    balance: o.Balance = "flops",
+    order: o.Order = TrainConfig.order,
+    ema_decay: o.EmaDecay = None,
+    schedule: Annotated[
+        str, typer.Option(help="Schedules to compare, with commas: lockstep, 1f1b.", rich_help_panel=o.METHOD)
+    ] = TrainConfig.schedule,
+    executor: o.ExecutorName = "threads",
+    lr: o.Lr = TrainConfig.lr,
+    momentum: o.Momentum = TrainConfig.momentum,
+    weight_decay: o.WeightDecay = TrainConfig.weight_decay,
+    lr_schedule: o.LrSchedule = "cosine",
+    warmup: o.Warmup = TrainConfig.warmup,
+    max_norm: o.MaxNorm = None,
+    batch_size: o.BatchSize = TrainConfig.batch_size,
+    epochs: o.Epochs = None,
+    steps: o.Steps = None,
+    seed: o.Seed = TrainConfig.seed,
+    device: o.Device = TrainConfig.device,
+    baseline: Annotated[bool, typer.Option(help="Also train sequentially.", rich_help_panel=o.RUN)] = True,
+    out: o.Out = None,
+) -> int:
+    """Train the same network under several kinds of past weights and seeds: one table, one plot."""
+    base = TrainConfig(
+        model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, order=order,
+        executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay, lr_schedule=lr_schedule, warmup=warmup,
+        max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
+    )  # fmt: skip
+    kinds = _kinds(base, past.split(","), schedule.split(","), ema_decay)
+    if baseline:
+        kinds = {"sequential": sequential(base), **kinds}
+    console = Console()
+    for each in kinds.values():
+        images = prepare(each)
+    results: dict[str, list[Result]] = {name: [] for name in kinds}
+    with RunDirectory(out or default_path("compare", model, data)) as directory:
+        directory.config(base, past=list(kinds), seeds=seeds)
+        for number in range(seeds):
+            for name, each in kinds.items():
+                once = dataclasses.replace(each, seed=seed + number)
+                result = run(console, directory, f"{name}/seed{once.seed}", once, images)
+                if result.interrupted:
+                    break
+                results[name].append(result)
+            else:
+                continue
+            break
+        finished = {name: found for name, found in results.items() if found}
+        console.print()
+        console.print(report.comparison_table(finished))
+        plots.comparison(
+            directory.path / "comparison.png", finished, f"{model} of width {width}, {data}, {stages} stages"
+        )
+        directory.summary(finished)
+        console.print(f"Curves: {directory.path}/comparison.png; numbers: {directory.path}/summary.json")
+    return 0 if all(len(found) == seeds for found in results.values()) else INTERRUPTED
+
+
+def _kinds(
+    base: TrainConfig, names: Sequence[str], schedules: Sequence[str], ema_decay: str | None
+) -> dict[str, TrainConfig]:
+    """Every kind of past weights under every schedule."""
+    for schedule in schedules:
+        if schedule not in NAMES:
+            raise UsageError(f"--schedule {schedule!r} is unknown; there are: {', '.join(NAMES)}")
+    return {
+        name if len(schedules) == 1 else f"{name} {schedule}": dataclasses.replace(
+            _of_kind(base, name, ema_decay), schedule=schedule
+        )
+        for name in names
+        for schedule in schedules
+    }
+
+
+def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig:
+    from layerpipe_kernels.history import KINDS
+
+    kind, _, order = name.strip().partition(":")
+    if kind not in KINDS or (order and (kind != "blend" or order not in ("1", "2", "3"))):
+        raise UsageError(f"--past {name!r} is unknown; there are: {', '.join(KINDS)}, blend:1, blend:2, blend:3")
+    decay = ema_decay if kind == "ema" else None
+    return dataclasses.replace(base, past=kind, order=int(order) if order else base.order, ema_decay=decay)

@@ -1,0 +1,78 @@
+"""One training run of a command: made sure of, trained, written down."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rich.console import Console
+
+from layerpipe import data as datasets
+from layerpipe.cli.config import TrainConfig
+from layerpipe.cli.output import RunDirectory
+from layerpipe.cli.progress import TrainingBar
+from layerpipe.cli.training import Result, Step, make_pipeline, train
+from layerpipe.data import Images
+from layerpipe.errors import UsageError
+
+INTERRUPTED = 130  # the exit status
+
+
+def sequential(config: TrainConfig) -> TrainConfig:
+    """Ordinary training with the same weights, data and learning rates: one stage."""
+    return dataclasses.replace(config, stages=1, schedule="sequential", executor="serial")
+
+
+def prepare(config: TrainConfig) -> Images:
+    """The data, once everything that could be wrong with the options has been found out."""
+    images = datasets.load(config.data, config.data_dir)
+    next(images.batches(config.batch_size, config.seed))
+    try:
+        make_pipeline(
+            dataclasses.replace(config, executor="serial"), images, lambda output, target: output.sum()
+        ).close()
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    return images
+
+
+def run(
+    console: Console,
+    directory: RunDirectory,
+    name: str,
+    config: TrainConfig,
+    images: Images,
+    *,
+    profile: bool = False,
+) -> Result:
+    with TrainingBar(console, name, config.total_steps(len(images.train_x))) as bar:
+
+        def on_step(step: Step) -> None:
+            bar.step(step)
+            directory.write(name, "step", **step._asdict())
+            directory.scalars(name, step.step, loss=step.loss, accuracy=step.accuracy, lr=step.lr)
+
+        def on_test(step: int, accuracy: float) -> None:
+            directory.write(name, "test", step=step, accuracy=accuracy)
+            directory.scalars(name, step, test_accuracy=accuracy)
+
+        checkpoint = directory.checkpoint(name) if config.checkpoint_every else None
+        earlier = directory.earlier(name, config.total_steps(len(images.train_x)))
+        result = train(
+            config, images, on_step=on_step, on_test=on_test,
+            checkpoint=checkpoint, resume=earlier, profile=profile,
+        )  # fmt: skip
+    for i, stage in enumerate(result.stages):
+        for reading in stage.readings:
+            directory.write(name, "past weights", stage=i, update=reading.update, relative_error=reading.relative)
+            directory.scalars(f"{name}/stage{i}", reading.update, past_weight_error=reading.relative)
+        directory.write(
+            name, "stage", stage=i, layers=stage.layers, delay=stage.delay, measured=stage.measured,
+            relative_error=stage.error, bytes=stage.memory._asdict(),
+        )  # fmt: skip
+    directory.write(
+        name, "end", seconds=result.seconds, minibatches=len(result.steps), test_accuracy=result.test_accuracy,
+        diverged=result.diverged, interrupted=result.interrupted,
+    )  # fmt: skip
+    if result.diverged:
+        console.print(f"[red]{name} diverged[/red]: {result.diverged}", highlight=False)
+    return result

@@ -1,0 +1,179 @@
+"""A forward as :mod:`torch.export` sees it, with torch's own layers put back together.
+
+``torch.export`` runs the model's Python on fake tensors and records single operations; a linear layer is
+``aten.linear`` on two parameters. The operations of a layer with one input and one output are made a call of that layer
+again, so that its hooks, its mode and its name live on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+
+class Unflatten(nn.Module):
+    """Values as the structure that a model returns, such as a dict or a dataclass."""
+
+    def __init__(self, spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def forward(self, *values: Any) -> Any:
+        return pytree.tree_unflatten(values, self.spec)
+
+
+def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph, dict[str, nn.Module | Tensor]]:
+    """The graph of a forward in the model's present mode, and what it names that the model does not have.
+
+    The first dimension of the inputs, the minibatch, stays free where the model's code leaves it so; all others are
+    the examples'.
+
+    Raises:
+        ValueError: the forward changes a buffer of its own, or takes something else than a flat list of inputs.
+        Exception: whatever ``torch.export`` raises.
+    """
+    shapes = torch.export.ShapesCollection()
+    for x in example_inputs:
+        if isinstance(x, Tensor) and x.dim():
+            shapes[x] = {0: torch.export.Dim.AUTO}
+    with _quietly():
+        program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes, strict=False)
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    graph = module.graph
+    structure = graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+    graph.set_codegen(fx.graph.CodeGen())
+    for node in graph.find_nodes(op="call_module", target="_guards_fn"):
+        graph.erase_node(node)
+    _regroup(graph, model)
+    _refuse_changed_buffers(graph)
+    _follow_the_inputs_device(graph, example_inputs)
+    for node in graph.find_nodes(op="get_attr"):
+        if not node.users:
+            graph.erase_node(node)
+    extra: dict[str, nn.Module | Tensor] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        if str(node.target) in program.constants and not _has(model, str(node.target)):
+            extra[str(node.target)] = getattr(module, str(node.target))
+    if len(graph.find_nodes(op="placeholder")) != len(example_inputs):
+        raise ValueError("its inputs are nested; they must be tensors")
+    _restore_output(graph, structure, extra)
+    return graph, extra
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without what torch prints of a graph that it gives up on; its exception says it, too."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _regroup(graph: fx.Graph, model: nn.Module) -> None:
+    """Each call of one of torch's own layers as one node."""
+    calls: dict[str, tuple[str, list[fx.Node]]] = {}
+    for node in graph.nodes:
+        for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+            if node.op == "call_function" and _is_layer(model, path):
+                calls.setdefault(key, (path, []))[1].append(node)  # a second call has a key of its own
+                break
+    for path, nodes in calls.values():
+        inside = set(nodes)
+        read = [a for a in _unique(a for node in nodes for a in node.all_input_nodes) if a not in inside]
+        inputs = [a for a in read if a.op != "get_attr" and is_tensor(a)]
+        outputs = [node for node in nodes if any(user not in inside for user in node.users)]
+        if len(inputs) == len(outputs) == 1:
+            with graph.inserting_before(nodes[0]):
+                call = graph.create_node("call_module", path, (inputs[0],))
+            call.meta = dict(outputs[0].meta)
+            outputs[0].replace_all_uses_with(call)
+            for node in reversed(nodes):
+                graph.erase_node(node)
+
+
+def _is_layer(model: nn.Module, path: str) -> bool:
+    """One of torch's own, whose forward takes one value: nothing but that value can have been given to it."""
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:  # what operations belong to that no module makes
+        return False
+    if not type(module).__module__.startswith("torch.nn") or isinstance(module, nn.Sequential):
+        return False
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _refuse_changed_buffers(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        changed = written(node)
+        if changed is not None and changed.op == "get_attr":
+            raise ValueError(f"its forward changes its buffer {changed.target}")
+
+
+def _follow_the_inputs_device(graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
+    """What is made where the inputs are shall be made there in a stage that has been moved, too."""
+    tensors = [i for i, x in enumerate(example_inputs) if isinstance(x, Tensor)]
+    made = [node for node in graph.nodes if "device" in node.kwargs]
+    if not tensors or not made:
+        return
+    first = graph.find_nodes(op="placeholder")[tensors[0]]
+    after = graph.find_nodes(op="placeholder")[-1]
+    with graph.inserting_after(after):
+        device = graph.call_function(getattr, (first, "device"))
+    for node in made:
+        if node.kwargs["device"] == example_inputs[tensors[0]].device:
+            node.update_kwarg("device", device)
+
+
+def _restore_output(graph: fx.Graph, spec: pytree.TreeSpec, extra: dict[str, nn.Module | Tensor]) -> None:
+    output = graph.output_node()
+    values: Any = tuple(pytree.tree_leaves(output.args))
+    if spec.is_leaf():
+        output.args = (values[0],)
+    elif spec.type in (tuple, list) and all(child.is_leaf() for child in spec.children()):
+        output.args = (spec.type(values),)
+    else:
+        extra["output_structure"] = Unflatten(spec)
+        with graph.inserting_before(output):
+            output.args = (graph.create_node("call_module", "output_structure", values),)
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Of a node that ``torch.export`` made."""
+    return isinstance(node.meta.get("val"), Tensor)
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """The value that one of torch's operations changes in place."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        for place, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+                if isinstance(found, fx.Node):
+                    return found
+    return None
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    prefix, _, name = path.rpartition(".")
+    try:
+        return hasattr(model.get_submodule(prefix), name)
+    except AttributeError:
+        return False
+
+
+def _unique(nodes: Iterable[fx.Node]) -> list[fx.Node]:
+    return list(dict.fromkeys(nodes))

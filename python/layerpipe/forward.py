@@ -1,0 +1,160 @@
+"""A model's forward as a list of operations: :mod:`torch.fx` where it can, :mod:`torch.export` where it cannot."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+
+from layerpipe.exported import exported
+
+
+class Forward(NamedTuple):
+    """What a forward does, in order."""
+
+    root: nn.Module  # has everything that the nodes name: the model's own layers, and what tracing adds
+    nodes: list[fx.Node]
+
+
+class ByMode(nn.Module):
+    """A constant that is another one in training, such as the rate of a dropout called as a function."""
+
+    def __init__(self, training: Any, evaluating: Any) -> None:
+        super().__init__()
+        self.values = evaluating, training
+
+    def forward(self) -> Any:
+        return self.values[self.training]
+
+
+def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None) -> Forward:
+    """As deep as the model's code allows, in the order in which it runs.
+
+    ``torch.fx`` goes first: it needs no inputs and keeps every module call as it is. Code that depends on shapes, takes
+    ``*args`` or asserts something is run by ``torch.export`` instead, on fake tensors.
+
+    Both freeze ``self.training``, so the model is traced in both modes. Constants that differ become
+    :class:`ByMode`; where the operations differ, the trace goes less deep or is refused.
+
+    Args:
+        model: left as it is.
+        example_inputs: arguments of a forward; without them there is no ``torch.export``.
+
+    Raises:
+        ValueError: the model cannot be traced.
+    """
+    training = {module: module.training for module in model.modules()}
+    reasons: list[str] = []
+    cause: Exception | None = None
+    try:
+        for name, capture in _captures(model, example_inputs):
+            try:
+                model.eval()
+                evaluated = capture()
+                model.train()
+                trained = capture()
+                return _both_modes(model, trained, evaluated)
+            except Exception as error:  # whatever the model's own code raises under tracing
+                cause = error
+                reason = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+                if reason not in reasons:
+                    reasons.append(reason)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    hint = "" if example_inputs is not None else "give example_inputs, so that torch.export can try; or "
+    raise ValueError(
+        f"{type(model).__name__} cannot be traced ({'; '.join(reasons)}); {hint}give the stages by hand, as a list of "
+        "modules"
+    ) from cause
+
+
+def constants(node: fx.Node) -> bool:
+    """Whether a node is a parameter, a buffer or a constant: had wherever it is needed, and never handed on."""
+    return node.op == "get_attr" or "by_mode" in node.meta
+
+
+class _Captured(NamedTuple):
+    graph: fx.Graph
+    extra: dict[str, nn.Module | Tensor]  # that the nodes name and the model has not
+
+
+def _captures(model: nn.Module, inputs: Sequence[Any] | None) -> Iterator[tuple[str, Callable[[], _Captured]]]:
+    for tracer in (fx.Tracer, _Blocks):
+        yield "torch.fx", functools.partial(_symbolic, tracer, model)
+    if inputs is not None:
+        yield "torch.export", lambda: _Captured(*exported(model, inputs))
+
+
+def _symbolic(tracer: type[fx.Tracer], model: nn.Module) -> _Captured:
+    return _Captured(tracer().trace(model), {})
+
+
+class _Blocks(fx.Tracer):
+    """Looks into the model and its nn.Sequential parts, and takes every other module as one layer."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return not isinstance(m, nn.Sequential)
+
+
+def _both_modes(model: nn.Module, trained: _Captured, evaluated: _Captured) -> Forward:
+    """The trained forward, with the constants that evaluation changes.
+
+    Raises:
+        ValueError: evaluation does something else.
+    """
+    nodes, others = list(trained.graph.nodes), list(evaluated.graph.nodes)
+    added = dict(trained.extra)
+
+    def either(a: Any, b: Any, at: fx.Node) -> Any:
+        if isinstance(a, fx.Node) and isinstance(b, fx.Node) and a.name == b.name:
+            return a
+        if isinstance(a, tuple | list) and isinstance(b, tuple | list) and len(a) == len(b):
+            return type(a)(either(x, y, at) for x, y in zip(a, b, strict=True))
+        if isinstance(a, slice) and isinstance(b, slice):
+            return slice(*(either(getattr(a, end), getattr(b, end), at) for end in ("start", "stop", "step")))
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            return {key: either(value, b[key], at) for key, value in a.items()}
+        if isinstance(a, fx.Node) or isinstance(b, fx.Node):
+            raise ValueError("its code depends on self.training")
+        if type(a) is type(b) and a == b:
+            return a
+        name = f"by_mode_{len(added)}"
+        added[name] = ByMode(a, b)
+        with trained.graph.inserting_before(at):
+            node = trained.graph.create_node("call_module", name)
+        node.meta["by_mode"] = True
+        return node
+
+    if [_spelled(node) for node in nodes] != [_spelled(node) for node in others]:
+        raise ValueError("its code depends on self.training")
+    for node, other in zip(nodes, others, strict=True):
+        count = max(len(node.args), len(other.args))
+        node.args = either(_arguments(node, count), _arguments(other, count), node)
+        node.kwargs = either(dict(node.kwargs), dict(other.kwargs), node)
+    root = nn.Module()
+    # The model's own modules and tensors, in dictionaries of our own: what is added stays out of the model.
+    root.__dict__.update(model.__dict__)
+    root._modules, root._buffers = dict(model._modules), dict(model._buffers)
+    root._non_persistent_buffers_set = set(model._non_persistent_buffers_set)
+    for name, value in added.items():
+        if isinstance(value, nn.Module):
+            root.add_module(name, value)
+        else:
+            root.register_buffer(name, value, persistent=False)
+    return Forward(root, list(trained.graph.nodes))
+
+
+def _spelled(node: fx.Node) -> tuple[Any, ...]:
+    return node.op, node.name, str(node.target), sorted(node.kwargs)
+
+
+def _arguments(node: fx.Node, count: int) -> tuple[Any, ...]:
+    """A node's arguments, ``count`` of them where it leaves out some that have defaults."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return node.args
+    left_out = node.target._schema.arguments[len(node.args) : count]
+    return (*node.args, *(argument.default_value for argument in left_out))

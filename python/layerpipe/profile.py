@@ -1,0 +1,199 @@
+"""What a model's layers cost, found on fake tensors, and their times, measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from layerpipe.cuts import Piece, pieces, unique_names
+from layerpipe.forward import trace
+from layerpipe.layers import Flow, Layer, LayerGraph
+from layerpipe.split_stage import SplitStage
+
+Tensors = tuple[Any, ...]
+
+
+def profile(model: nn.Module, example_inputs: Sequence[Any], *, measure: bool = False) -> LayerGraph:
+    """The layers of a model and their costs.
+
+    Everything but time is found with torch's fake tensors, which have shapes and no memory; the model may be on the
+    meta device (``with torch.device("meta"): model = ...``).
+
+    Args:
+        model: traced, see :func:`layerpipe.forward.trace`.
+        example_inputs: arguments of a forward, one minibatch.
+        measure: also time every layer here, forward and backward, with torch's current intra-op threads.
+
+    Raises:
+        ValueError: the model cannot be traced, or a layer's code depends on the values of its inputs.
+    """
+    forward = trace(model, example_inputs)
+    parts = pieces(forward)
+    return profile_units(parts, [SplitStage(forward.root, [piece]) for piece in parts], example_inputs, measure=measure)
+
+
+def profile_units(
+    parts: list[Piece], units: Sequence[nn.Module], example_inputs: Sequence[Any], *, measure: bool
+) -> LayerGraph:
+    """:func:`profile` of a model that is already in pieces."""
+    measured = _measure(units, example_inputs) if measure else []
+    with FakeTensorMode():
+        return _profile(parts, units, tuple(_fake(x) for x in example_inputs), measured)
+
+
+def _profile(
+    parts: list[Piece], units: Sequence[nn.Module], values: Tensors, measured: list[tuple[float, float]]
+) -> LayerGraph:
+    storages = _Storages()
+    layers, crossing = [], [_bytes(values)]
+    maker: dict[fx.Node, tuple[int, int]] = {}  # a value that crosses -> who made it, its bytes
+    flows: dict[tuple[int | None, int], int] = {}
+    users: dict[nn.Parameter, int] = {}
+    tied = []
+    names = unique_names(parts)
+    for i, (piece, unit) in enumerate(zip(parts, units, strict=True)):
+        layer, values = _run(names[i], unit, values, storages, first=i == 0)
+        layers.append(dataclasses.replace(layer, seconds=_split_backward(measured[i], layer) if measured else None))
+        tied += [(name, users[p], i) for name, p in unit.named_parameters() if users.setdefault(p, i) != i]
+        crossing.append(_bytes(values) if i < len(parts) - 1 else 0)
+        for node in {source for n in piece.nodes for source in n.all_input_nodes}:
+            if node in maker:
+                source, size = maker[node]
+                flows[source, i] = flows.get((source, i), 0) + size
+        for node, value in zip(piece.outputs, values, strict=False):
+            maker.setdefault(node, (i, _bytes((value,))))
+    return LayerGraph(layers, [Flow(*key, size) for key, size in flows.items()], crossing, tied)
+
+
+class _Storages:
+    """What is kept somewhere, each storage once; holds them, so that none is taken for another."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Any] = {}
+        self.bytes = 0
+
+    def add(self, tensor: Tensor, *, count: bool = True) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._held:
+            self._held[storage._cdata] = storage
+            self.bytes += storage.nbytes() if count else 0
+
+
+def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, first: bool) -> tuple[Layer, Tensors]:
+    """A layer's costs and its outputs."""
+    inputs = tuple(_like(x, requires_grad=not first) for x in inputs)
+    params = {key: _fake(p).requires_grad_() for key, p in unit.named_parameters()}
+    state = {**params, **{key: _fake(b) for key, b in unit.named_buffers()}}
+    for param in params.values():
+        storages.add(param, count=False)
+    before = storages.bytes
+
+    weights = {p.untyped_storage()._cdata: p.nbytes for p in params.values()}
+    read = set()  # weights that the backward will read
+
+    def pack(tensor: Tensor) -> Tensor:
+        storages.add(tensor)
+        read.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), FlopCounterMode(display=False) as forward:
+            result = torch.func.functional_call(unit, state, inputs)
+        outputs = result if isinstance(result, tuple) else (result,)
+        tensors = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+        backward = _backward_flops(outputs, tensors)
+        both = _backward_flops(outputs, [*tensors, *params.values()])
+    except Exception as error:  # whatever the model's own code raises without data
+        raise ValueError(
+            f"{name} cannot be run without data ({str(error).splitlines()[0]}); balance by 'params', or "
+            "give the stages by hand"
+        ) from error
+    made = [y for y in outputs if isinstance(y, Tensor) and not any(y is x for x in inputs)]
+    layer = Layer(
+        name=name,
+        parameters=sum(p.numel() for p in params.values()),
+        weights=sum(p.nbytes for p in params.values()),
+        largest=max((p.nbytes for p in params.values()), default=0),
+        no_past=0 if not first or read & weights.keys() else sum(weights.values()),
+        forward_flops=float(forward.get_total_flops()),
+        backward_flops=backward,
+        gradient_flops=both - backward,
+        elements=sum(y.numel() for y in made),
+        input_bytes=_bytes(inputs),
+        output_bytes=_bytes(tuple(made)),
+        saved=storages.bytes - before,
+    )
+    return layer, outputs
+
+
+def _backward_flops(outputs: Tensors, wanted: list[Tensor]) -> float:
+    starts = [y for y in outputs if isinstance(y, Tensor) and y.requires_grad and y.grad_fn is not None]
+    if not wanted or not starts:
+        return 0.0
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(starts, wanted, [torch.empty_like(y) for y in starts], retain_graph=True, allow_unused=True)
+    return float(counter.get_total_flops())
+
+
+def _measure(units: Sequence[nn.Module], example_inputs: Sequence[Any]) -> list[tuple[float, float]]:
+    """Seconds of each unit's forward and backward, on what the one before puts out. No running statistics change."""
+    times, values = [], tuple(example_inputs)
+    for i, unit in enumerate(units):
+        buffers = {name: b.clone() for name, b in unit.named_buffers()}
+        times.append(_seconds(unit, buffers, tuple(_like(x, requires_grad=i > 0) for x in values)))
+        with torch.no_grad():
+            result = torch.func.functional_call(unit, buffers, values)
+        values = result if isinstance(result, tuple) else (result,)
+    return times
+
+
+def _seconds(unit: nn.Module, buffers: dict[str, Tensor], inputs: Tensors, repeats: int = 8) -> tuple[float, float]:
+    """The least of several forwards and backwards: what else the machine does can only add."""
+    wanted = [x for x in (*inputs, *unit.parameters()) if isinstance(x, Tensor) and x.requires_grad]
+    best = (math.inf, math.inf)
+    for repeat in range(repeats):
+        start = time.perf_counter()
+        out = torch.func.functional_call(unit, buffers, inputs)
+        middle = time.perf_counter()
+        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+        if outputs:
+            torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+        end = time.perf_counter()
+        if repeat:  # the first one also builds and tunes kernels
+            best = min(best[0], middle - start), min(best[1], end - middle)
+    return best
+
+
+def _split_backward(measured: tuple[float, float], layer: Layer) -> tuple[float, float, float]:
+    """A measured backward is one run of both gradients: shared out by their FLOPs."""
+    both = layer.backward_flops + layer.gradient_flops
+    share = layer.backward_flops / both if both else 1.0
+    return measured[0], measured[1] * share, measured[1] * (1 - share)
+
+
+def _tensors(values: Tensors) -> Iterator[Tensor]:
+    return (x for x in values if isinstance(x, Tensor))
+
+
+def _bytes(values: Tensors) -> int:
+    return sum(x.nbytes for x in _tensors(values))
+
+
+def _fake(x: Any) -> Any:
+    """Shape, strides and dtype without memory; on a processor, so that attention is the fused kernel it would be."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cpu") if isinstance(x, Tensor) else x
+
+
+def _like(x: Any, *, requires_grad: bool) -> Any:
+    """The same memory without its history."""
+    if not isinstance(x, Tensor):
+        return x
+    return x.detach().requires_grad_(requires_grad and (x.is_floating_point() or x.is_complex()))

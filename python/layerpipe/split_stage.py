@@ -1,0 +1,65 @@
+"""A part of a traced forward as a module."""
+
+from __future__ import annotations
+
+from typing import TypeGuard
+
+from torch import fx, nn
+
+from layerpipe.cuts import Piece
+from layerpipe.exported import Unflatten
+from layerpipe.forward import ByMode
+from layerpipe.received import made_again
+
+
+class SplitStage(fx.GraphModule):
+    """Consecutive pieces of a traced model as a module of its own, with the model's own parameter names.
+
+    Args:
+        root: of the traced model, :class:`layerpipe.forward.Forward`.
+    """
+
+    def __init__(self, root: nn.Module, pieces: list[Piece]) -> None:
+        graph = fx.Graph()
+        values = {node: graph.placeholder(node.name) for node in pieces[0].inputs}
+        nodes = [node for piece in pieces for node in piece.nodes]
+        received = [*pieces[0].inputs, *(node for node in nodes if node.op == "placeholder")]
+
+        def value(node: fx.Node) -> fx.Node:
+            if node not in values:
+                values[node] = made_again(graph, node, received, values) or graph.node_copy(node, value)
+            return values[node]
+
+        for node in nodes:
+            for source in node.all_input_nodes:
+                value(source)
+            values[node] = graph.node_copy(node, value)
+        if nodes[-1].op != "output":
+            passed = [values[node] for node in pieces[-1].outputs]
+            graph.output(passed[0] if len(passed) == 1 else tuple(passed))
+        super().__init__(root, graph, class_name="Stage")
+        # Copies and pickling make it a plain GraphModule; these keep what is in meta, those attributes.
+        self.is_split = self.meta["is_split"] = True
+
+
+def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:
+    """Whether :func:`split` made this stage, so that its parameters have the model's names."""
+    return isinstance(stage, fx.GraphModule) and (hasattr(stage, "is_split") or "is_split" in stage.meta)
+
+
+def uncompiled(stage: nn.Module) -> nn.Module:
+    """What :func:`torch.compile` was given, whose parameters have their own names; any other module as it is."""
+    original = getattr(stage, "_orig_mod", stage)
+    return original if isinstance(original, nn.Module) else stage
+
+
+def label(stage: nn.Module) -> str:
+    """What a stage holds, for people: its first and last layer."""
+    stage = uncompiled(stage)
+    if not is_split(stage):
+        return type(stage).__name__
+    calls = [str(node.target) for node in stage.graph.nodes if node.op == "call_module"]
+    names = [name for name in calls if not isinstance(stage.get_submodule(name), ByMode | Unflatten)]
+    if not names:
+        return type(stage).__name__
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"

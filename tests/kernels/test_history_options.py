@@ -1,0 +1,88 @@
+"""Options, parameters and gradients that are refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import layerpipe_kernels as lk
+from tests.kernels.runs import Run
+
+P = torch.nn.Parameter
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr"),
+        ({"lr": float("nan")}, "lr"),
+        ({"momentum": float("inf")}, "momentum"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"nesterov": True, "momentum": 0.0}, "Nesterov"),
+        ({"nesterov": True, "dampening": 0.1}, "Nesterov"),
+        ({"delay": -1}, "delay"),
+        ({"delay": 2.5}, "delay"),
+        ({"delay": True}, "delay"),
+        ({"past": "yesterday"}, "stash, latest, ema, momentum, blend"),
+        ({"past": "blend", "order": 4}, "order"),
+        ({"past": "blend", "order": 2, "ema_decay": "matched"}, "designs its decays"),
+        ({"past": "ema", "ema_decay": "fast"}, "ema_decay"),
+        ({"past": "ema", "ema_decay": (0.1, 0.2)}, "one ema_decay"),
+        ({"past": "ema", "ema_of": "loss"}, "ema_of"),
+        ({"past": "blend", "ema_of": "gradient"}, "ema_of"),
+        ({"past": "momentum", "momentum": 0.0}, "momentum in"),
+        ({"past": "stash", "materialize": True}, "materialize"),
+        ({"differentiable": True}, "differentiable"),
+        ({"past": "yesterday", "delay": 0}, "past='yesterday'"),
+        ({"backend": "magic"}, "backend='magic'"),
+        ({"momentum": 1.0}, "momentum in"),
+    ],
+    ids=str,
+)
+def test_options_are_refused_by_name(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lk.SGD([P(torch.ones(3))], **{"lr": 0.1, "momentum": 0.9, "delay": 4, **options})
+
+
+def test_a_nan_learning_rate_is_refused_before_any_group_is_written() -> None:
+    params = [P(torch.ones(3)), P(torch.ones(3))]
+    optimizer = lk.SGD([{"params": [p]} for p in params], lr=0.1)
+    for param in params:
+        param.grad = torch.ones(3)
+    optimizer.param_groups[1]["lr"] = float("nan")
+    with pytest.raises(ValueError, match="lr is nan"):
+        optimizer.step()
+    assert all(torch.equal(param, torch.ones(3)) for param in params)
+
+
+def test_bad_parameters_and_gradients_are_refused_by_name() -> None:
+    with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[0\].*complex64"):
+        lk.SGD([P(torch.ones(3, dtype=torch.complex64))], lr=0.1)
+    named = [("head.weight", P(torch.ones(4, 6).t()))]
+    optimizer = lk.SGD(named, lr=0.1)
+    named[0][1].grad = torch.ones(6, 4)
+    with pytest.raises(ValueError, match=r"'head.weight' .*not contiguous"):
+        optimizer.step()
+    table = torch.nn.Embedding(5, 3, sparse=True)
+    optimizer = lk.SGD(table.parameters(), lr=0.1)
+    table(torch.tensor([1])).sum().backward()
+    with pytest.raises(TypeError, match="sparse=False"):
+        optimizer.step()
+    memory = torch.randn(10)
+    before = memory.clone()
+    optimizer = lk.SGD([P(memory[:6]), P(memory[4:])], lr=0.1)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
+    assert torch.equal(memory, before)
+
+
+def test_unknown_parameter_and_wrong_out() -> None:
+    run = Run(delay=2, past="ema")
+    with pytest.raises(KeyError, match="not in this optimizer"):
+        run.optimizer.past_weight(torch.ones(3))
+    with pytest.raises(ValueError, match="out must be"):
+        run.optimizer.past_weight(run.param, out=torch.empty(3))
