@@ -95,6 +95,18 @@ def test_a_model_from_the_current_directory(
     assert sum(s["parameters"] for s in json.loads(capsys.readouterr().out)["stages"]) == 6 * 5 + 5 + 5 * 2 + 2
 
 
+def test_a_model_beyond_torch_fx(capsys: pytest.CaptureFixture[str]) -> None:
+    model = ["plan", "tests.engine.exported_models:ShapedGPT", "--set", "layers=1", "--input", "6:int64"]
+    assert run(*model, "--batch-size", "2", "--stages", "2", "--json") == 0
+    layers = [name for stage in json.loads(capsys.readouterr().out)["stages"] for name in stage["layers"]]
+    assert layers[:3] == ["tokens", "positions", "blocks.0.ln1"]
+    assert run("plan", "tests.engine.test_exported:OnValues", "--input", "4") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "torch.export: Could not guard on data-dependent" in error
+    assert "give the stages by hand" in error
+
+
 def test_quantities() -> None:
     assert quantity("16G", "--x") == 16e9
     assert quantity("1.5t", "--x") == 1.5e12

@@ -10,7 +10,8 @@ A register on an edge is a delay of one tick. The derivation is LayerPipe2's (ar
 >>> print(derive(chain(4), [[0], [1], [2], [3]], "lockstep"))       # doctest: +SKIP
 """
 
-from layerpipe.retiming.derive import CLOCKINGS, Clocking, Derivation, Step, clocking, delays, derive, lockstep_delays
+from layerpipe.retiming.clocking import CLOCKINGS, Clocking, clocking
+from layerpipe.retiming.derive import Derivation, Step, delays, derive, lockstep_delays
 from layerpipe.retiming.evaluate import run
 from layerpipe.retiming.graph import Node, chain, latency, registers, training_graph
 from layerpipe.retiming.operations import (
