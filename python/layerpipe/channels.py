@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterator
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 class ChannelClosed(Exception):
@@ -14,12 +19,17 @@ class Channel:
     """A first-in-first-out queue between two stages, or between a stage and the caller.
 
     How much it holds is bounded by the schedule, which lets no stage run further ahead than its registers allow.
+
+    Args:
+        name: what messages call it.
+        blocking: whether a reader may have to wait.
+        device: where the reader wants its tensors; ``None`` to take them where they are.
     """
 
     _CLOSED = object()
 
-    def __init__(self, name: str, *, blocking: bool) -> None:
-        self.name = name
+    def __init__(self, name: str, *, blocking: bool, device: torch.device | None = None) -> None:
+        self.name, self.device = name, device
         self._blocking = blocking
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -40,7 +50,27 @@ class Channel:
         if item is self._CLOSED:
             self._queue.put(item)  # for whoever asks next
             raise ChannelClosed(self.name)
-        return item
+        return item if self.device is None else moved(item, self.device)
 
     def close(self) -> None:
         self._queue.put(self._CLOSED)
+
+
+def moved(item: Any, device: torch.device) -> Any:
+    """The item with its tensors on this device; itself where they are there. The host does not wait for a copy."""
+    if all(tensor.device == device for tensor in tensors_in(item)):
+        return item
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), item)
+
+
+def tensors_in(item: Any) -> Iterator[Tensor]:
+    """A tensor, or those in a tuple, which is what stages exchange; of anything else, what torch's trees find there."""
+    if isinstance(item, Tensor):
+        yield item
+        return
+    values = item if isinstance(item, tuple) else pytree.tree_leaves(item)
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple | list | dict):
+            yield from tensors_in(tuple(pytree.tree_leaves(value)))

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerpipe import checkpoint
+from layerpipe import checkpoint, executors, placement
 from layerpipe import schedule as schedules
-from layerpipe.channels import Channel
+from layerpipe.channels import Channel, moved
 from layerpipe.errors import CheckpointError
-from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
+from layerpipe.executor import Tick
 from layerpipe.optimizer import PipelineOptimizer
 from layerpipe.partition import is_split, label, refuse_shared
 from layerpipe.schedule import Action
@@ -61,7 +61,9 @@ class Pipeline:
         ema_decay: decay rule; by default what suits ``past``.
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
             :mod:`layerpipe.schedule`.
-        executor: ``"serial"`` or ``"threads"``.
+        executor: ``"serial"``, ``"threads"``, or on a CUDA device ``"streams"``; see :mod:`layerpipe.streams`.
+        devices: one per stage, which is moved there before its optimizer is made; by default the stages stay where they
+            are. Tensors are copied from stage to stage and from the caller to the first and last.
         threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage, more for
             the slow ones; by default the caller's setting shared equally, at least 1.
         max_norm: clip the norm of each stage's gradient to this before its update.
@@ -88,6 +90,7 @@ class Pipeline:
         ema_decay: Any = None,
         schedule: str = "lockstep",
         executor: str = "serial",
+        devices: Sequence[Any] | None = None,
         threads_per_stage: int | Sequence[int] | None = None,
         max_norm: float | None = None,
         split_backward: bool = False,
@@ -98,8 +101,7 @@ class Pipeline:
         for i, module in enumerate(stages):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
-        if executor not in EXECUTORS:
-            raise ValueError(f"executor={executor!r} is unknown; there are: {', '.join(EXECUTORS)}")
+        executors.check(executor)
         shares = [threads_per_stage] * len(stages) if isinstance(threads_per_stage, int) else threads_per_stage
         if shares is not None and (len(shares) != len(stages) or min(shares) < 1):
             raise ValueError(
@@ -112,6 +114,8 @@ class Pipeline:
         self.loss_fn = loss_fn
         self.schedule = schedules.make(schedule, len(stages), executor)
         self.delays = self.schedule.delays()
+        self._devices = placement.place(stages, devices)
+        self._several = len(set(self._devices)) > 1
         self.losses: collections.deque[Tensor] = collections.deque()
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
         for i, (module, delay) in enumerate(zip(stages, self.delays, strict=True)):
@@ -133,19 +137,18 @@ class Pipeline:
         self.optimizer = PipelineOptimizer(
             [s.optimizer for s in self.stages if s.optimizer is not None], self._synchronize
         )
-
-        inner = range(len(stages) - 1)
-        blocking = EXECUTORS[executor].blocking
-        self._input = Channel("input", blocking=blocking)
-        self._target = Channel("target", blocking=blocking)
-        self._activations = [Channel(f"activations {i} -> {i + 1}", blocking=blocking) for i in inner]
-        self._gradients = [Channel(f"gradients {i + 1} -> {i}", blocking=blocking) for i in inner]
-        names = [s.name for s in self.stages]
-        self._executor: Executor
-        if executor == "threads":
-            self._executor = Threads(names, self._run, close_channels=self._close_channels, threads_per_stage=shares)
-        else:
-            self._executor = Serial(names, self._run)
+        self._executor = executors.make(
+            executor,
+            self._run,
+            self.stages,
+            self._devices,
+            close_channels=self._close_channels,
+            threads_per_stage=shares,
+        )
+        channel, last = self._executor.channel, len(stages) - 1
+        self._input, self._target = channel("input", 0, 0), channel("target", last, last)
+        self._activations = [channel(f"activations {i} -> {i + 1}", i, i + 1) for i in range(last)]
+        self._gradients = [channel(f"gradients {i + 1} -> {i}", i + 1, i) for i in range(last)]
         self._restart()
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -180,7 +183,7 @@ class Pipeline:
             return None
         self._executor.wait(lambda: self._returned + len(self.losses) >= expected)
         self._returned += 1
-        return self.losses.popleft()
+        return self._executor.hand_over([self.losses.popleft()])[0]
 
     def drain(self) -> list[Tensor]:
         """Finish every minibatch in the pipe; returns the losses that :meth:`step` had still to return.
@@ -194,7 +197,7 @@ class Pipeline:
         self._synchronize()
         for stage in self.stages:
             stage.check_weights()
-        rest = list(self.losses)
+        rest = self._executor.hand_over(self.losses)
         self._restart()
         return rest
 
@@ -251,6 +254,7 @@ class Pipeline:
             if at:
                 self._gradients[at - 1].put(upstream)
             stage.backward_weights()
+            self._executor.before_update(at)
             stage.update(tick.options[at])
         if len(self.trace) < 64 * len(self.stages) or stage.spans is not None:
             end = time.perf_counter()
@@ -281,8 +285,8 @@ class Pipeline:
         :meth:`eval` first, or BatchNorm's running statistics move."""
         self._executor.synchronize()
         values = inputs
-        for module in self.modules:
-            result = module(*values)
+        for module, device in zip(self.modules, self._devices, strict=True):
+            result = module(*(moved(values, device) if self._several else values))
             values = result if isinstance(result, tuple) else (result,)
         return values if len(values) > 1 else values[0]
 

@@ -238,6 +238,11 @@ class Stage:
             self.optimizer.restart_history()
 
     @property
+    def recomputes(self) -> bool:
+        """Whether a backward runs layers again, as far as is known."""
+        return self._recomputes is not False
+
+    @property
     def in_flight(self) -> int:
         return len(self._flights)
 
