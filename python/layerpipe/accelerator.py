@@ -3,6 +3,7 @@ every call."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -44,10 +45,20 @@ class Accelerator:
         return self._module.graph_pool_handle()
 
     def capture(self, pool: Any, stream: Any, work: Callable[[], None]) -> Any:
-        """A graph of what ``work`` launches, and nothing of it is run; ``graph.replay()`` runs it."""
+        """A graph of what ``work`` launches, and nothing of it is run; ``graph.replay()`` runs it.
+
+        Only this thread is told off for what no graph can hold: a data loader's may go on.
+        """
         graph = self._module.CUDAGraph()
-        with self._module.graph(graph, pool=pool, stream=stream):
-            work()
+        with self.use(stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            try:
+                work()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # it says once more that the capture is broken
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         return graph
 
 

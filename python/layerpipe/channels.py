@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,6 +13,17 @@ from torch.utils import _pytree as pytree
 
 class ChannelClosed(Exception):
     """The other side is gone."""
+
+
+class Lent(tuple[Any, ...]):
+    """Tensors that their owner will overwrite; whoever gets them records ``read`` once it has what it needs of them."""
+
+    read: Any  # an event
+
+    def __new__(cls, tensors: Iterable[Any], read: Any) -> Lent:
+        lent = super().__new__(cls, tensors)
+        lent.read = read
+        return lent
 
 
 class Channel:
@@ -60,6 +71,7 @@ def moved(item: Any, device: torch.device) -> Any:
     """The item with its tensors on this device; itself where they are there. The host does not wait for a copy."""
     if all(tensor.device == device for tensor in tensors_in(item)):
         return item
+    item = tuple(item) if isinstance(item, Lent) else item
     return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), item)
 
 

@@ -64,6 +64,10 @@ class Executor(ABC):
         device = self.devices[receiver] if self.devices is not None else None
         return Channel(name, blocking=self.blocking, device=device)
 
+    def acting(self, stages: Sequence[Any]) -> Sequence[Any]:
+        """What does the stages' work: they themselves, or others in their place."""
+        return stages
+
     def before_update(self, stage: int) -> None:  # noqa: B027
         """Called in a backward's action, before the optimizer changes the stage's weights."""
 

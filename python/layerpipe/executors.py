@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from layerpipe.executor import Executor, Run, Serial, Threads
+from layerpipe.graphs import Graphs
 from layerpipe.stage import Stage
 from layerpipe.streams import Streams
 
-NAMES = ("serial", "threads", "streams")
+NAMES = ("serial", "threads", "streams", "graphs")
 
 
 def check(name: str) -> None:
@@ -41,8 +42,8 @@ def make(
     """
     names = [stage.name for stage in stages]
     executor: Executor
-    if name == "streams":
-        return Streams(names, run, stages, devices)
+    if name in ("streams", "graphs"):
+        return (Streams if name == "streams" else Graphs)(names, run, stages, devices)
     if name == "threads":
         executor = Threads(names, run, close_channels=close_channels, threads_per_stage=threads_per_stage)
     else:

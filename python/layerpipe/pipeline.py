@@ -61,7 +61,8 @@ class Pipeline:
         ema_decay: decay rule; by default what suits ``past``.
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
             :mod:`layerpipe.schedule`.
-        executor: ``"serial"``, ``"threads"``, or on a CUDA device ``"streams"``; see :mod:`layerpipe.streams`.
+        executor: ``"serial"``, ``"threads"``, or on CUDA devices ``"streams"`` or ``"graphs"``; see
+            :mod:`layerpipe.streams` and :mod:`layerpipe.graphs`.
         devices: one per stage, which is moved there before its optimizer is made; by default the stages stay where they
             are. Tensors are copied from stage to stage and from the caller to the first and last.
         threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage, more for
@@ -145,6 +146,7 @@ class Pipeline:
             close_channels=self._close_channels,
             threads_per_stage=shares,
         )
+        self._acting = self._executor.acting(self.stages)
         channel, last = self._executor.channel, len(stages) - 1
         self._input, self._target = channel("input", 0, 0), channel("target", last, last)
         self._activations = [channel(f"activations {i} -> {i + 1}", i, i + 1) for i in range(last)]
@@ -241,7 +243,7 @@ class Pipeline:
     def _run(self, action: Action, tick: Tick) -> None:
         start = time.perf_counter()
         at, _, minibatch = action
-        stage, last = self.stages[at], at == len(self.stages) - 1
+        stage, last = self._acting[at], at == len(self.stages) - 1
         if action.kind == "F":
             inputs = self._receive(stage, self._activations[at - 1] if at else self._input)
             outputs = stage.forward(minibatch, inputs)

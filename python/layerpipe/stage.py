@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from layerpipe import engine, first_layer
 from layerpipe.copies import warn_of_copies
 from layerpipe.errors import DivergenceError
-from layerpipe.optimizer import Options, check_stage
+from layerpipe.optimizer import Options, check_stage, set_options
 from layerpipe.recompute import Recomputation, past_in_place
 from layerpipe.saved import SavedTensors, Spans
 from layerpipe.split_backward import SplitBackward
@@ -222,7 +222,7 @@ class Stage:
             start = time.perf_counter()
             if options is not self._options:
                 for group, values in zip(self.optimizer.param_groups, options, strict=True):
-                    group.update(values)
+                    set_options(group, values)
                 self._options = options
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(self._params, self.max_norm)

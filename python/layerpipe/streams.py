@@ -30,7 +30,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from layerpipe import accelerator
 from layerpipe.accelerator import Accelerator
-from layerpipe.channels import Channel, moved, tensors_in
+from layerpipe.channels import Channel, Lent, moved, tensors_in
 from layerpipe.executor import Run, Serial, Tick
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
@@ -115,13 +115,17 @@ class StreamChannel(Channel):
         reader = stream if self._copies is None else self._copies
         reader.wait_event(event)
         self._events.append(event)
-        for tensor in tensors_in(item):
-            if tensor.device == self._sender.device:
-                self._sender.keep(tensor, reader)
+        if not isinstance(item, Lent):
+            for tensor in tensors_in(item):
+                if tensor.device == self._sender.device:
+                    self._sender.keep(tensor, reader)
         if self._copies is None:
             return moved(item, self._receiver.device)
         with self._sender.use(reader), self._receiver.use(stream):
-            return moved(item, self._receiver.device)
+            copied = moved(item, self._receiver.device)
+        if isinstance(item, Lent):
+            item.read.record(reader)
+        return copied
 
 
 class Streams(Serial):

@@ -10,6 +10,7 @@ backward of a minibatch share a stream, so both are the same.
 
 from __future__ import annotations
 
+import re
 import sys
 import weakref
 from collections.abc import Iterator
@@ -32,6 +33,10 @@ Site = tuple[str, int]  # the function and line that asked for something
 _RUNNING = ("running_mean", "running_var")
 
 
+#: Looks at a tensor's shape only.
+_FACTORY = re.compile(r"::(new_.*|.*_like)$")
+
+
 class FakeStream:
     def __init__(self, device: FakeDevice, number: int) -> None:
         self.device, self.number = device, number
@@ -48,6 +53,54 @@ class FakeEvent:
 
     def record(self, stream: FakeStream) -> None:
         self.device.handler._handle_event_record(self.number, stream.number)
+
+
+class FakeGraph(TorchDispatchMode):
+    """Ops and the tensors that they were called with; a replay calls them again and copies what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ops: list[tuple[Any, Any, Any, Any]] = []
+        self._made: set[int] = set()  # storages
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # what a capture must not have changed, and its values
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        # The reference step looks at the device's clock; what it finds is the same from when the delay has filled up.
+        if func is torch.ops.aten._local_scalar_dense.default and "/reference.py" not in _nearest("/layerpipe", 1)[0]:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        for argument, value in zip_arguments(func._schema, args, kwargs):
+            if argument.name in _RUNNING or (argument.alias_info is not None and argument.alias_info.is_write):
+                for tensor in pytree.tree_leaves(value):
+                    key = tensor.untyped_storage()._cdata
+                    if key not in self._made:
+                        self._before.setdefault(key, (tensor, tensor.clone()))
+        result = func(*args, **kwargs)
+        self._ops.append((func, args, kwargs, result))
+        self._made |= {t.untyped_storage()._cdata for t in _tensors(result)} - {
+            t.untyped_storage()._cdata for t in _tensors((args, kwargs))
+        }
+        return result
+
+    def undo(self) -> None:
+        for tensor, value in self._before.values():
+            tensor.data.copy_(value)
+        self._before.clear()
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for func, args, kwargs, result in self._ops:
+            returns = func._schema.returns
+            if returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns):
+                continue  # a view is where it was
+            again = func(*args, **kwargs)
+            for old, new in zip(_tensors(result), _tensors(again), strict=True):
+                if old is not new:
+                    old.data.copy_(new)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
 
 
 class FakeDevice(TorchDispatchMode):
@@ -67,7 +120,9 @@ class FakeDevice(TorchDispatchMode):
         self._without = without
         self._numbers = iter(range(1, 1 << 30))
         self._current = [FakeStream(self, 0)]  # the caller's
-        self._made: dict[int, int] = {}  # storage -> the stream that it was made on
+        self._made: dict[int, int | None] = {}  # storage -> the stream that it was made on; None for a graph's own
+        self.captured: list[tuple[int, int]] = []  # (pool, stream)
+        self._capturing = False
         self._kept: dict[int, set[int]] = {}  # storage -> streams that its memory waits for
 
     # -- what the engine calls
@@ -95,6 +150,21 @@ class FakeDevice(TorchDispatchMode):
         if self.asked("keep"):
             self._kept.setdefault(self._storage(tensor), set()).add(stream.number)
 
+    def pool(self) -> int:
+        return next(self._numbers)
+
+    def capture(self, pool: int, stream: FakeStream, work: Any) -> FakeGraph:
+        graph = FakeGraph()
+        self._capturing = True
+        try:
+            with self.use(stream), graph:
+                work()
+        finally:
+            graph.undo()
+            self._capturing = False
+        self.captured.append((pool, stream.number))
+        return graph
+
     # -- what is found
 
     def asked(self, what: str) -> bool:
@@ -114,10 +184,16 @@ class FakeDevice(TorchDispatchMode):
                 shared |= used  # a view only looks at the shape
             elif alias is not None or running:
                 written |= used
+            elif _FACTORY.search(func._schema.name):
+                shared |= used
             else:
                 read |= used
         result = func(*args, **kwargs)
         stream = self.current().number
+        if self._capturing:
+            for tensor in _tensors(result):
+                self._storage(tensor, None)
+            return result
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 made = self._storage(tensor, stream)
@@ -131,7 +207,7 @@ class FakeDevice(TorchDispatchMode):
             self.handler._handle_stream_synchronization(stream)
         return result
 
-    def _storage(self, tensor: Tensor, stream: int = 0) -> int:
+    def _storage(self, tensor: Tensor, stream: int | None = 0) -> int:
         storage = tensor.untyped_storage()
         key: int = storage._cdata
         if key not in self._made:
@@ -146,7 +222,7 @@ class FakeDevice(TorchDispatchMode):
         seen = self.handler.tensors_accessed
         write = seen.get_write(key)
         for access in [*seen.get_reads(key), *([write] if write is not None else [])]:
-            ordered = self.handler.syncs.is_ordered_after(made, access.seq_num, access.stream)
+            ordered = made is None or self.handler.syncs.is_ordered_after(made, access.seq_num, access.stream)
             if not ordered and access.stream not in kept:
                 self.errors.append(f"given back while stream {access.stream} may use it: {_where(access)}")
         self.handler._handle_memory_deallocation(key)
@@ -154,10 +230,14 @@ class FakeDevice(TorchDispatchMode):
 
 def _site(depth: int) -> Site:
     """The nearest line of the engine."""
+    return _nearest("/layerpipe/", depth + 1)[1:]
+
+
+def _nearest(folder: str, depth: int) -> tuple[str, str, int]:
     frame: Any = sys._getframe(depth)
-    while frame is not None and "/layerpipe/" not in frame.f_code.co_filename:
+    while frame is not None and folder not in frame.f_code.co_filename:
         frame = frame.f_back
-    return ("", 0) if frame is None else (frame.f_code.co_qualname, frame.f_lineno)
+    return ("", "", 0) if frame is None else (frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lineno)
 
 
 class _Trace:
