@@ -45,7 +45,7 @@ class Buffers:
             if isinstance(mine, Tensor):
                 mine.copy_(theirs)
         if isinstance(item, Lent):
-            item.read.record(stream)
+            item.was_read(stream)
 
 
 def plain(item: Any) -> Any:
@@ -58,7 +58,7 @@ def owned(item: Any, stream: Any) -> Any:
     if not isinstance(item, Lent):
         return item
     copies = tuple([x.clone() if isinstance(x, Tensor) else x for x in item])
-    item.read.record(stream)
+    item.was_read(stream)
     return copies
 
 

@@ -16,14 +16,20 @@ class ChannelClosed(Exception):
 
 
 class Lent(tuple[Any, ...]):
-    """Tensors that their owner will overwrite; whoever gets them records ``read`` once it has what it needs of them."""
+    """Tensors that their owner will overwrite, but not before ``read``, an event; ``None`` where something else says
+    when that may be."""
 
-    read: Any  # an event
+    read: Any
 
-    def __new__(cls, tensors: Iterable[Any], read: Any) -> Lent:
+    def __new__(cls, tensors: Iterable[Any], read: Any = None) -> Lent:
         lent = super().__new__(cls, tensors)
         lent.read = read
         return lent
+
+    def was_read(self, stream: Any) -> None:
+        """Whoever got them has them, once this stream has done what it was given."""
+        if self.read is not None:
+            self.read.record(stream)
 
 
 class Channel:

@@ -12,8 +12,8 @@ filled up, and runs like any other until then, after every :meth:`layerpipe.Pipe
 same values give the same bits. What a forward or a loss does besides work on tensors is done in the capture only.
 
 Memory comes from two pools per stage: one for the forwards of all slots, one for the backwards and updates. In a pool a
-graph may use again what an earlier one has freed, which is right because a stage runs one forward after the other and one
-backward after the other; a forward and a backward run at once, and share none. All forwards are captured before the first
+graph may use again what an earlier one has freed, and may: a stage runs one forward after the other, and one backward
+after the other. A forward and a backward run at once, and so share none. All forwards are captured before the first
 backward: what autograd keeps is freed by a backward, and no forward of another slot may be given it.
 """
 
@@ -37,12 +37,12 @@ from layerpipe.streams import Lane, Streams
 class _Slot:
     """One minibatch in flight: its tensors, and the graphs that work on them."""
 
-    def __init__(self, inputs: Buffers, target: Buffers | None, grads: Buffers | None, read: Sequence[Any]) -> None:
+    def __init__(self, inputs: Buffers, target: Buffers | None, grads: Buffers | None, read: Any) -> None:
         self.inputs, self.target, self.grads = inputs, target, grads
         self.outputs: Tensors = ()
         self.loss: Tensor | None = None
         self.upstream: tuple[Tensor | None, ...] = ()
-        self.outputs_read, self.upstream_read = read  # events of the neighbours
+        self.read = read  # the event that a neighbour has read the upstream gradients
         self.graphs: dict[str, Any] = {}
 
 
@@ -96,12 +96,10 @@ class CapturedStage:
         if not self._slots:
             self._capture()
         slot = self._slots[minibatch % len(self._slots)]
-        current = self._device.current()
-        slot.inputs.fill(inputs, current)
-        current.wait_event(slot.outputs_read)
+        slot.inputs.fill(inputs, self._device.current())
         slot.graphs["forward"].replay()
         self.stage._flights[minibatch] = _Flight(self.stage.version, ())
-        return Lent(slot.outputs, slot.outputs_read)
+        return Lent(slot.outputs)  # the gradients that come back for them say that they have been read
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         if self.stage._flights[minibatch].outputs:
@@ -128,9 +126,9 @@ class CapturedStage:
             stage.probe(stage)
         if slot.grads is not None:
             slot.grads.fill(grads, current)
-        current.wait_event(slot.upstream_read)
+        current.wait_event(slot.read)
         slot.graphs["backward"].replay()
-        return Lent(slot.upstream, slot.upstream_read)
+        return Lent(slot.upstream, slot.read)
 
     def backward_weights(self) -> None:
         if self._slot is None:
@@ -203,13 +201,14 @@ class CapturedStage:
             Buffers("inputs", plain(seen["inputs"])),
             Buffers("targets", seen["target"]) if last else None,
             None if last else Buffers("gradients", seen["grads"]),
-            (self._device.event(), self._device.event()),
+            self._device.event(),
         )
 
     def _graph(self, slot: _Slot, name: str, pool: Any, work: Callable[[], None]) -> None:
         counts = [group.get("updates") for group in groups(self.stage)]
         try:
             # On the stream of the nodes that put gradients down, which would otherwise be one outside of the capture.
+            # cuBLAS has a workspace per thread and stream: a backward, in autograd's thread, shares none with a forward.
             slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
         except RuntimeError as error:
             raise RuntimeError(f"executor='graphs' could not capture the {name} of this stage: {error}") from error

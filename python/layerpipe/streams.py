@@ -124,7 +124,7 @@ class StreamChannel(Channel):
         with self._sender.use(reader), self._receiver.use(stream):
             copied = moved(item, self._receiver.device)
         if isinstance(item, Lent):
-            item.read.record(reader)
+            item.was_read(reader)
         return copied
 
 
