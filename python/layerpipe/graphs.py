@@ -208,7 +208,7 @@ class CapturedStage:
         counts = [group.get("updates") for group in groups(self.stage)]
         try:
             # On the stream of the nodes that put gradients down, which would otherwise be one outside of the capture.
-            # cuBLAS has a workspace per thread and stream: a backward, in autograd's thread, shares none with a forward.
+            # cuBLAS has a workspace per thread and stream: a backward's, of autograd's thread, is not a forward's.
             slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
         except RuntimeError as error:
             raise RuntimeError(f"executor='graphs' could not capture the {name} of this stage: {error}") from error
