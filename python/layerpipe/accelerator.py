@@ -40,6 +40,10 @@ class Accelerator:
         """Nobody gets this tensor's memory before the stream has done what it was given while the tensor lived."""
         tensor.record_stream(stream)
 
+    def drawn(self) -> Any:
+        """Another value after random numbers were drawn on the device; the host counts them."""
+        return self._module.default_generators[self.device.index or 0].get_offset()
+
     def pool(self) -> Any:
         """Memory that several graphs share: those whose runs never overlap."""
         return self._module.graph_pool_handle()

@@ -63,6 +63,7 @@ class CapturedStage:
         self._slot: _Slot | None = None  # of the backward whose update comes next
         self._seen: dict[str, Any] = {}  # what the stage was called with, until it is captured
         self._options: Options = []  # that the graphs were captured with
+        self._random = False  # whether a forward draws random numbers
         self._taken: Options | None = None  # the last that were found to agree with those
         self._addresses: list[Any] = []
 
@@ -92,7 +93,10 @@ class CapturedStage:
         if not self.ready():
             inputs = owned(inputs, self._device.current())
             self._see("inputs", inputs)
-            return self.stage.forward(minibatch, inputs)
+            before = self._device.drawn()
+            outputs = self.stage.forward(minibatch, inputs)
+            self._random = self._random or self._device.drawn() != before
+            return outputs
         if not self._slots:
             self._capture()
         slot = self._slots[minibatch % len(self._slots)]
@@ -169,6 +173,11 @@ class CapturedStage:
             raise ValueError(
                 "executor='graphs' cannot capture torch.utils.checkpoint in a stage with a delay, whose backward puts "
                 "past weights in the parameters' place; use executor='streams'"
+            )
+        if self._random:  # a replay writes where in the generator's numbers it is to a place that all graphs read
+            raise ValueError(
+                "executor='graphs' cannot capture a stage that draws random numbers (dropout?): graphs that run at the "
+                "same time share one generator; use executor='streams'"
             )
         self._addresses, self._options, self._taken = addresses(stage), stage._options or [], None
         version, measured, probe, spans = stage.version, stage.measured.copy(), stage.probe, stage.spans

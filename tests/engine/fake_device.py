@@ -155,6 +155,9 @@ class FakeDevice(TorchDispatchMode):
         if self.asked("keep"):
             self._kept.setdefault(self._storage(tensor), set()).add(stream.number)
 
+    def drawn(self) -> bytes:
+        return torch.get_rng_state().numpy().tobytes()
+
     def pool(self) -> int:
         return next(self._numbers)
 

@@ -186,6 +186,14 @@ def test_a_stage_that_recomputes_is_refused() -> None:
                 pipe.step(x, y)
 
 
+def test_a_stage_with_dropout_is_refused() -> None:
+    with fake_device():
+        pipe = pipeline([nn.Sequential(nn.Linear(6, 6), nn.Dropout()), nn.Linear(6, 3)], "graphs")
+        with pytest.raises(layerpipe.StageError, match=r"stage 0 .*draws random numbers .*use executor='streams'"):
+            for x, y in minibatches(10):
+                pipe.step(x, y)
+
+
 def test_a_forward_that_reads_on_the_host_is_refused_by_name() -> None:
     class Reads(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
