@@ -108,6 +108,7 @@ def test_compare_puts_schedules_side_by_side(tmp_path: Path, capsys: pytest.Capt
         (["train", "--momentum", "0", "--past", "momentum", "--model", "mlp"], "needs a momentum"),
         (["train", "--device", "quantum", "--model", "mlp"], "--device quantum"),
         (["train", "--executor", "streams", "--model", "mlp"], "'streams' needs a CUDA device; the stages are on cpu"),
+        (["train", "--executor", "streams", "--profile", "--model", "mlp"], "--profile measures on the host"),
         (["train", "--executor", "graphs", "--model", "mlp"], "'graphs' needs a CUDA device; the stages are on cpu"),
         (["train", "--out", __file__, "--model", "mlp"], "is not a directory"),
         (["compare", "--past", "stash,soon"], "--past 'soon' is unknown"),

@@ -40,6 +40,7 @@ class Executor(ABC):
     name: ClassVar[str]
     blocking: ClassVar[bool]  # whether a stage may have to wait for a neighbour's tensor
     lookahead: ClassVar[int]  # ticks that may be submitted before the first of them is done
+    timed: ClassVar[bool] = True  # whether the host's clock sees how long work takes
     devices: Sequence[torch.device] | None = None  # of the stages, where tensors must be copied between them
 
     def __init__(self, names: Sequence[str], run: Run) -> None:

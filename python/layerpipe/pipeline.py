@@ -275,7 +275,15 @@ class Pipeline:
         return item
 
     def watch(self, trace: Trace | None) -> None:
-        """Write what every stage does into a trace from now on, or stop with ``None``."""
+        """Write what every stage does into a trace from now on, or stop with ``None``.
+
+        Raises:
+            ValueError: the executor only issues work, and the host's clock would show when.
+        """
+        if trace is not None and not self._executor.timed:
+            raise ValueError(
+                f"executor={self._executor.name!r} has the device's clock, a trace the host's; use torch.profiler"
+            )
         self._executor.synchronize()
         for i, stage in enumerate(self.stages):
             stage.watch(trace.stages[i] if trace is not None else None)

@@ -137,6 +137,7 @@ class Streams(Serial):
     """
 
     name = "streams"
+    timed = False
 
     def __init__(
         self, names: Sequence[str], run: Run, stages: Sequence[Stage], devices: Sequence[torch.device]

@@ -16,6 +16,7 @@ import layerpipe
 import layerpipe_kernels as lk
 from layerpipe.stage import Stage
 from layerpipe.streams import Lane, ring
+from layerpipe.tracing import Trace
 from tests.engine.fake_device import FakeDevice, Site, fake_device
 from tests.engine.models import chain, minibatches
 
@@ -59,6 +60,8 @@ def network(kind: str, count: int) -> list[nn.Module]:
     stages = chain(count)
     if kind == "skip":
         stages = [*(Skip() for _ in range(count - 1)), Join(6, 3)]
+    if kind == "dropout":
+        stages = [nn.Sequential(nn.Dropout(0.3), stage) for stage in stages]
     if kind == "recomputed":
         stages = [Recomputed(stage) for stage in stages]
     return stages
@@ -100,6 +103,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("skip", 4, {}),
     ("skip", 3, {"schedule": "1f1b", "split_backward": True}),
     ("recomputed", 3, {}),
+    ("dropout", 3, {}),
 ]
 
 
@@ -192,6 +196,14 @@ def test_a_forward_and_the_backward_of_its_tick_have_different_streams(delay: in
     streams = ring(delay)
     assert (delay % streams != 0) == (delay > 0)
     assert streams <= 5
+
+
+def test_a_trace_of_the_hosts_times_is_refused() -> None:
+    with fake_device():
+        pipe = pipeline(chain(2), "streams")
+        with pytest.raises(ValueError, match=r"executor='streams' .*torch.profiler"):
+            pipe.watch(Trace(pipe.names))
+        pipe.watch(None)
 
 
 def test_without_a_cuda_device_streams_are_refused() -> None:
