@@ -37,6 +37,9 @@ run tests 180 "$python" -m pytest -q --timeout=120 tests/gpu
 run triton 120 "$python" -m pytest -q --timeout=100 tests/kernels/triton_cases.py
 TAIL=60 run bench 240 "$python" -m bench.step --device cuda --rounds 7 --seconds 0.1 \
     --json "$out/$device-step.json" --plot "$out/$device-step.png"
+TAIL=40 run executors 200 "$python" -m bench.executors --json "$out/$device-executors.json"
+TAIL=40 run executors-gpt 120 "$python" -m bench.executors --network gpt:256 --size 128 --batch 8 32 \
+    --json "$out/$device-executors-gpt.json"
 for chunk in 4096 16384 32768; do
     run "chunk-$chunk" 60 "$python" -m bench.step --device cuda --chunk "$chunk" --no-compile --networks '' --optimizers sgd \
         --dtypes fp32 --rounds 5 --seconds 0.1 --json "$out/$device-step-chunk-$chunk.json"

@@ -7,12 +7,13 @@ import queue
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
-from layerpipe.channels import ChannelClosed
+from layerpipe.channels import Channel, ChannelClosed
 from layerpipe.errors import StageError
 from layerpipe.interrupts import Held
 from layerpipe.schedule import Action
@@ -39,6 +40,8 @@ class Executor(ABC):
     name: ClassVar[str]
     blocking: ClassVar[bool]  # whether a stage may have to wait for a neighbour's tensor
     lookahead: ClassVar[int]  # ticks that may be submitted before the first of them is done
+    timed: ClassVar[bool] = True  # whether the host's clock sees how long work takes
+    devices: Sequence[torch.device] | None = None  # of the stages, where tensors must be copied between them
 
     def __init__(self, names: Sequence[str], run: Run) -> None:
         self.names, self._run = names, run
@@ -56,6 +59,22 @@ class Executor(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Return once everything submitted is done, or raise what a stage raised."""
+
+    def channel(self, name: str, sender: int, receiver: int) -> Channel:
+        """What one stage hands tensors to another through; the caller counts as the stage it feeds."""
+        device = self.devices[receiver] if self.devices is not None else None
+        return Channel(name, blocking=self.blocking, device=device)
+
+    def acting(self, stages: Sequence[Any]) -> Sequence[Any]:
+        """What does the stages' work: they themselves, or others in their place."""
+        return stages
+
+    def before_update(self, stage: int) -> None:  # noqa: B027
+        """Called in a backward's action, before the optimizer changes the stage's weights."""
+
+    def hand_over(self, losses: Iterable[Tensor]) -> list[Tensor]:
+        """Losses for the caller, once :meth:`wait` or :meth:`synchronize` has returned."""
+        return list(losses)
 
     def close(self) -> None:
         """Stop; idempotent."""
@@ -257,6 +276,3 @@ def _work(
         if stage == len(owner.names) - 1:
             events.put(None)  # a loss may be ready
         del owner, command, tick, actions
-
-
-EXECUTORS: dict[str, type[Executor]] = {kind.name: kind for kind in (Serial, Threads)}

@@ -27,10 +27,14 @@ class PipelineOptimizer(torch.optim.Optimizer):
             raise ValueError("no stage has parameters to train")
         self._optimizers, self._synchronize = list(optimizers), synchronize
         groups = [
-            {key: value for key, value in group.items() if key not in _CLOCK}
+            {key: _on_host(value) for key, value in group.items() if key not in _CLOCK}
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                if isinstance(group.get("lr"), torch.Tensor):
+                    group["lr"] = group["lr"].clone()  # the common view's may change while a stage reads its own
         self._complete = False
         super().__init__(groups, dict(self._optimizers[0].defaults))
         self._complete = True
@@ -113,6 +117,14 @@ class PipelineOptimizer(torch.optim.Optimizer):
             group.update(values)
 
 
+def set_options(group: dict[str, Any], values: dict[str, Any]) -> None:
+    """Give a stage's parameter group its options; a learning rate that is a tensor stays one and changes its value."""
+    lr = group.get("lr")
+    group.update(values)
+    if isinstance(lr, torch.Tensor):
+        group["lr"] = lr.fill_(values["lr"])
+
+
 def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> None:
     """Refuse an optimizer that a stage's factory made and that cannot serve it.
 
@@ -138,6 +150,11 @@ def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> No
                 f"{stage} has a delay of {delay}, its optimizer one of {group['delay']}; pass the pipeline's keywords "
                 f"on: {advice}"
             )
+
+
+def _on_host(value: Any) -> Any:
+    """Reading an option must not wait for a device."""
+    return value.item() if isinstance(value, torch.Tensor) and not value.is_cpu else value
 
 
 def _frozen(value: Any) -> Any:

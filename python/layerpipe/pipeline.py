@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from layerpipe import checkpoint
+from layerpipe import checkpoint, executors, placement
 from layerpipe import schedule as schedules
-from layerpipe.channels import Channel
+from layerpipe.channels import Channel, moved
 from layerpipe.errors import CheckpointError
-from layerpipe.executor import EXECUTORS, Executor, Serial, Threads, Tick
+from layerpipe.executor import Tick
 from layerpipe.optimizer import PipelineOptimizer
 from layerpipe.partition import refuse_shared, share_threads
 from layerpipe.schedule import Action
@@ -62,7 +62,10 @@ class Pipeline:
         ema_decay: decay rule; by default what suits ``past``.
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
             :mod:`layerpipe.schedule`.
-        executor: ``"serial"`` or ``"threads"``.
+        executor: ``"serial"``, ``"threads"``, or on CUDA devices ``"streams"`` or ``"graphs"``; see
+            :mod:`layerpipe.streams` and :mod:`layerpipe.graphs`.
+        devices: one per stage, which is moved there before its optimizer is made; by default the stages stay where they
+            are. Tensors are copied from stage to stage and from the caller to the first and last.
         threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage; by
             default the caller's setting is shared by what the stages cost, see
             :func:`layerpipe.partition.share_threads`.
@@ -90,6 +93,7 @@ class Pipeline:
         ema_decay: Any = None,
         schedule: str = "lockstep",
         executor: str = "serial",
+        devices: Sequence[Any] | None = None,
         threads_per_stage: int | Sequence[int] | None = None,
         max_norm: float | None = None,
         split_backward: bool = False,
@@ -100,8 +104,7 @@ class Pipeline:
         for i, module in enumerate(stages):
             if not isinstance(module, nn.Module):
                 raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
-        if executor not in EXECUTORS:
-            raise ValueError(f"executor={executor!r} is unknown; there are: {', '.join(EXECUTORS)}")
+        executors.check(executor)
         shares = [threads_per_stage] * len(stages) if isinstance(threads_per_stage, int) else threads_per_stage
         if shares is not None and (len(shares) != len(stages) or min(shares) < 1):
             raise ValueError(
@@ -115,6 +118,8 @@ class Pipeline:
         self.loss_fn = loss_fn
         self.schedule = schedules.make(schedule, len(stages), executor)
         self.delays = self.schedule.delays()
+        self._devices = placement.place(stages, devices)
+        self._several = len(set(self._devices)) > 1
         self.losses: collections.deque[Tensor] = collections.deque()
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
         for i, (module, delay) in enumerate(zip(stages, self.delays, strict=True)):
@@ -136,20 +141,19 @@ class Pipeline:
         self.optimizer = PipelineOptimizer(
             [s.optimizer for s in self.stages if s.optimizer is not None], self._synchronize
         )
-
-        inner = range(len(stages) - 1)
-        blocking = EXECUTORS[executor].blocking
-        self._input = Channel("input", blocking=blocking)
-        self._target = Channel("target", blocking=blocking)
-        self._activations = [Channel(f"activations {i} -> {i + 1}", blocking=blocking) for i in inner]
-        self._gradients = [Channel(f"gradients {i + 1} -> {i}", blocking=blocking) for i in inner]
-        names = [s.name for s in self.stages]
-        self._executor: Executor
-        if executor == "threads":
-            shares = shares or share_threads(torch.get_num_threads(), stages)
-            self._executor = Threads(names, self._run, close_channels=self._close_channels, threads_per_stage=shares)
-        else:
-            self._executor = Serial(names, self._run)
+        self._executor = executors.make(
+            executor,
+            self._run,
+            self.stages,
+            self._devices,
+            close_channels=self._close_channels,
+            threads_per_stage=shares or share_threads(torch.get_num_threads(), stages),
+        )
+        self._acting = self._executor.acting(self.stages)
+        channel, last = self._executor.channel, len(stages) - 1
+        self._input, self._target = channel("input", 0, 0), channel("target", last, last)
+        self._activations = [channel(f"activations {i} -> {i + 1}", i, i + 1) for i in range(last)]
+        self._gradients = [channel(f"gradients {i + 1} -> {i}", i + 1, i) for i in range(last)]
         self._restart()
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -184,7 +188,7 @@ class Pipeline:
             return None
         self._executor.wait(lambda: self._returned + len(self.losses) >= expected)
         self._returned += 1
-        return self.losses.popleft()
+        return self._executor.hand_over([self.losses.popleft()])[0]
 
     def drain(self) -> list[Tensor]:
         """Finish every minibatch in the pipe; returns the losses that :meth:`step` had still to return.
@@ -198,7 +202,7 @@ class Pipeline:
         self._synchronize()
         for stage in self.stages:
             stage.check_weights()
-        rest = list(self.losses)
+        rest = self._executor.hand_over(self.losses)
         self._restart()
         return rest
 
@@ -242,7 +246,7 @@ class Pipeline:
     def _run(self, action: Action, tick: Tick) -> None:
         start = time.perf_counter()
         at, _, minibatch = action
-        stage, last = self.stages[at], at == len(self.stages) - 1
+        stage, last = self._acting[at], at == len(self.stages) - 1
         if action.kind == "F":
             inputs = self._receive(stage, self._activations[at - 1] if at else self._input)
             outputs = stage.forward(minibatch, inputs)
@@ -255,6 +259,7 @@ class Pipeline:
             if at:
                 self._gradients[at - 1].put(upstream)
             stage.backward_weights()
+            self._executor.before_update(at)
             stage.update(tick.options[at])
         if len(self.trace) < 64 * len(self.stages) or stage.spans is not None:
             end = time.perf_counter()
@@ -273,7 +278,15 @@ class Pipeline:
         return item
 
     def watch(self, trace: Trace | None) -> None:
-        """Write what every stage does into a trace from now on, or stop with ``None``."""
+        """Write what every stage does into a trace from now on, or stop with ``None``.
+
+        Raises:
+            ValueError: the executor only issues work, and the host's clock would show when.
+        """
+        if trace is not None and not self._executor.timed:
+            raise ValueError(
+                f"executor={self._executor.name!r} has the device's clock, a trace the host's; use torch.profiler"
+            )
         self._executor.synchronize()
         for i, stage in enumerate(self.stages):
             stage.watch(trace.stages[i] if trace is not None else None)
@@ -285,8 +298,8 @@ class Pipeline:
         :meth:`eval` first, or BatchNorm's running statistics move."""
         self._executor.synchronize()
         values = inputs
-        for module in self.modules:
-            result = module(*values)
+        for module, device in zip(self.modules, self._devices, strict=True):
+            result = module(*(moved(values, device) if self._several else values))
             values = result if isinstance(result, tuple) else (result,)
         return values if len(values) > 1 else values[0]
 

@@ -14,9 +14,13 @@ Lockstep, three stages; ``F3`` is the forward of minibatch 3, ``B3`` its backwar
     stage 1        F0   F1 B0  F2 B1  F3 B2      n = 1
     stage 2             F0 B0  F1 B1  F2 B2      n = 0
 
-``auto`` is 1F1B where one processor does a stage's forward and backward in turn, as all executors here do: both
+``auto`` is 1F1B where one processor does a stage's forward and backward in turn, as serial and threads do: both
 schedules then keep it equally busy, and 1F1B's weights are half as old. Its price is slack: in lockstep a stage may be
 a whole tick late before a neighbour waits for it; in 1F1B the loop from a stage to the end and back is always taut.
+
+``auto`` is lockstep where a stage's forward and backward may run at the same time, as on streams: nothing in a lockstep
+tick waits for anything else in it but an update for its own stage, while the backwards of 1F1B's tick are a chain
+through all stages.
 """
 
 from __future__ import annotations
@@ -136,7 +140,7 @@ class Sequential(Schedule):
 
 SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (Lockstep, OneFOneB, Sequential)}
 #: What ``auto`` stands for, by the executor's name.
-AUTO = {"serial": OneFOneB.name, "threads": OneFOneB.name}
+AUTO = {"serial": OneFOneB.name, "threads": OneFOneB.name, "streams": Lockstep.name, "graphs": Lockstep.name}
 NAMES = (*SCHEDULES, "auto")
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerpipe import engine, first_layer
 from layerpipe.copies import warn_of_copies
 from layerpipe.errors import DivergenceError
-from layerpipe.optimizer import Options, check_stage
+from layerpipe.optimizer import Options, check_stage, set_options
 from layerpipe.recompute import Recomputation, past_in_place
 from layerpipe.saved import SavedTensors, Spans
 from layerpipe.split_backward import SplitBackward
@@ -224,7 +224,7 @@ class Stage:
             start = time.perf_counter()
             if options is not self._options:
                 for group, values in zip(self.optimizer.param_groups, options, strict=True):
-                    group.update(values)
+                    set_options(group, values)
                 self._options = options
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(self._params, self.max_norm)
@@ -238,6 +238,11 @@ class Stage:
         self._options = None  # a state may have been loaded
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether a backward runs layers again, as far as is known."""
+        return self._recomputes is not False
 
     @property
     def in_flight(self) -> int:

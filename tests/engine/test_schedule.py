@@ -55,3 +55,8 @@ def test_auto_is_1f1b_where_one_processor_runs_forward_and_backward_in_turn(exec
 def test_unknown_schedule() -> None:
     with pytest.raises(ValueError, match="lockstep, 1f1b, sequential, auto"):
         schedules.make("gpipe", 2)
+
+
+@pytest.mark.parametrize("executor", ["streams", "graphs"])
+def test_auto_is_lockstep_where_a_forward_and_a_backward_may_run_at_once(executor: str) -> None:
+    assert schedules.make("auto", 3, executor).name == "lockstep"

@@ -61,7 +61,12 @@ Schedule = Annotated[
     ),
 ]
 ExecutorName = Annotated[
-    Literal["serial", "threads"], _option("All stages in one thread, or a worker thread per stage.", METHOD)
+    Literal["serial", "threads", "streams", "graphs"],
+    _option(
+        "All stages in one thread, or a worker thread per stage. On a CUDA device: streams per stage, or replayed CUDA "
+        "graphs.",
+        METHOD,
+    ),
 ]
 Lr = Annotated[float, _option("Learning rate after the warm-up.", TRAINING, min=0.0)]
 Momentum = Annotated[float, _option("SGD's momentum.", TRAINING, min=0.0, max=1.0)]

@@ -26,10 +26,9 @@ def prepare(config: TrainConfig) -> Images:
     """The data, once everything that could be wrong with the options has been found out."""
     images = datasets.load(config.data, config.data_dir)
     next(images.batches(config.batch_size, config.seed))
+    quiet = dataclasses.replace(config, executor="serial") if config.executor == "threads" else config
     try:
-        make_pipeline(
-            dataclasses.replace(config, executor="serial"), images, lambda output, target: output.sum()
-        ).close()
+        make_pipeline(quiet, images, lambda output, target: output.sum()).close()
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     return images

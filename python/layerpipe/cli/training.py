@@ -79,14 +79,34 @@ class Result:
 
 
 class _LossAndAccuracy:
-    """Cross entropy that also counts hits; called by the last stage, read by the caller in the same order."""
+    """Cross entropy that also counts hits; called by the last stage, read by the caller in the same order.
 
-    def __init__(self) -> None:
-        self.hits: collections.deque[Tensor] = collections.deque()
+    The hits go into a ring beside the outputs: of a captured loss, nothing but its work on tensors is repeated.
+
+    Args:
+        unread: the most minibatches whose loss is there and has not been read.
+    """
+
+    def __init__(self, unread: int) -> None:
+        self._size, self._read = unread + 1, 0
+        self._hits: Tensor | None = None
+        self._at: Tensor | None = None
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        self.hits.append((output.detach().argmax(1) == target).float().mean())
+        if self._hits is None or self._at is None:
+            self._hits = torch.zeros(self._size, device=output.device)
+            self._at = torch.zeros(1, dtype=torch.int64, device=output.device)
+        hits = (output.detach().argmax(1) == target).float().mean()
+        self._hits.index_copy_(0, self._at, hits.view(1))
+        self._at.add_(1).remainder_(self._size)
         return F.cross_entropy(output, target)
+
+    def accuracy(self) -> float:
+        """Of the next minibatch, whose loss is there."""
+        assert self._hits is not None
+        value = self._hits[self._read % self._size].item()
+        self._read += 1
+        return value
 
 
 def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Pipeline:
@@ -108,6 +128,7 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
             params,
             lr=config.lr,
             momentum=config.momentum,
+            capturable=config.executor == "graphs",
             weight_decay=config.weight_decay,
             **past,  # type: ignore[arg-type]
         )
@@ -154,7 +175,7 @@ def train(
         DataError: a batch larger than the data.
         ValueError: options that do not fit together.
     """
-    loss_fn = _LossAndAccuracy()
+    loss_fn = _LossAndAccuracy(config.stages + 2)
     total = config.total_steps(len(images.train_x))
     with make_pipeline(config, images, loss_fn) as pipe:
         device = _device(config.device)
@@ -179,7 +200,7 @@ def train(
         def report(loss: Tensor, phase: str) -> None:
             number = len(result.steps) + 1
             rate = number * config.batch_size / (time.perf_counter() - start - paused)
-            step = Step(number, loss.item(), loss_fn.hits.popleft().item(), lrs.popleft(), rate, phase)
+            step = Step(number, loss.item(), loss_fn.accuracy(), lrs.popleft(), rate, phase)
             result.steps.append(step)
             on_step(step)
 

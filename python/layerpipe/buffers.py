@@ -1,0 +1,71 @@
+"""Tensors that stay where they are while their values change: what a graph reads, and what it lends to a neighbour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from layerpipe.channels import Lent
+
+
+class Buffers:
+    """Tensors that stay where they are, for what is different in every minibatch.
+
+    Args:
+        name: what messages call it.
+        example: a tensor, or a tuple, list or dict of them.
+    """
+
+    def __init__(self, name: str, example: Any) -> None:
+        self.name = name
+        leaves, self._tree = pytree.tree_flatten(example)
+        self._leaves = [torch.zeros_like(x, requires_grad=False) if isinstance(x, Tensor) else x for x in leaves]
+
+    @property
+    def content(self) -> Any:
+        return pytree.tree_unflatten(self._leaves, self._tree)
+
+    def fill(self, item: Any, stream: Any) -> None:
+        """Copy a minibatch's tensors, on this stream; lent ones may then be overwritten.
+
+        Raises:
+            ValueError: other shapes, dtypes or values beside tensors.
+        """
+        leaves, tree = pytree.tree_flatten(plain(item))
+        if tree != self._tree or [*map(_kind, leaves)] != [*map(_kind, self._leaves)]:
+            raise ValueError(
+                f"the {self.name} have been captured as {_kinds(self._leaves)} and are now {_kinds(leaves)}; "
+                "executor='graphs' needs the same in every minibatch (drop_last=True?), executor='streams' does not"
+            )
+        for mine, theirs in zip(self._leaves, leaves, strict=True):
+            if isinstance(mine, Tensor):
+                mine.copy_(theirs)
+        if isinstance(item, Lent):
+            item.was_read(stream)
+
+
+def plain(item: Any) -> Any:
+    """A tuple of the tensors that a neighbour lends, else the item itself."""
+    return tuple(item) if isinstance(item, Lent) else item
+
+
+def owned(item: Any, stream: Any) -> Any:
+    """Copies of what is lent, made on this stream, else the item itself."""
+    if not isinstance(item, Lent):
+        return item
+    copies = tuple([x.clone() if isinstance(x, Tensor) else x for x in item])
+    item.was_read(stream)
+    return copies
+
+
+def _kind(value: Any) -> Any:
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+
+
+def _kinds(values: Sequence[Any]) -> str:
+    shown = [f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v) for v in values]
+    return f"({', '.join(shown)})"

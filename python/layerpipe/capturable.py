@@ -1,0 +1,51 @@
+"""What a stage must be like for its step to be captured in a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerpipe.stage import Stage
+from layerpipe_kernels.optim.fused import FusedOptimizer
+
+
+def groups(stage: Stage) -> list[dict[str, Any]]:
+    """The parameter groups of a stage's optimizer; none if it has none."""
+    found: list[dict[str, Any]] = stage.optimizer.param_groups if stage.optimizer is not None else []
+    return found
+
+
+def check_optimizer(stage: Stage) -> None:
+    """Refuse an optimizer whose step would do the same every time it is replayed.
+
+    Raises:
+        ValueError: it counts its updates on the host.
+    """
+    for group in groups(stage):
+        counts_there = isinstance(stage.optimizer, FusedOptimizer) or not group.get("delay")
+        if not group.get("capturable") or not counts_there:
+            raise ValueError(
+                f"{stage.name}: executor='graphs' replays the optimizer's step, so the device must count the updates: "
+                "use layerpipe_kernels' SGD, Adam or AdamW with capturable=True"
+            )
+
+
+def own_learning_rates(stage: Stage, device: torch.device) -> None:
+    """Every learning rate a tensor of the stage's own that a graph reads and a tick's options are copied into."""
+    for group in groups(stage):
+        lr = group["lr"]
+        if not isinstance(lr, Tensor) or lr.device != device:
+            group["lr"] = torch.full((), float(lr), dtype=torch.float32, device=device)
+
+
+def addresses(stage: Stage) -> list[Any]:
+    """What a graph has become part of: where things are, and the modes of the layers."""
+    module, optimizer = stage.module, stage.optimizer
+    found: list[Any] = [m.training for m in module.modules()]
+    found += [t.data_ptr() for t in (*module.parameters(), *module.buffers())]
+    if optimizer is not None:
+        places = [*(g for g in optimizer.param_groups), *(optimizer.state[p] for p in module.parameters())]
+        found += [v.data_ptr() for values in places for v in values.values() if isinstance(v, Tensor)]
+    return found

@@ -1,0 +1,254 @@
+"""Stages that are replayed from graphs: a tick is three launches per stage, and Python only says which.
+
+A graph works on the same memory every time. So each of a stage's ``n + 1`` minibatches in flight has a *slot*: tensors
+that its inputs and incoming gradients are copied into, and graphs of its forward, its backward and its update::
+
+    forward    inputs -> outputs, and what autograd keeps (in the last stage also: target -> loss)
+    backward   grads  -> upstream gradients, gradients of the weights
+    update     gradients of the weights, learning rate -> weights, history, the clock of the updates
+
+The graphs run on the streams of :mod:`layerpipe.streams` and wait as there. A stage is captured once its delay has
+filled up, and runs like any other until then, after every :meth:`layerpipe.Pipeline.drain` too: the same kernels on the
+same values give the same bits. What a forward or a loss does besides work on tensors is done in the capture only.
+
+Memory comes from two pools per stage: one for the forwards of all slots, one for the backwards and updates. In a pool a
+graph may use again what an earlier one has freed, and may: a stage runs one forward after the other, and one backward
+after the other. A forward and a backward run at once, and so share none. All forwards are captured before the first
+backward: what autograd keeps is freed by a backward, and no forward of another slot may be given it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from layerpipe.buffers import Buffers, owned, plain
+from layerpipe.capturable import addresses, check_optimizer, groups, own_learning_rates
+from layerpipe.channels import Lent
+from layerpipe.executor import Tick
+from layerpipe.optimizer import Options, set_options
+from layerpipe.stage import Stage, Tensors, _Flight
+from layerpipe.streams import Lane, Streams
+
+
+class _Slot:
+    """One minibatch in flight: its tensors, and the graphs that work on them."""
+
+    def __init__(self, inputs: Buffers, target: Buffers | None, grads: Buffers | None, read: Any) -> None:
+        self.inputs, self.target, self.grads = inputs, target, grads
+        self.outputs: Tensors = ()
+        self.loss: Tensor | None = None
+        self.upstream: tuple[Tensor | None, ...] = ()
+        self.read = read  # the event that a neighbour has read the upstream gradients
+        self.graphs: dict[str, Any] = {}
+
+
+class CapturedStage:
+    """What the pipeline calls in a :class:`Stage`'s place.
+
+    Args:
+        lane: the stage and its streams.
+
+    Raises:
+        ValueError: an optimizer that counts its updates on the host.
+    """
+
+    def __init__(self, lane: Lane) -> None:
+        self.stage, self._lane, self._device = lane.stage, lane, lane.device
+        check_optimizer(self.stage)
+        self._slots: list[_Slot] = []
+        self._slot: _Slot | None = None  # of the backward whose update comes next
+        self._seen: dict[str, Any] = {}  # what the stage was called with, until it is captured
+        self._options: Options = []  # that the graphs were captured with
+        self._random = False  # whether a forward draws random numbers
+        self._taken: Options | None = None  # the last that were found to agree with those
+        self._addresses: list[Any] = []
+
+    @property
+    def spans(self) -> Any:
+        return self.stage.spans
+
+    def ready(self) -> bool:
+        """Whether the delay has filled up: from here on every tick is like the next."""
+        return self.stage.version - self.stage.base > self.stage.delay
+
+    def revalidate(self) -> None:
+        """The caller may have replaced something: then the stage is captured anew."""
+        own_learning_rates(self.stage, self._device.device)
+        if self._slots and self._addresses != addresses(self.stage):
+            if not all(flight.outputs for flight in self.stage._flights.values()):
+                raise RuntimeError("weights or state were replaced while minibatches are in the pipe; drain it first")
+            self._slots = []
+
+    def _see(self, what: str, value: Any) -> None:
+        if not self._slots:
+            self._seen[what] = value
+
+    # -- what the pipeline calls ---------------------------------------------------------------------------------
+
+    def forward(self, minibatch: int, inputs: Tensors) -> Tensors:
+        if not self.ready():
+            inputs = owned(inputs, self._device.current())
+            self._see("inputs", inputs)
+            before = self._device.drawn()
+            outputs = self.stage.forward(minibatch, inputs)
+            self._random = self._random or self._device.drawn() != before
+            return outputs
+        if not self._slots:
+            self._capture()
+        slot = self._slots[minibatch % len(self._slots)]
+        slot.inputs.fill(inputs, self._device.current())
+        slot.graphs["forward"].replay()
+        self.stage._flights[minibatch] = _Flight(self.stage.version, ())
+        return Lent(slot.outputs)  # the gradients that come back for them say that they have been read
+
+    def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
+        if self.stage._flights[minibatch].outputs:
+            self._see("target", target)
+            self._see("loss_fn", loss_fn)
+            return self.stage.loss(minibatch, loss_fn, target)
+        slot = self._slots[minibatch % len(self._slots)]
+        assert slot.target is not None
+        assert slot.loss is not None
+        slot.target.fill(target, self._device.current())
+        slot.graphs["loss"].replay()
+        return slot.loss.clone()  # the caller may keep it
+
+    def backward(self, minibatch: int, grads: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
+        stage, current = self.stage, self._device.current()
+        if stage._flights[minibatch].outputs:
+            self._slot, grads = None, owned(grads, current)
+            self._see("grads", grads)
+            return stage.backward(minibatch, grads)
+        self._slot = slot = self._slots[minibatch % len(self._slots)]
+        flight = stage._flights.pop(minibatch)
+        stage.measured[stage.version - flight.version] += 1
+        if stage.probe is not None:
+            stage.probe(stage)
+        if slot.grads is not None:
+            slot.grads.fill(grads, current)
+        current.wait_event(slot.read)
+        slot.graphs["backward"].replay()
+        return Lent(slot.upstream, slot.read)
+
+    def backward_weights(self) -> None:
+        if self._slot is None:
+            self.stage.backward_weights()
+        elif "weights" in self._slot.graphs:
+            self._slot.graphs["weights"].replay()
+
+    def update(self, options: Options) -> None:
+        if self._slot is None:
+            self.stage.update(options)
+            return
+        self._take(options)
+        self._slot.graphs["update"].replay()
+        self.stage.version += 1
+        for group in groups(self.stage):
+            if isinstance(group.get("updates"), int):  # a group without a past, whose clock nobody reads
+                group["updates"] += 1
+
+    def _take(self, options: Options) -> None:
+        """Hand a learning rate to the graphs; everything else has become part of them."""
+        if options is self._taken:
+            return
+        for group, old, new in zip(groups(self.stage), self._options, options, strict=True):
+            for name in new:
+                if name != "lr" and new[name] != old.get(name):
+                    raise ValueError(
+                        f"executor='graphs' has captured {name}={old.get(name)!r} and cannot change it to "
+                        f"{new[name]!r}; only lr may change"
+                    )
+            set_options(group, new)
+        self.stage._options = self._taken = options
+
+    # -- capturing -----------------------------------------------------------------------------------------------
+
+    def _capture(self) -> None:
+        stage, device = self.stage, self._device
+        if stage.delay and stage.recomputes:
+            raise ValueError(
+                "executor='graphs' cannot capture torch.utils.checkpoint in a stage with a delay, whose backward puts "
+                "past weights in the parameters' place; use executor='streams'"
+            )
+        if self._random:  # a replay writes where in the generator's numbers it is to a place that all graphs read
+            raise ValueError(
+                "executor='graphs' cannot capture a stage that draws random numbers (dropout?): graphs that run at the "
+                "same time share one generator; use executor='streams'"
+            )
+        self._addresses, self._options, self._taken = addresses(stage), stage._options or [], None
+        version, measured, probe, spans = stage.version, stage.measured.copy(), stage.probe, stage.spans
+        stage.probe, stage.spans = None, None
+        activations, updates, keys = device.pool(), device.pool(), range(-stage.delay - 1, 0)
+        slots = [self._make_slot() for _ in keys]
+        try:
+            for key, slot in zip(keys, slots, strict=True):
+                self._graph(slot, "forward", activations, functools.partial(_forward, stage, slot, key))
+                if slot.target is not None:
+                    self._graph(slot, "loss", activations, functools.partial(self._loss, slot, key))
+            for key, slot in zip(keys, slots, strict=True):
+                stage.version = version
+                stage._flights[key].version = version - stage.delay
+                self._graph(slot, "backward", updates, functools.partial(_backward, stage, slot, key))
+                if stage._rest is not None:
+                    self._graph(slot, "weights", updates, stage.backward_weights)
+                self._graph(slot, "update", updates, lambda: stage.update(self._options))
+        finally:
+            for key in keys:
+                stage._flights.pop(key, None)
+            stage.version, stage.measured, stage.probe, stage.spans = version, measured, probe, spans
+        self._slots = slots
+        content = {"inputs": slots[0].inputs, "target": slots[0].target, "grads": slots[0].grads}
+        self._seen.update({what: buffers.content for what, buffers in content.items() if buffers is not None})
+
+    def _make_slot(self) -> _Slot:
+        seen, last = self._seen, "target" in self._seen
+        return _Slot(
+            Buffers("inputs", plain(seen["inputs"])),
+            Buffers("targets", seen["target"]) if last else None,
+            None if last else Buffers("gradients", seen["grads"]),
+            self._device.event(),
+        )
+
+    def _graph(self, slot: _Slot, name: str, pool: Any, work: Callable[[], None]) -> None:
+        counts = [group.get("updates") for group in groups(self.stage)]
+        try:
+            # On the stream of the nodes that put gradients down, which would otherwise be one outside of the capture.
+            # cuBLAS has a workspace per thread and stream: a backward's, of autograd's thread, is not a forward's.
+            slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
+        except RuntimeError as error:
+            raise RuntimeError(f"executor='graphs' could not capture the {name} of this stage: {error}") from error
+        for group, count in zip(groups(self.stage), counts, strict=True):
+            if count is not None:
+                group["updates"] = count  # nothing has been run
+
+    def _loss(self, slot: _Slot, key: int) -> None:
+        assert slot.target is not None
+        slot.loss = self.stage.loss(key, self._seen["loss_fn"], slot.target.content)
+
+
+def _forward(stage: Stage, slot: _Slot, key: int) -> None:
+    slot.outputs = stage.forward(key, slot.inputs.content)
+
+
+def _backward(stage: Stage, slot: _Slot, key: int) -> None:
+    slot.upstream = stage.backward(key, slot.grads.content if slot.grads is not None else None)
+
+
+class Graphs(Streams):
+    """Streams whose stages are replayed from graphs in steady state."""
+
+    name = "graphs"
+
+    def acting(self, stages: Sequence[Stage]) -> Sequence[Any]:
+        self._captured = [CapturedStage(lane) for lane in self.lanes]
+        return self._captured
+
+    def submit(self, tick: Tick) -> None:
+        if self._outside:
+            for stage in self._captured:
+                stage.revalidate()
+        super().submit(tick)

@@ -1,0 +1,211 @@
+"""The streams executor on a device that finds races: see fake_device."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import layerpipe
+import layerpipe_kernels as lk
+from layerpipe.stage import Stage
+from layerpipe.streams import Lane, ring
+from layerpipe.tracing import Trace
+from tests.engine.fake_device import FakeDevice, Site, fake_device
+from tests.engine.models import chain, minibatches
+
+
+def sgd(params: list[Tensor], **options: Any) -> lk.SGD:
+    # The compiled step takes addresses, which the fake device does not see.
+    return lk.SGD(params, lr=0.05, momentum=0.9, backend="reference", **options)
+
+
+def pipeline(stages: list[nn.Module], executor: str, **options: Any) -> layerpipe.Pipeline:
+    return layerpipe.Pipeline(stages, F.cross_entropy, sgd, executor=executor, check_finite=False, **options)
+
+
+class Skip(nn.Module):
+    """Hands on what the next stage but one will add, and what needs no gradient."""
+
+    def __init__(self, width: int = 6) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, skipped: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        mask = x > 0 if mask is None else mask
+        return torch.tanh(self.layer(x)) * mask, x if skipped is None else skipped, mask
+
+
+class Join(nn.Linear):
+    def forward(self, x: Tensor, skipped: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x + skipped * mask)
+
+
+class Recomputed(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.layers, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def network(kind: str, count: int) -> list[nn.Module]:
+    stages = chain(count)
+    if kind == "skip":
+        stages = [*(Skip() for _ in range(count - 1)), Join(6, 3)]
+    if kind == "dropout":
+        stages = [nn.Sequential(nn.Dropout(0.3), stage) for stage in stages]
+    if kind == "recomputed":
+        stages = [Recomputed(stage) for stage in stages]
+    return stages
+
+
+def train(pipe: layerpipe.Pipeline, ticks: int) -> list[Tensor]:
+    """As a program does: data made for each step and forgotten, losses used, weights looked at and changed between."""
+    scheduler = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: 1 / (1 + step))
+    losses, total = [], torch.zeros(())
+    for i, (x, y) in enumerate(minibatches(ticks)):
+        loss = pipe.step(x * 1, y * 1)
+        if loss is not None:
+            total += loss
+            losses.append(loss * 1)
+        del loss
+        scheduler.step()
+        if i == ticks // 2:
+            state = copy.deepcopy(pipe.state_dict())
+            for name, value in pipe.state_dict().items():
+                value.data.copy_(state[name])
+            for loss in pipe.drain():
+                losses.append(loss * 1)
+        if i == ticks - 3:
+            pipe(x)
+            [p.data.mul_(1) for p in pipe.parameters()]
+    return losses + [loss * 1 for loss in pipe.drain()]
+
+
+#: (network, stages, options)
+CASES: list[tuple[str, int, dict[str, Any]]] = [
+    ("chain", 1, {}),
+    ("chain", 2, {}),
+    ("chain", 3, {"past": "stash"}),
+    ("chain", 4, {"max_norm": 1.0}),
+    ("chain", 4, {"schedule": "1f1b"}),
+    ("chain", 3, {"schedule": "1f1b", "split_backward": True, "past": "ema"}),
+    ("chain", 3, {"schedule": "sequential"}),
+    ("chain", 3, {"split_backward": True}),
+    ("skip", 4, {}),
+    ("skip", 3, {"schedule": "1f1b", "split_backward": True}),
+    ("recomputed", 3, {}),
+    ("dropout", 3, {}),
+]
+
+
+def run(case: tuple[str, int, dict[str, Any]], without: Site | None = None, ticks: int = 24) -> FakeDevice:
+    kind, count, options = case
+    with fake_device(without) as device:
+        pipe = pipeline(network(kind, count), "streams", **options)
+        train(pipe, ticks)
+        del pipe
+    return device
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_nothing_races_and_the_weights_are_the_serial_ones(case: tuple[str, int, dict[str, Any]]) -> None:
+    kind, count, options = case
+    with pipeline(network(kind, count), "serial", **options) as serial:
+        want, losses = train(serial, 24), copy.deepcopy(serial.state_dict())
+    with fake_device() as device:
+        pipe = pipeline(network(kind, count), "streams", **options)
+        got = train(pipe, 24)
+        state = pipe.state_dict()
+    assert not device.errors, device.errors[0]
+    assert all(map(torch.equal, want, got))
+    assert all(torch.equal(state[name], losses[name]) for name in losses)
+
+
+def test_a_tick_waits_for_nothing_on_the_host() -> None:
+    with fake_device() as device:
+        pipe = pipeline(chain(), "streams", max_norm=1.0)
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+        assert not device.host_waits
+        pipe.state_dict()
+        pipe(*minibatches(1)[0][:1])
+        assert not device.host_waits
+
+
+def sites() -> dict[Site, str]:
+    """Every place of the engine that makes a stream wait or keeps memory for it."""
+    found: dict[Site, str] = {}
+    for case in CASES:
+        found.update(run(case, ticks=10).sites)
+    return found
+
+
+def test_every_wait_is_needed() -> None:
+    """Each one left out is found; else it is one too many, or the detector sees nothing."""
+    found = sites()
+    assert len(found) >= 8
+    missed = []
+    for site, what in found.items():
+        if not any(run(case, site, ticks=12).errors for case in CASES):
+            missed.append((what, site))
+    assert not missed
+
+
+def test_a_recomputing_backward_counts_as_a_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stage, "recomputes", False)
+    assert run(("recomputed", 3, {})).errors
+
+
+def test_everything_in_a_lockstep_tick_may_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the last stage's forward and its own backward, and updates."""
+    ran: list[tuple[Lane, int, dict[int, int]]] = []
+    with fake_device() as device:
+        clocks = device.handler.syncs.current_sync_states
+
+        def note(lane: Lane) -> None:
+            stream = device.current().number
+            ran.append((lane, stream, dict(clocks[stream])))
+
+        end, before = Lane.end, Lane.before_update
+        monkeypatch.setattr(Lane, "end", lambda lane, a, s: (note(lane) if a.kind == "F" else None, end(lane, a, s)))
+        monkeypatch.setattr(Lane, "before_update", lambda lane: (note(lane), before(lane)))
+        pipe = pipeline(chain(4), "streams")
+        for x, y in minibatches(16):
+            ran.clear()
+            pipe.step(x, y)
+    assert len(ran) == 8
+    ordered = [
+        (first[0].stage.index, then[0].stage.index)
+        for first, then in itertools.combinations(ran, 2)
+        if then[2].get(first[1], -1) >= first[2][first[1]]
+    ]
+    assert ordered == [(3, 3)]
+
+
+@pytest.mark.parametrize("delay", range(12))
+def test_a_forward_and_the_backward_of_its_tick_have_different_streams(delay: int) -> None:
+    streams = ring(delay)
+    assert (delay % streams != 0) == (delay > 0)
+    assert streams <= 5
+
+
+def test_a_trace_of_the_hosts_times_is_refused() -> None:
+    with fake_device():
+        pipe = pipeline(chain(2), "streams")
+        with pytest.raises(ValueError, match=r"executor='streams' .*torch.profiler"):
+            pipe.watch(Trace(pipe.names))
+        pipe.watch(None)
+
+
+def test_without_a_cuda_device_streams_are_refused() -> None:
+    with pytest.raises(ValueError, match="executor='streams' needs a CUDA device; the stages are on cpu"):
+        layerpipe.Pipeline(chain(), F.cross_entropy, sgd, executor="streams")
