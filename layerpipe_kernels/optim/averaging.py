@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import checks, ops, reference
+from layerpipe_kernels.history import fade
 from layerpipe_kernels.optim.base import Group, PastOptimizer
 
 
@@ -45,15 +46,15 @@ class AveragingOptimizer(PastOptimizer):
         if past is None:
             return
         decays, taps, update_tap = past.design.at(t)
+        turn = past.design.turn_at(t)
         for i, (param, update) in enumerate(zip(group["params"], updates, strict=True)):
             state = self.state[param]
             emas = self._emas(param, state, past.emas, group["ema_dtype"])
             if emas and update is not None:
                 seed = reference.hash32(past.design.seed ^ reference.hash32(t)) + i
-                ops.ema_update_(emas, update, decays, seed=seed, backend=group["backend"])
+                ops.ema_update_(emas, update, decays, seed=seed, turn=turn, backend=group["backend"])
             elif emas:
-                for e, decay in zip(emas, decays, strict=True):
-                    e.mul_(decay)
+                fade(emas, decays, turn)
             if group["materialize"]:
                 terms, factors = ([], []) if update is None else ([update], [update_tap])
                 state["past"] = ops.reconstruct(

@@ -13,7 +13,7 @@ import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
 
 from layerpipe_kernels import backend, native, reference
-from layerpipe_kernels.history import Clock, DeviceClock, History
+from layerpipe_kernels.history import Clock, DeviceClock, History, fade
 from layerpipe_kernels.optim.base import Group, PastOptimizer
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
@@ -273,11 +273,16 @@ class FusedOptimizer(PastOptimizer):
         if not still:
             return
         decays: Sequence[float | Tensor]
-        decays = clock.decays(found_inf).unbind() if isinstance(clock, DeviceClock) else past.design.at(clock.t)[0]
+        turn: float | Tensor
+        if isinstance(clock, DeviceClock):
+            decays = clock.decays(found_inf).unbind()
+            turn = clock.turn(found_inf) if past.design.turn else 0.0
+        else:
+            decays, turn = past.design.at(clock.t)[0], past.design.turn_at(clock.t)
         for param in still:
             state = self.state[param]
-            for e, decay in zip(state.get("ema", ()), decays, strict=False):
-                e.mul_(decay)
+            if "ema" in state:
+                fade(state["ema"].unbind(0), decays, turn)
             if "past" not in state:
                 continue
             if isinstance(clock, Clock):

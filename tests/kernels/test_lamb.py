@@ -84,7 +84,8 @@ def test_maximize_climbs() -> None:
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("past", [{"past": "stash"}, {"past": "ema"}, {"past": "blend", "order": 2}], ids=str)
+@pytest.mark.parametrize("past", [{"past": "stash"}, {"past": "ema"}, {"past": "blend", "order": 2},
+                                  {"past": "blend", "ema_decay": "coupled"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("materialize", [False, True])
 def test_past_weights_are_exact_while_the_pipe_fills(past: dict[str, Any], materialize: bool) -> None:
     if past["past"] == "stash" and materialize:
