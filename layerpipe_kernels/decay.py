@@ -48,6 +48,9 @@ def white(n: int) -> float:
     return (low + high) / 2
 
 
+#: In place of a rule, for a blend: its averages are designed to turn about each other.
+COUPLED = "coupled"
+
 RULES: dict[str, Callable[[int], float]] = {"matched": matched, "white": white, "window": window}
 
 

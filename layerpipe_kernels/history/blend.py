@@ -29,19 +29,15 @@ class Blend(History):
             raise ValueError(f"past='blend' needs a momentum in [0, 1), got {settings.correlation}")
         newest = settings.newest or settings.materialize  # the step itself always has the newest update
         emas = decay.useful_order(self.n, settings.order, newest)
-        decays: tuple[float, ...] | None = None
-        coupled = settings.ema_decay == "coupled"
+        coupled = settings.ema_decay == decay.COUPLED
         if coupled and settings.order == 1:
             raise ValueError("ema_decay='coupled' couples two EMAs; give order=2 or 3")
-        if coupled:
-            pass
-        elif isinstance(settings.ema_decay, tuple):
-            decays = settings.ema_decay
-        elif settings.ema_decay is not None:
+        decays = settings.ema_decay if isinstance(settings.ema_decay, tuple) else None
+        if decays is None and not coupled and settings.ema_decay is not None:
             if settings.order > 1:
                 raise ValueError(
-                    f"past='blend' of order {settings.order} designs its decays; give a tuple of "
-                    f"{settings.order} to fix them, got ema_decay={settings.ema_decay!r}"
+                    f"past='blend' of order {settings.order} designs its decays; give 'coupled', or a "
+                    f"tuple of {settings.order} to fix them, got ema_decay={settings.ema_decay!r}"
                 )
             decays = (decay.resolve(settings.ema_decay, self.n),)
         decays = decays[:emas] if decays is not None else None

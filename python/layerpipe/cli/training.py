@@ -109,6 +109,7 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
+            past_norm=config.past_norm,
             **past,  # type: ignore[arg-type]
         )
 
