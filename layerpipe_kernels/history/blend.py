@@ -32,8 +32,10 @@ class Blend(History):
         coupled = settings.ema_decay == decay.COUPLED
         if coupled and settings.order == 1:
             raise ValueError("ema_decay='coupled' couples two EMAs; give order=2 or 3")
-        decays = settings.ema_decay if isinstance(settings.ema_decay, tuple) else None
-        if decays is None and not coupled and settings.ema_decay is not None:
+        decays: tuple[float, ...] | None = None
+        if isinstance(settings.ema_decay, tuple):
+            decays = settings.ema_decay
+        elif settings.ema_decay is not None and not coupled:
             if settings.order > 1:
                 raise ValueError(
                     f"past='blend' of order {settings.order} designs its decays; give 'coupled', or a "

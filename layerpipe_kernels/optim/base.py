@@ -12,6 +12,7 @@ from torch import Tensor
 from layerpipe_kernels import backend, history
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
+from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
 
 Group = dict[str, Any]
 
@@ -32,9 +33,6 @@ PAST_DEFAULTS: dict[str, Any] = {
 
 #: The options that decide how a group has its past weights.
 _DESIGNED_BY = ("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov")
-
-#: What a parameter's state holds for its past; the rest is the optimizer's own.
-HISTORY_KEYS = ("ema", "stash", "past", "norms")
 
 
 class PastOptimizer(torch.optim.Optimizer):
@@ -154,7 +152,12 @@ class PastOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         still = {p for p in self._still if p not in self._moved}
         still.update(p for p, moved in self._moved.items() if not moved)
-        return checkpoint.mark(super().state_dict(), params, still, self._fresh)
+        packed = checkpoint.without_unmoved(super().state_dict(), list(map(self._keeps_state, self.param_groups)))
+        return checkpoint.mark(packed, params, still, self._fresh)
+
+    def _keeps_state(self, group: Group) -> bool:
+        """Whether a step gives the group's parameters state of the optimizer's own, besides their past."""
+        return True
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

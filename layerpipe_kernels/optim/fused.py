@@ -72,6 +72,9 @@ class FusedOptimizer(PastOptimizer):
         """Whether each parameter counts its own steps, under torch's name ``step``; ``told`` if only the device knows
         whether there is one."""
 
+    def _keeps_state(self, group: Group) -> bool:
+        return bool(self._states(group))
+
     def _reset_caches(self) -> None:
         super()._reset_caches()
         self._ready_groups: dict[int, _Ready] = {}

@@ -81,6 +81,7 @@ class Lamb(AveragingOptimizer):
         require_finite(group, ("lr", "eps", "weight_decay"))
         super()._check_group(group)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its scalars are new in every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights, and with them what their past is made of.
 

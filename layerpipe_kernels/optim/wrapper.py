@@ -12,7 +12,8 @@ from layerpipe_kernels import history, reference
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
-from layerpipe_kernels.optim.base import HISTORY_KEYS, PAST_DEFAULTS, Group, PastOptimizer
+from layerpipe_kernels.optim.base import PAST_DEFAULTS, Group, PastOptimizer
+from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
 
 
 class PastWeights(AveragingOptimizer):
@@ -110,6 +111,7 @@ class PastWeights(AveragingOptimizer):
         known = super()._settings(group)
         return known._replace(momentum=0.0, nesterov=False, correlation=min(max(correlation, 0.0), 0.99), newest=False)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its scalars are new in every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer, and average what it changed."""
         before: list[list[Tensor | None]] = []
@@ -138,7 +140,10 @@ class PastWeights(AveragingOptimizer):
             for index, param in zip(group["params"], own["params"], strict=True):
                 if self.state.get(param):
                     state[index] = {**state.get(index, {}), **self.state[param]}
-        return {**packed, "state": state}
+        return checkpoint.without_unmoved({**packed, "state": state}, list(map(self._keeps_state, self.param_groups)))
+
+    def _keeps_state(self, group: Group) -> bool:
+        return any(self.optimizer.state.get(p) for g in self.param_groups for p in g["params"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -99,6 +99,6 @@ def parse_decay(text: str | None) -> str | float | tuple[float, ...] | None:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(
-            f"--ema-decay {text!r} is neither a rule ({', '.join((*RULES, COUPLED))}) nor a number nor numbers with commas"
+            f"--ema-decay {text!r} is neither a rule ({', '.join((*RULES, COUPLED))}) nor numbers with commas"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers
