@@ -11,7 +11,8 @@ from torch import Tensor
 from layerpipe_kernels import reference
 
 if TYPE_CHECKING:
-    from layerpipe_kernels.optim.base import Group, PastOptimizer
+    from layerpipe_kernels.optim.arguments import Group
+    from layerpipe_kernels.optim.base import PastOptimizer
 
 StateDict = dict[str, Any]
 

@@ -11,9 +11,11 @@ from torch import Tensor
 from layerpipe_kernels import history, reference
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim import checkpoint
+from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
-from layerpipe_kernels.optim.base import PAST_DEFAULTS, Group, PastOptimizer
+from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
+from layerpipe_kernels.optim.settings import past_given
 
 
 class PastWeights(AveragingOptimizer):
@@ -53,18 +55,7 @@ class PastWeights(AveragingOptimizer):
         if isinstance(optimizer, PastOptimizer):
             raise TypeError(f"{type(optimizer).__name__} knows its past weights itself; give it delay={delay}")
         self.optimizer = optimizer
-        self._options: dict[str, Any] = {
-            **PAST_DEFAULTS,
-            "delay": delay,
-            "past": past,
-            "order": order,
-            "ema_decay": ema_decay,
-            "ema_dtype": ema_dtype,
-            "past_norm": past_norm,
-            "materialize": materialize,
-            "seed": seed,
-            "backend": backend,
-        }
+        self._options = past_given(locals())
         self._complete = False
         super().__init__(optimizer.param_groups, {**optimizer.defaults, **self._options})
         self._complete = True
