@@ -44,9 +44,13 @@ KINDS: dict[str, dict[str, Any]] = {
     "blend 1": {"past": "blend", "order": 1},
     "blend 2": {"past": "blend", "order": 2},
     "blend 3": {"past": "blend", "order": 3},
+    "coupled 2": {"past": "blend", "order": 2, "ema_decay": "coupled"},
+    "coupled 3": {"past": "blend", "order": 3, "ema_decay": "coupled"},
     "blend 2, bf16": {"past": "blend", "order": 2, "ema_dtype": torch.bfloat16},
     "blend 3, bf16": {"past": "blend", "order": 3, "ema_dtype": torch.bfloat16},
-    "blend 2, materialized": {"past": "blend", "order": 2, "materialize": True},
+    "coupled 2, bf16": {"past": "blend", "order": 2, "ema_decay": "coupled", "ema_dtype": torch.bfloat16},
+    "coupled 3, bf16": {"past": "blend", "order": 3, "ema_decay": "coupled", "ema_dtype": torch.bfloat16},
+    "coupled 2, materialized": {"past": "blend", "order": 2, "ema_decay": "coupled", "materialize": True},
     "momentum": {"past": "momentum"},
 }
 

@@ -92,17 +92,19 @@ void run_reconstruct(int device, uint64_t out, int out_dtype, uint64_t weight, i
 }
 
 void run_ema_update(int device, const std::vector<uint64_t>& emas, const std::vector<int>& dtypes, uint64_t update,
-                    int update_dtype, int64_t numel, const std::vector<double>& decays, uint32_t seed, uint64_t stream,
-                    int threads) {
+                    int update_dtype, int64_t numel, const std::vector<double>& decays, uint32_t seed, double turn,
+                    uint64_t stream, int threads) {
     const size_t n = emas.size();
     require(n <= kMaxEmas && dtypes.size() == n && decays.size() == n,
             "ema_update: 0 to 3 EMAs, one dtype and one decay each");
+    require(turn == 0.0 || n > 1, "ema_update: two averages turn, not fewer");
     uint32_t key[kMaxEmas];
     for (uint32_t k = 0; k < kMaxEmas; ++k) key[k] = hash32(hash32(seed) + k);
     if (device < 0) {
         Averages a{};
         a.emas = static_cast<int>(n);
         a.update = {at<void*>(update), dtype_of(update_dtype)};
+        a.turn = turn;
         for (size_t k = 0; k < n; ++k) {
             a.ema[k] = {at<void*>(emas[k]), dtype_of(dtypes[k])};
             a.decay[k] = decays[k];
@@ -114,6 +116,7 @@ void run_ema_update(int device, const std::vector<uint64_t>& emas, const std::ve
 #if defined(LP_CUDA)
     EmaArgs a{};
     a.update = at<const void*>(update);
+    a.turn = static_cast<float>(turn);
     a.numel = numel;
     a.emas = static_cast<int32_t>(n);
     a.half_emas = mask(dtypes);
@@ -186,12 +189,13 @@ PYBIND11_MODULE(_C, m) {
         .def(
             "configure",
             [](StepPlan& plan, const std::vector<double>& options, int64_t delay, std::vector<double> decays,
-               std::vector<double> taps, double update_tap, double fill_ratio, bool ema_of_gradient, uint32_t seed) {
+               std::vector<double> taps, double update_tap, double fill_ratio, bool ema_of_gradient, uint32_t seed,
+               double turn) {
                 plan.configure(options, {delay, std::move(decays), std::move(taps), update_tap, fill_ratio,
-                                         ema_of_gradient, seed});
+                                         ema_of_gradient, seed, turn});
             },
             "options"_a, py::kw_only(), "delay"_a, "decays"_a, "taps"_a, "update_tap"_a, "fill_ratio"_a,
-            "ema_of_gradient"_a, "seed"_a)
+            "ema_of_gradient"_a, "seed"_a, "turn"_a = 0.0)
         .def("set_grads",
              [](StepPlan& plan, const std::vector<uint64_t>& grads) {
                  require(grads.size() == plan.grads.size(), "set_grads: one gradient per tensor");
@@ -258,7 +262,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("reconstruct", &run_reconstruct, "device"_a, "out"_a, "out_dtype"_a, "weight"_a, "weight_dtype"_a, "numel"_a,
           "terms"_a, "dtypes"_a, "taps"_a, "taps_at"_a, "stream"_a, "threads"_a);
     m.def("ema_update", &run_ema_update, "device"_a, "emas"_a, "dtypes"_a, "update"_a, "update_dtype"_a, "numel"_a,
-          "decays"_a, "seed"_a, "stream"_a, "threads"_a);
+          "decays"_a, "seed"_a, "turn"_a, "stream"_a, "threads"_a);
 
     m.attr("CHUNK") = kCpuChunk;
 #if defined(LP_CUDA)

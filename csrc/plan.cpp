@@ -85,6 +85,7 @@ class PlanOf : public StepPlan {
         require(options.size() == Rule::kOptions, "configure: not the rule's number of options");
         require(d.decays.size() == static_cast<size_t>(arrays_.emas), "configure: one decay per EMA");
         require(d.taps.size() == static_cast<size_t>(arrays_.emas), "configure: one tap per EMA");
+        require(d.turn == 0.0 || arrays_.emas > 1, "configure: two averages turn, not fewer");
         options_ = Rule::options(options.data());
         design_ = {};
         design_.delay = d.delay;
@@ -92,6 +93,7 @@ class PlanOf : public StepPlan {
         design_.fill_ratio = static_cast<T>(d.fill_ratio);
         design_.ema_of_gradient = d.ema_of_gradient;
         design_.seed = d.seed;
+        design_.turn = static_cast<T>(d.turn);
         for (int k = 0; k < arrays_.emas; ++k) {
             design_.decay[k] = static_cast<T>(d.decays[k]);
             design_.one_minus_decay[k] = static_cast<T>(1.0 - d.decays[k]);

@@ -25,6 +25,7 @@ struct Design {
     double tap_update, fill_ratio;
     bool ema_of_gradient;
     uint32_t seed;
+    double turn;
 };
 
 // Does not own memory: the caller keeps the tensors alive and makes a new plan when a pointer changes.

@@ -6,7 +6,7 @@
 //         d  = nesterov ? g + momentum v : v     d = m / (sqrt(max q) / sqrt(1 - beta2^step) + eps) / (1 - beta1^step)
 //         u  = lr * d                            u = lr * d (+ lr * weight_decay * W where decoupled)
 //   W   = W - u
-//   E_k = decay_k E_k + (1 - decay_k) u
+//   E_k = decay_k E_k + (1 - decay_k) u           and if they turn,  E_0 += turn (u - E_1),  E_1 -= turn (u - E_0)
 //   What = W + tap_update u + sum_k tap_k E_k     (an estimate of W some updates ago)
 //
 // SGD rounds in torch.optim.SGD's order, with its fused multiply-adds written out, so a float32 step equals torch's
@@ -40,12 +40,23 @@ struct PastDesign {
     T fill_ratio;  // without EMAs, how one update was to the one after it while the delay fills
     uint32_t seed;
     bool ema_of_gradient;
+    T turn;  // of the first two averages; 0 with fewer
+};
+
+// Whether the first two averages turn about the update, and by how much: together they are then one complex average.
+template <class T>
+struct Turn {
+    T by;
+    Choice<T> on;  // 0 * (u - E) would be NaN for an infinite u
+    Turn() = default;
+    LP_INLINE explicit Turn(T turn) : by(turn), on(turn != T(0)) {}
 };
 
 // The same after a number of updates.
 template <class T>
 struct PastScalars {
     T decay[kMaxEmas], one_minus_decay[kMaxEmas], tap[kMaxEmas], tap_update;
+    Turn<T> turn;
     uint32_t key;
     Choice<T> gradient;  // or the update
 };
@@ -63,6 +74,7 @@ LP_INLINE PastScalars<T> past_at(const PastDesign<T>& d, int64_t t) {
         s.one_minus_decay[k] = young ? T(1) / T(t) : d.one_minus_decay[k];
         s.tap[k] = !filling ? d.tap[k] : k == 0 ? T(t) : T(0);
     }
+    s.turn = Turn<T>(filling ? T(0) : d.turn);
     s.tap_update = filling && kEmas > 0 ? T(0) : d.tap_update;
     if (filling && kEmas == 0 && d.tap_update != T(0)) {
         T sum = 0;
@@ -75,13 +87,18 @@ LP_INLINE PastScalars<T> past_at(const PastDesign<T>& d, int64_t t) {
 }
 
 template <class T, int kEmas>
-LP_INLINE void ema_update(T* ema, T value, const T* decay, const T* one_minus_decay) {
+LP_INLINE void ema_update(T* ema, T value, const T* decay, const T* one_minus_decay, const Turn<T>& turn) {
+    const T from0 = kEmas > 1 ? value - ema[0] : T(0), from1 = kEmas > 1 ? value - ema[1] : T(0);
     LP_UNROLL for (int k = 0; k < kEmas; ++k) ema[k] = fused_multiply_add(value, one_minus_decay[k], decay[k] * ema[k]);
+    if (kEmas > 1) {
+        ema[0] = turn.on(fused_multiply_add(turn.by, from1, ema[0]), ema[0]);
+        ema[1] = turn.on(fused_multiply_add(-turn.by, from0, ema[1]), ema[1]);
+    }
 }
 
 template <class T, int kEmas>
 LP_INLINE T keep_past(T weight, T update, T gradient, T* ema, const PastScalars<T>& s) {
-    ema_update<T, kEmas>(ema, s.gradient(gradient, update), s.decay, s.one_minus_decay);
+    ema_update<T, kEmas>(ema, s.gradient(gradient, update), s.decay, s.one_minus_decay, s.turn);
     T past = fused_multiply_add(s.tap_update, update, weight);
     LP_UNROLL for (int k = 0; k < kEmas; ++k) past = fused_multiply_add(s.tap[k], ema[k], past);
     return past;

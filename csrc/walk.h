@@ -230,7 +230,7 @@ struct Reconstruct {
 struct EmaArgs {
     void* ema[kMaxEmas];
     const void* update;
-    float decay[kMaxEmas], one_minus_decay[kMaxEmas];
+    float decay[kMaxEmas], one_minus_decay[kMaxEmas], turn;
     uint32_t key[kMaxEmas];
     int64_t numel;
     int32_t emas, half_emas;  // bit k: ema k is bf16
@@ -243,21 +243,28 @@ struct EmaUpdate {
 
     template <int N>
     LP_INLINE static void pack(const Args& a, int64_t at) {
-        float update[N], ema[N];
+        float update[N], ema[kMaxEmas][N] = {};
+        const Turn<float> turn(a.turn);
         load<U, N>(a.update, at, update);
         LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) {
             if (k >= a.emas) continue;
-            const bool half = (a.half_emas >> k) & 1;
-            if (half)
-                load<bf16, N>(a.ema[k], at, ema);
+            if ((a.half_emas >> k) & 1)
+                load<bf16, N>(a.ema[k], at, ema[k]);
             else
-                load<float, N>(a.ema[k], at, ema);
-            LP_UNROLL for (int i = 0; i < N; ++i)
-                ema_update<float, 1>(ema + i, update[i], a.decay + k, a.one_minus_decay + k);
-            if (half)
-                store<bf16, N, true>(a.ema[k], at, ema, Stochastic{a.key[k]});
+                load<float, N>(a.ema[k], at, ema[k]);
+        }
+        LP_UNROLL for (int i = 0; i < N; ++i) {
+            float averages[kMaxEmas];
+            LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) averages[k] = ema[k][i];
+            ema_update<float, kMaxEmas>(averages, update[i], a.decay, a.one_minus_decay, turn);
+            LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) ema[k][i] = averages[k];
+        }
+        LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) {
+            if (k >= a.emas) continue;
+            if ((a.half_emas >> k) & 1)
+                store<bf16, N, true>(a.ema[k], at, ema[k], Stochastic{a.key[k]});
             else
-                store<float, N, true>(a.ema[k], at, ema, Nearest{});
+                store<float, N, true>(a.ema[k], at, ema[k], Nearest{});
         }
     }
 };

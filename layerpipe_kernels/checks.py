@@ -58,6 +58,16 @@ def check_scalar(name: str, value: Tensor | None, device: torch.device, dtype: t
         raise ValueError(f"{name} must be one {dtype} number on {device}, got {describe(name, value)}")
 
 
+def check_turn(decays: Sequence[float], turn: float) -> None:
+    """Two averages may turn about each other as long as what they remember does not grow."""
+    if turn == 0:
+        return
+    if len(decays) < 2:
+        raise ValueError(f"turn={turn} couples two EMAs, got {len(decays)}")
+    if not decays[0] * decays[1] + turn * turn <= 1.0:
+        raise ValueError(f"turn={turn} with decays {decays[0]} and {decays[1]} lets the averages grow without bound")
+
+
 def check_options(options: Options, design: PastDesign, moment: Moment, emas: int, device: torch.device) -> None:
     """Hyperparameters that would spoil the weights, and designs that do not fit the arrays.
 
@@ -82,6 +92,7 @@ def check_options(options: Options, design: PastDesign, moment: Moment, emas: in
     for k, decay in enumerate(design.decays):
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decays[{k}] must be in [0, 1], got {decay}")
+    check_turn(design.decays, design.turn)
     for name, number in (
         *((f"taps[{k}]", tap) for k, tap in enumerate(design.taps)),
         ("update_tap", design.update_tap),

@@ -12,13 +12,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 DecayRule = str | float | Callable[[int], float]
 Array = NDArray[np.float64]
+Decays = NDArray[Any]  # real or complex
 
 
 def matched(n: int) -> float:
@@ -47,6 +48,9 @@ def white(n: int) -> float:
     return (low + high) / 2
 
 
+#: In place of a rule, for a blend: its averages are designed to turn about each other.
+COUPLED = "coupled"
+
 RULES: dict[str, Callable[[int], float]] = {"matched": matched, "white": white, "window": window}
 
 
@@ -74,6 +78,7 @@ class Blend(NamedTuple):
     taps: tuple[float, ...]
     update_tap: float
     error: float  # predicted mean-square error relative to using the latest weights
+    turn: float = 0.0  # couples the first two, see :class:`layerpipe_kernels.options.PastDesign`
 
 
 @functools.cache
@@ -83,6 +88,7 @@ def blend(
     correlation: float = 0.9,
     newest: bool = True,
     decays: tuple[float, ...] | None = None,
+    coupled: bool = False,
 ) -> Blend:
     """The best filter of ``order`` EMAs, and the newest update where it is at hand, for a delay of ``n``.
 
@@ -100,6 +106,9 @@ def blend(
         correlation: of successive updates; the momentum for SGD, ``beta1`` for Adam, 0 without.
         newest: whether the newest update ``u(t)`` is available as one more term.
         decays: fix the decays and design the taps only.
+        coupled: let the first two EMAs turn about each other, as the real and imaginary part of one complex average.
+            What two remember can then end more abruptly, as the window does: half the error of two that do not, and
+            taps near 1, so that rounding hardly matters. A single EMA has nothing to turn about.
 
     Raises:
         ValueError: an argument out of its range.
@@ -113,6 +122,10 @@ def blend(
         return Blend((), (), 1.0, error)
     if not 0.0 <= correlation < 1.0:
         raise ValueError(f"correlation must be in [0, 1), got {correlation}")
+    if coupled and decays is not None:
+        raise ValueError(f"coupled EMAs are designed together, decays={decays} cannot be fixed")
+    if coupled and order > 1:
+        return _coupled(n, order, correlation, newest)
     if decays is not None:
         if len(decays) != order:
             raise ValueError(f"order={order} takes {order} decays, got {len(decays)}")
@@ -139,20 +152,54 @@ def blend(
     return best
 
 
+def _coupled(n: int, order: int, correlation: float, newest: bool) -> Blend:
+    """As the search in :func:`blend`, over a complex decay's age and angle (below a right angle, so that its real part
+    is a decay too), and the age of a third EMA."""
+    ages, angles = np.geomspace(0.05, 2.0 * n, 24), np.geomspace(0.3, 8.0, 24) / n
+    grids = [ages, angles[angles < np.pi / 2], ages][:order]
+
+    def best_of(rows: Array) -> Blend:
+        pair = rows[:, 0] / (1 + rows[:, 0]) * np.exp(1j * rows[:, 1])
+        third = rows[:, 2:] / (1 + rows[:, 2:])
+        return _best(n, np.concatenate([pair[:, None], pair.conj()[:, None], third], axis=1), correlation, newest)
+
+    best = best_of(np.array(list(itertools.product(*grids))))
+    step = ages[1] / ages[0]
+    while step > 1.0005:
+        pole, third = complex(best.decays[0], best.turn), [b / (1 - b) for b in best.decays[2:]]
+        centre = [abs(pole) / (1 - abs(pole)), float(np.angle(pole)), *third]
+        shifts = np.array(list(itertools.product((1 / step, step**-0.5, 1.0, step**0.5, step), repeat=order)))
+        near = np.array(centre) * shifts
+        better = best_of(near[near[:, 1] < np.pi / 2])
+        if better.error < best.error * (1 - 1e-9):
+            best = better
+        else:
+            step **= 0.5
+    return best
+
+
 def useful_order(n: int, order: int, newest: bool) -> int:
     """``order``, or as many EMAs as can still improve a delay of ``n``."""
     return min(order, n - 1 if newest else n)
 
 
-def _best(n: int, decays: Array, correlation: float, newest: bool) -> Blend:
-    """The best of many rows of decays, each with its best taps."""
-    order = decays.shape[1]
+#: The two averages that a complex one and its conjugate stand for: its real and imaginary part, each with mean 1.
+_PAIR = np.array([[1 + 1j, 1 - 1j], [1 - 1j, 1 + 1j]]) / 2
+
+
+def _best(n: int, decays: Decays, correlation: float, newest: bool) -> Blend:
+    """The best of many rows of decays, each with its best taps; the first two may be complex and conjugate."""
+    order, coupled = decays.shape[1], np.iscomplexobj(decays)
     # Columns: the exponential windows n(1-b)b^i, then the newest update n[i=0], which is the window of decay 0.
     bases = np.concatenate([decays, np.zeros((len(decays), 1))], axis=1) if newest else decays
     scale = n * (1 - bases)
     gram = _inner(bases[:, :, None], bases[:, None, :], correlation) * scale[:, :, None] * scale[:, None, :]
     cross = _inner_window(n, bases, correlation) * scale
     power = _window_power(n, correlation)
+    if coupled:
+        mix = np.eye(gram.shape[-1], dtype=complex)
+        mix[:2, :2] = _PAIR
+        gram, cross = (mix @ gram @ mix.T).real, (cross @ mix.T).real
     gram[:, range(order), range(order)] += 1e-6 * n * n
     # Eliminate the last column by sum of taps = 1: minimise |w - last - D c|^2 in the norm of the correlations.
     system = gram[:, :-1, :-1] - gram[:, :-1, -1:] - gram[:, -1:, :-1] + gram[:, -1:, -1:]
@@ -162,20 +209,21 @@ def _best(n: int, decays: Array, correlation: float, newest: bool) -> Blend:
     errors = power - 2 * (taps * cross).sum(1) + np.einsum("bi,bij,bj->b", taps, gram, taps)
     pick = int(np.argmin(errors))
     return Blend(
-        decays=tuple(float(b) for b in decays[pick]),
+        decays=tuple(float(b.real) for b in decays[pick]),
         taps=tuple(float(c) for c in taps[pick, :order]),
         update_tap=float(taps[pick, order]) if newest else 0.0,
         error=float(max(errors[pick], 0.0) / power),
+        turn=float(decays[pick, 0].imag) if coupled else 0.0,
     )
 
 
-def _inner(a: Array, b: Array, rho: float) -> Array:
+def _inner(a: Decays, b: Decays, rho: float) -> Decays:
     """``sum_ij a^i b^j rho^|i-j|`` over ``i, j >= 0``."""
     result: Array = (1 / (1 - a * rho) + b * rho / (1 - b * rho)) / (1 - a * b)
     return result
 
 
-def _inner_window(n: int, b: Array, rho: float) -> Array:
+def _inner_window(n: int, b: Decays, rho: float) -> Decays:
     """``sum_ij [i<n] b^j rho^|i-j|`` over ``i, j >= 0``."""
     total = np.zeros_like(b)
     power, before = np.ones_like(b), np.zeros_like(b)

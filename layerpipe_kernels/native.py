@@ -143,6 +143,7 @@ class NativeRunner:
             fill_ratio=design.fill_ratio,
             ema_of_gradient=design.ema_of_gradient,
             seed=design.seed & 0xFFFFFFFF,
+            turn=design.turn,
         )
         self._configured = (options[1:], design)
 
@@ -206,7 +207,7 @@ def _reconstruct(
     )
 
 
-def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int) -> None:
+def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int, turn: float) -> None:
     """:func:`layerpipe_kernels.reference.ema_update_` on contiguous tensors."""
     number = device_number(update.device)
     _extension.ema_update(
@@ -218,6 +219,7 @@ def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float],
         update.numel(),
         decays,
         seed & 0xFFFFFFFF,
+        turn,
         current_stream(number),
         torch.get_num_threads() if number < 0 else 1,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerpipe_kernels import backend as _backend
 from layerpipe_kernels import native, reference
-from layerpipe_kernels.checks import check_disjoint, check_like, check_options, check_tensor
+from layerpipe_kernels.checks import check_disjoint, check_like, check_options, check_tensor, check_turn
 from layerpipe_kernels.options import MAX_EMAS, MAX_TERMS, NO_PAST, NOW, AdamOptions, Moment, PastDesign, SgdOptions
 from layerpipe_kernels.plan import Arrays, StepPlan
 
@@ -25,7 +25,10 @@ _library = torch.library.Library("layerpipe", "DEF")
 
 _ARRAYS = "Tensor(b!)[] emas, Tensor(c!)[] pasts, Tensor(d!)[] masters, Tensor(e!)[] counts"
 _MOMENT = "int t, Tensor(f!)? clock, Tensor? grad_scale, Tensor? found_inf, str backend"
-_DESIGN = "int delay, float[] decays, float[] taps, float update_tap, float fill_ratio, bool ema_of_gradient, int seed"
+_DESIGN = (
+    "int delay, float[] decays, float[] taps, float update_tap, float fill_ratio, bool ema_of_gradient, int seed, "
+    "float turn"
+)
 
 _library.define(
     f"sgd_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(g!)[] velocities, {_ARRAYS}, float lr, Tensor? lr_at, "
@@ -37,7 +40,9 @@ _library.define(
     f"Tensor(i!)[] max_exp_avg_sqs, {_ARRAYS}, float lr, Tensor? lr_at, float beta1, float beta2, float eps, "
     f"float weight_decay, bool decoupled, bool maximize, {_DESIGN}, {_MOMENT}) -> ()"
 )
-_library.define("ema_update_(Tensor(a!)[] emas, Tensor update, float[] decays, int seed, str backend) -> ()")
+_library.define(
+    "ema_update_(Tensor(a!)[] emas, Tensor update, float[] decays, int seed, float turn, str backend) -> ()"
+)
 _library.define("reconstruct(Tensor weight, Tensor[] terms, float[] taps, Tensor? taps_at, str backend) -> Tensor")
 _library.define(
     "reconstruct_(Tensor(a!) out, Tensor weight, Tensor[] terms, float[] taps, Tensor? taps_at, str backend) -> ()"
@@ -121,7 +126,7 @@ def _adamw_step(
 
 
 @torch.library.impl(_library, "ema_update_", "CompositeExplicitAutograd")
-def _ema_update(emas: list[Tensor], update: Tensor, decays: list[float], seed: int, backend: str) -> None:
+def _ema_update(emas: list[Tensor], update: Tensor, decays: list[float], seed: int, turn: float, backend: str) -> None:
     if not 1 <= len(emas) <= MAX_EMAS or len(emas) != len(decays):
         raise ValueError(f"1 to {MAX_EMAS} EMAs with one decay each, got {len(emas)} and {len(decays)}")
     check_tensor("update", update)
@@ -131,16 +136,17 @@ def _ema_update(emas: list[Tensor], update: Tensor, decays: list[float], seed: i
         check_like(f"emas[{i}]", e, update, "ema", full, *([torch.bfloat16] if full == torch.float32 else []))
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decays[{i}] must be in [0, 1], got {decay}")
+    check_turn(decays, turn)
     check_disjoint([*(f"emas[{i}]" for i in range(len(emas))), "update"], [*emas, update])
     chosen = _backend.choose(update, backend)
     if chosen == "reference":
-        reference.ema_update_(emas, update, decays, seed)
+        reference.ema_update_(emas, update, decays, seed, turn)
     elif chosen == "triton":
         from layerpipe_kernels import triton  # imports Triton, which not every machine has
 
-        triton.ema_update_(emas, update, decays, seed)
+        triton.ema_update_(emas, update, decays, seed, turn)
     else:
-        native.ema_update_(emas, update, decays, seed)
+        native.ema_update_(emas, update, decays, seed, turn)
     torch.autograd.graph.increment_version(emas)
 
 
@@ -254,7 +260,13 @@ def adamw_step_(
 
 @torch.no_grad()
 def ema_update_(
-    emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], *, seed: int = 0, backend: str = "auto"
+    emas: Sequence[Tensor],
+    update: Tensor,
+    decays: Sequence[float],
+    *,
+    seed: int = 0,
+    turn: float = 0.0,
+    backend: str = "auto",
 ) -> None:
     """``E_k = decays[k] E_k + (1 - decays[k]) u`` for one to three EMAs of one update, in place.
 
@@ -264,12 +276,13 @@ def ema_update_(
         update: ``(*)``.
         decays: one per EMA, in ``[0, 1]``.
         seed: of the rounding; another one in every update.
+        turn: couples the first two, see :func:`layerpipe_kernels.reference.averaged`.
 
     Raises:
         ValueError: lengths or shapes that do not fit, a decay out of range, a non-contiguous tensor.
         TypeError: a sparse or non-floating-point tensor.
     """
-    torch.ops.layerpipe.ema_update_(emas, update, decays, seed, backend)
+    torch.ops.layerpipe.ema_update_(emas, update, decays, seed, turn, backend)
 
 
 @torch.no_grad()

@@ -42,7 +42,8 @@ Options = SgdOptions | AdamOptions
 class PastDesign(NamedTuple):
     """What a step keeps of the past: constant over a training run, see :mod:`layerpipe_kernels.history`.
 
-    ``What = W + update_tap u + sum_k taps[k] E_k`` after ``E_k = decays[k] E_k + (1 - decays[k]) u``.
+    ``What = W + update_tap u + sum_k taps[k] E_k`` after ``E_k = decays[k] E_k + (1 - decays[k]) u``. With a ``turn``
+    the first two are coupled: their distances from ``u`` are turned about each other as well as shrunk.
     """
 
     delay: int = 0  # n, in updates
@@ -52,6 +53,7 @@ class PastDesign(NamedTuple):
     fill_ratio: float = 1.0  # without EMAs, how an update was to the one after it while the delay fills
     ema_of_gradient: bool = False
     seed: int = 0  # of bfloat16 averages' stochastic rounding
+    turn: float = 0.0  # E_0 += turn (u - E_1) and E_1 -= turn (u - E_0), of the averages before the update
 
     def at(self, t: int) -> tuple[tuple[float, ...], tuple[float, ...], float]:
         """Decays, taps and ``update_tap`` in update ``t``, counted from 1; 0 is long after the delay has filled.
@@ -72,6 +74,10 @@ class PastDesign(NamedTuple):
         if self.decays:
             return (float(t), *[0.0] * (len(self.taps) - 1)), 0.0
         return (), sum(self.fill_ratio**i for i in range(t)) if self.update_tap else 0.0
+
+    def turn_at(self, t: int) -> float:
+        """``turn`` in update ``t``, counted as in :meth:`at`: while the delay fills, both averages are the mean."""
+        return self.turn if t == 0 or t > self.delay else 0.0
 
 
 class Moment(NamedTuple):

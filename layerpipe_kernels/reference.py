@@ -144,11 +144,9 @@ def _keep(
     if master is not None:
         master.copy_(w)
     emas = ema.unbind(0) if ema is not None else ()
-    averages = []  # before they are rounded
-    for k, (e, decay) in enumerate(zip(emas, decays, strict=True)):
-        average = e.to(w.dtype) * decay + (g if design.ema_of_gradient else u) * (1 - decay)
+    averages = averaged(emas, g if design.ema_of_gradient else u, decays, design.turn_at(t))  # not yet rounded
+    for k, (e, average) in enumerate(zip(emas, averages, strict=True)):
         _store_average(e, average, hash32(hash32(design.seed ^ hash32(t)) + tensor * 3 + k))
-        averages.append(average)
     if past is not None:
         estimate = w.add(u, alpha=update_tap)
         for average, tap in zip(averages, taps, strict=True):
@@ -163,11 +161,26 @@ def _store_average(e: Tensor, average: Tensor, key: int) -> None:
         e.copy_(average)
 
 
-def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int = 0) -> None:
-    """``E_k = decays[k] E_k + (1 - decays[k]) u``, in place."""
-    u = update.to(state_dtype(update.dtype))
-    for k, (e, decay) in enumerate(zip(emas, decays, strict=True)):
-        _store_average(e, e.to(u.dtype) * decay + u * (1 - decay), hash32(hash32(seed) + k))
+def averaged(emas: Sequence[Tensor], u: Tensor, decays: Sequence[float], turn: float) -> list[Tensor]:
+    """``E_k = decays[k] E_k + (1 - decays[k]) u``, not yet rounded.
+
+    With a ``turn``, ``E_0 += turn (u - E_1)`` and ``E_1 -= turn (u - E_0)`` of the averages before.
+    """
+    before = [e.to(u.dtype) for e in emas]
+    after = [e * decay + u * (1 - decay) for e, decay in zip(before, decays, strict=True)]
+    if turn:
+        after[0] = after[0] + turn * (u - before[1])
+        after[1] = after[1] - turn * (u - before[0])
+    return after
+
+
+def ema_update_(
+    emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int = 0, turn: float = 0.0
+) -> None:
+    """:func:`averaged`, in place."""
+    averages = averaged(emas, update.to(state_dtype(update.dtype)), decays, turn)
+    for k, (e, average) in enumerate(zip(emas, averages, strict=True)):
+        _store_average(e, average, hash32(hash32(seed) + k))
 
 
 def reconstruct(weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float] | Tensor, out: Tensor) -> None:

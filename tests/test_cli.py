@@ -94,6 +94,26 @@ def test_compare_puts_schedules_side_by_side(tmp_path: Path, capsys: pytest.Capt
     assert [summary[f"blend {name}"]["delays"] for name in ("lockstep", "1f1b")] == [[4, 2, 0], [2, 1, 0]]
 
 
+def test_compare_takes_matched_norms_and_coupled_averages(tmp_path: Path) -> None:
+    arguments = ["--past", "ema,ema+match,blend,blend:3+coupled", "--seeds", "1", "--stages", "4", "--no-baseline"]
+    assert run("compare", *SMALL, *arguments, "--out", str(tmp_path / "c")) == 0
+    summary = json.loads((tmp_path / "c" / "summary.json").read_text())["results"]
+    assert set(summary) == {"ema", "ema+match", "blend", "blend:3+coupled"}
+    assert len({str(result["past_weight_error"]) for result in summary.values()}) == 4
+
+
+@pytest.mark.parametrize(("option", "value"), [("--past-norm", "match"), ("--ema-decay", "coupled")])
+def test_train_with_an_option_of_the_past_trains_otherwise(option: str, value: str, tmp_path: Path) -> None:
+    losses = []
+    for name, more in (("with", [option, value]), ("without", [])):
+        assert run("train", *SMALL, "--stages", "4", "--no-baseline", *more, "--out", str(tmp_path / name)) == 0
+        events = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        losses.append([event["loss"] for event in events if event["event"] == "step"])
+    assert losses[0] != losses[1]
+    key = option.removeprefix("--").replace("-", "_")
+    assert json.loads((tmp_path / "with" / "config.json").read_text())[key] == value
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,6 +132,10 @@ def test_compare_puts_schedules_side_by_side(tmp_path: Path, capsys: pytest.Capt
         (["train", "--executor", "graphs", "--model", "mlp"], "'graphs' needs a CUDA device; the stages are on cpu"),
         (["train", "--out", __file__, "--model", "mlp"], "is not a directory"),
         (["compare", "--past", "stash,soon"], "--past 'soon' is unknown"),
+        (["compare", "--past", "ema+coupled"], "--past 'ema+coupled' is unknown"),
+        (["compare", "--past", "blend+match+never"], "a blend with +coupled"),
+        (["train", "--past-norm", "double"], "'double' is not"),
+        (["train", "--order", "1", "--ema-decay", "coupled", "--model", "mlp"], "couples two EMAs"),
         (["fly"], "fly"),
     ],
     ids=str,
@@ -299,6 +323,7 @@ def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
             "--past",
             "--order",
             "--ema-decay",
+            "--past-norm",
             "--stages",
             "--lr-schedule",
             "--seed",
@@ -327,4 +352,5 @@ def test_decays_as_text() -> None:
     assert parse_decay(None) is None
     assert parse_decay("white") == "white"
     assert parse_decay("0.9") == 0.9
+    assert parse_decay("coupled") == "coupled"
     assert parse_decay("0.5,0.8") == (0.5, 0.8)

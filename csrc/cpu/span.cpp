@@ -215,18 +215,39 @@ void reconstruct_span(const Reconstruction& r, int64_t begin, int64_t end) {
     }
 }
 
+template <class T, int kEmas>
+void average_loop(T* const* ema, const T* u, const Averages& a, int64_t count) {
+    T* __restrict e0 = ema[0];
+    T* __restrict e1 = ema[1];
+    T* __restrict e2 = ema[2];
+    T decay[kMaxEmas], rest[kMaxEmas];
+    for (int k = 0; k < kMaxEmas; ++k)
+        decay[k] = static_cast<T>(a.decay[k]), rest[k] = static_cast<T>(a.one_minus_decay[k]);
+    const Turn<T> turn(static_cast<T>(a.turn));
+    LP_INDEPENDENT
+    for (int64_t i = 0; i < count; ++i) {
+        T e[kMaxEmas] = {e0[i]};
+        if (kEmas > 1) e[1] = e1[i];
+        if (kEmas > 2) e[2] = e2[i];
+        ema_update<T, kEmas>(e, u[i], decay, rest, turn);
+        e0[i] = e[0];
+        if (kEmas > 1) e1[i] = e[1];
+        if (kEmas > 2) e2[i] = e[2];
+    }
+}
+
 template <class T>
 void average_span(const Averages& a, int64_t begin, int64_t end) {
-    T update_buffer[kTile], buffer[kTile];
+    static constexpr decltype(&average_loop<T, 1>) loops[kMaxEmas] = {average_loop<T, 1>, average_loop<T, 2>,
+                                                                      average_loop<T, 3>};
+    T update_buffer[kTile], buffer[kMaxEmas][kTile];
+    if (!a.emas) return;
     for (int64_t at = begin; at < end; at += kTile) {
         const int64_t count = std::min(end - at, kTile);
-        const T* u = stage(a.update, at, count, update_buffer);
-        for (int k = 0; k < a.emas; ++k) {
-            T* __restrict e = stage(a.ema[k], at, count, buffer);
-            const T decay = static_cast<T>(a.decay[k]), rest = static_cast<T>(a.one_minus_decay[k]);
-            for (int64_t i = 0; i < count; ++i) ema_update<T, 1>(e + i, u[i], &decay, &rest);
-            unstage_stochastic(a.ema[k], at, count, e, a.key[k]);
-        }
+        T* e[kMaxEmas] = {};
+        for (int k = 0; k < a.emas; ++k) e[k] = stage(a.ema[k], at, count, buffer[k]);
+        loops[a.emas - 1](e, stage(a.update, at, count, update_buffer), a, count);
+        for (int k = 0; k < a.emas; ++k) unstage_stochastic(a.ema[k], at, count, e[k], a.key[k]);
     }
 }
 

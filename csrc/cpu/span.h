@@ -28,7 +28,7 @@ struct Reconstruction {
 
 struct Averages {
     Array ema[kMaxEmas];
-    double decay[kMaxEmas], one_minus_decay[kMaxEmas];
+    double decay[kMaxEmas], one_minus_decay[kMaxEmas], turn;
     uint32_t key[kMaxEmas];
     int emas;
     Array update;

@@ -9,7 +9,7 @@
 | ``blend`` | one to three EMAs | the best linear mixture of them and the newest update |
 """
 
-from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, copy_into
+from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, copy_into, fade
 from layerpipe_kernels.history.blend import Blend
 from layerpipe_kernels.history.device import DeviceClock
 from layerpipe_kernels.history.ema import Ema
@@ -34,6 +34,7 @@ __all__ = [
     "Settings",
     "Stash",
     "copy_into",
+    "fade",
     "make",
 ]
 

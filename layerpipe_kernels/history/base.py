@@ -132,6 +132,18 @@ class History(ABC):
         return ops.reconstruct(weight, terms, taps[: len(terms)], out=out, backend=self.settings.backend)
 
 
+@torch.no_grad()
+def fade(emas: Sequence[Tensor], decays: Sequence[float | Tensor], turn: float | Tensor) -> None:
+    """Average an update of zero, in place."""
+    turns = isinstance(turn, Tensor) or turn != 0.0
+    before = [e.clone() for e in emas[:2]] if turns and len(emas) > 1 else []
+    for e, decay in zip(emas, decays, strict=True):
+        e.mul_(decay)
+    if before:
+        emas[0].sub_(before[1] * turn)
+        emas[1].add_(before[0] * turn)
+
+
 def copy_into(out: Tensor | None, source: Tensor) -> Tensor:
     with torch.no_grad():
         return source if out is None else out.copy_(source)

@@ -15,7 +15,8 @@ class Blend(History):
     ``u(t)`` comes free from SGD's momentum buffer as ``lr v(t)``. Without momentum, with Nesterov's, and with Adam, it
     is gone after the step, and the EMAs do without it, unless the step itself writes the past weights
     (``materialize``).
-    ``ema_decay`` fixes the decays: one per EMA, or a rule for ``order=1``.
+    ``ema_decay`` fixes the decays: one per EMA, or a rule for ``order=1``; ``"coupled"`` designs EMAs that turn about
+    each other, which come nearer at the same memory.
     """
 
     kind = "blend"
@@ -28,22 +29,26 @@ class Blend(History):
             raise ValueError(f"past='blend' needs a momentum in [0, 1), got {settings.correlation}")
         newest = settings.newest or settings.materialize  # the step itself always has the newest update
         emas = decay.useful_order(self.n, settings.order, newest)
+        coupled = settings.ema_decay == decay.COUPLED
+        if coupled and settings.order == 1:
+            raise ValueError("ema_decay='coupled' couples two EMAs; give order=2 or 3")
         decays: tuple[float, ...] | None = None
         if isinstance(settings.ema_decay, tuple):
             decays = settings.ema_decay
-        elif settings.ema_decay is not None:
+        elif settings.ema_decay is not None and not coupled:
             if settings.order > 1:
                 raise ValueError(
-                    f"past='blend' of order {settings.order} designs its decays; give a tuple of "
-                    f"{settings.order} to fix them, got ema_decay={settings.ema_decay!r}"
+                    f"past='blend' of order {settings.order} designs its decays; give 'coupled', or a "
+                    f"tuple of {settings.order} to fix them, got ema_decay={settings.ema_decay!r}"
                 )
             decays = (decay.resolve(settings.ema_decay, self.n),)
         decays = decays[:emas] if decays is not None else None
-        blend = decay.blend(self.n, emas, settings.correlation, newest, decays)
+        blend = decay.blend(self.n, emas, settings.correlation, newest, decays, coupled)
         self.design = PastDesign(
             delay=self.n,
             decays=blend.decays,
             taps=tuple(self.n * tap for tap in blend.taps),
             update_tap=self.n * blend.update_tap,
             seed=settings.seed,
+            turn=blend.turn,
         )

@@ -34,6 +34,7 @@ class DeviceClock:
         by_lr = [True, *[design.ema_of_gradient] * len(design.decays)]
         self._by_lr = torch.tensor(by_lr, device=t.device)
         self._decays = torch.tensor(design.decays, dtype=torch.float64, device=t.device)
+        self._turn = design.turn
         self.has_velocity = design.update_tap != 0.0
         self.taps = torch.empty(1 + len(design.decays), dtype=torch.float32, device=t.device)
         self.refresh()
@@ -61,6 +62,11 @@ class DeviceClock:
         mean = (self.t - 1) / self.t.double()
         faded = torch.where(self.t <= self.n, mean, torch.minimum(self._decays, mean))
         return faded if found_inf is None else torch.where(found_inf.view(()) == 0, faded, 1.0)
+
+    def turn(self, found_inf: Tensor | None) -> Tensor:
+        """And by what they have turned, where they do."""
+        turned = torch.where(self.t <= self.n, 0.0, self._turn)
+        return turned if found_inf is None else torch.where(found_inf.view(()) == 0, turned, 0.0)
 
     def newest_slot(self) -> Tensor:
         """``(1,)``: where a ring of ``n`` keeps the version that the clock shows."""

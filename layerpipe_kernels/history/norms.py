@@ -29,7 +29,9 @@ class Norms:
     def __init__(self, n: int, params: Sequence[Tensor], states: Sequence[State]) -> None:
         self.n = n
         self.dtype = max((state_dtype(p.dtype) for p in params), key=lambda dtype: dtype.itemsize)
-        self.ring = torch.zeros(len(params), n, dtype=self.dtype, device=params[0].device)
+        # Whoever has no row yet has not been moved yet, and its norm was always the present one.
+        now = torch.stack(torch._foreach_norm([p.detach() for p in params], 2, dtype=self.dtype))
+        self.ring = now[:, None].repeat(1, n)
         for row, state in zip(self.ring, states, strict=True):
             if "norms" in state and state["norms"].shape == row.shape:
                 row.copy_(state["norms"])

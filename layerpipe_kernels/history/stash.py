@@ -30,8 +30,7 @@ class Stash(History):
     ) -> None:
         for param, state in zip(params, states, strict=True):
             if not self.remembers(state):
-                state["stash"] = param.new_empty((self.n, *param.shape))
-                state["stash"][0] = param
+                state["stash"] = param.detach().expand(self.n, *param.shape).clone()
         if isinstance(at, int):
             torch._foreach_copy_([s["stash"][at % self.n] for s in states], list(params))
             return
@@ -49,7 +48,7 @@ class Stash(History):
     ) -> Tensor:
         t = mixture.clock.t
         back = min(t, self.n)
-        if not back:
+        if not back or "stash" not in state:
             return copy_into(out, param.detach())
         return copy_into(out, state["stash"][(t - back) % self.n])
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels.decay import DecayRule
-from layerpipe_kernels.optim.base import PAST_DEFAULTS, Group, require_finite
-from layerpipe_kernels.optim.fused import FusedOptimizer, check_flags, check_learning_rate, learning_rate
+from layerpipe_kernels.optim.arguments import Group, check_flags, check_learning_rate, learning_rate, require_finite
+from layerpipe_kernels.optim.fused import FusedOptimizer
+from layerpipe_kernels.optim.settings import past_given
 from layerpipe_kernels.options import AdamOptions
 
 
@@ -64,7 +65,7 @@ class Adam(FusedOptimizer):
         check_flags(foreach, fused, differentiable, type(self).__name__)
         _check_tensors(lr, betas, foreach, capturable)
         defaults = {
-            **PAST_DEFAULTS,
+            **past_given(locals()),
             "lr": lr,
             "betas": (float(betas[0]), float(betas[1])),
             "eps": eps,
@@ -76,17 +77,6 @@ class Adam(FusedOptimizer):
             "differentiable": differentiable,
             "fused": fused,
             "decoupled_weight_decay": decoupled_weight_decay,
-            "delay": delay,
-            "past": past,
-            "order": order,
-            "ema_decay": ema_decay,
-            "ema_of": ema_of,
-            "ema_dtype": ema_dtype,
-            "past_norm": past_norm,
-            "materialize": materialize,
-            "master_weights": master_weights,
-            "seed": seed,
-            "backend": backend,
         }
         super().__init__(params, defaults)
 

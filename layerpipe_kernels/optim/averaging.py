@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import checks, ops, reference
-from layerpipe_kernels.optim.base import Group, PastOptimizer
+from layerpipe_kernels.history import fade
+from layerpipe_kernels.optim.arguments import Group
+from layerpipe_kernels.optim.base import PastOptimizer
+from layerpipe_kernels.optim.capture import refuse_capture
 
 
 class AveragingOptimizer(PastOptimizer):
@@ -31,11 +34,17 @@ class AveragingOptimizer(PastOptimizer):
     def _before_step(self, group: Group) -> None:
         """While the weights are still those of the last update."""
         past, params = self.history(group), group["params"]
+        if params:
+            self._refuse_capture(params[0].device, group)
         if past is not None and past.needs_states:
             past.before_update(params, [self.state[p] for p in params], group["updates"])
         norms = self._norms_of(group)
         if norms is not None:
             norms.record(params, group["updates"])
+
+    def _refuse_capture(self, device: torch.device, group: Group) -> None:
+        if group["delay"] and device.type == "cuda":
+            refuse_capture(f"a {type(self).__name__} with a delay cannot be captured in a CUDA graph")
 
     @torch.no_grad()
     def _after_step(self, group: Group, updates: Sequence[Tensor | None]) -> None:
@@ -45,15 +54,15 @@ class AveragingOptimizer(PastOptimizer):
         if past is None:
             return
         decays, taps, update_tap = past.design.at(t)
+        turn = past.design.turn_at(t)
         for i, (param, update) in enumerate(zip(group["params"], updates, strict=True)):
             state = self.state[param]
             emas = self._emas(param, state, past.emas, group["ema_dtype"])
             if emas and update is not None:
                 seed = reference.hash32(past.design.seed ^ reference.hash32(t)) + i
-                ops.ema_update_(emas, update, decays, seed=seed, backend=group["backend"])
+                ops.ema_update_(emas, update, decays, seed=seed, turn=turn, backend=group["backend"])
             elif emas:
-                for e, decay in zip(emas, decays, strict=True):
-                    e.mul_(decay)
+                fade(emas, decays, turn)
             if group["materialize"]:
                 terms, factors = ([], []) if update is None else ([update], [update_tap])
                 state["past"] = ops.reconstruct(

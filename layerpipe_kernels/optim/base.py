@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import backend, history
+from layerpipe_kernels import history
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
-
-Group = dict[str, Any]
-
-#: The options that every optimizer here takes besides torch's own.
-PAST_DEFAULTS: dict[str, Any] = {
-    "delay": 0,
-    "past": "blend",
-    "order": 2,
-    "ema_decay": None,
-    "ema_of": "update",
-    "ema_dtype": None,
-    "past_norm": None,
-    "materialize": False,
-    "master_weights": False,
-    "backend": "auto",
-    "seed": 0,
-}
-
-#: The options that decide how a group has its past weights.
-_DESIGNED_BY = ("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov")
-
-#: What a parameter's state holds for its past; the rest is the optimizer's own.
-HISTORY_KEYS = ("ema", "stash", "past", "norms")
+from layerpipe_kernels.optim.arguments import Group
+from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
+from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, settings_of
+from layerpipe_kernels.optim.still import StillParameters
 
 
-class PastOptimizer(torch.optim.Optimizer):
+class PastOptimizer(StillParameters, torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` whose step also keeps what past weights are made of.
 
     Every parameter group has a clock, ``group["updates"]``: the number of updates since the delays began to fill. All
@@ -51,8 +30,6 @@ class PastOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._still: set[Tensor] = set()  # parameters without a gradient in the last step
         self._fresh: set[Tensor] = set()  # parameters whose momentum buffer holds nothing yet
-        # Of parameters that were ever without a gradient while the device kept the clock: 1 if the last update that
-        # did not overflow had one, else 0.
         self._moved: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
         self._reset_caches()
@@ -90,46 +67,12 @@ class PastOptimizer(torch.optim.Optimizer):
         self._reset_caches()
 
     def _check_group(self, group: Group) -> None:
-        delay = group["delay"]
-        if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
-            raise ValueError(f"delay must be a whole number of updates, at least 0, got {delay!r}")
-        for i, param in enumerate(group["params"]):
-            if hasattr(param, "to_local"):
-                raise TypeError(
-                    f"parameter {self.name(group, i)} is a DTensor, which is not supported; use torch.optim's "
-                    "optimizer for sharded parameters"
-                )
-            if not param.dtype.is_floating_point:
-                raise TypeError(
-                    f"parameter {self.name(group, i)} of dtype {param.dtype} is not supported; "
-                    "only real floating-point parameters are"
-                )
-        if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"ema_dtype must be torch.float32 or torch.bfloat16, got {group['ema_dtype']}")
-        if group["past"] not in history.KINDS:
-            raise ValueError(f"past={group['past']!r} is unknown; there are: {', '.join(history.KINDS)}")
-        if group["past_norm"] not in (None, "match"):
-            raise ValueError(f"past_norm must be None or 'match', got {group['past_norm']!r}")
-        if group["params"]:
-            backend.choose(group["params"][0], group["backend"])
-        if delay:
+        check_past(group, [self.name(group, i) for i in range(len(group["params"]))])
+        if group["delay"]:
             history.make(group["past"], self._settings(group))
 
     def _settings(self, group: Group) -> history.Settings:
-        momentum = group.get("momentum", 0.0)
-        return history.Settings(
-            delay=group["delay"],
-            order=group["order"],
-            ema_decay=group["ema_decay"],
-            ema_of=group["ema_of"],
-            momentum=momentum,
-            nesterov=group.get("nesterov", False),
-            correlation=group["betas"][0] if "betas" in group else momentum,
-            newest=momentum > 0 and not group.get("nesterov", False),
-            materialize=group["materialize"],
-            backend=group["backend"],
-            seed=group["seed"],
-        )
+        return settings_of(group)
 
     def name(self, group: Group, i: int) -> str:
         """How messages call a group's ``i``-th parameter."""
@@ -143,7 +86,7 @@ class PastOptimizer(torch.optim.Optimizer):
         if not group["delay"]:
             return None
         # A schedule may move the momentum in every step; a design for the first one stays good, and its averages valid.
-        made_for = (*map(group.get, _DESIGNED_BY), bool(group.get("momentum", 0.0)))
+        made_for = (*map(group.get, DESIGNED_BY), bool(group.get("momentum", 0.0)))
         made = self._histories.get(id(group))
         if made is None or made[0] != made_for:
             made = self._histories[id(group)] = made_for, history.make(group["past"], self._settings(group))
@@ -154,7 +97,12 @@ class PastOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         still = {p for p in self._still if p not in self._moved}
         still.update(p for p, moved in self._moved.items() if not moved)
-        return checkpoint.mark(super().state_dict(), params, still, self._fresh)
+        packed = checkpoint.without_unmoved(super().state_dict(), list(map(self._keeps_state, self.param_groups)))
+        return checkpoint.mark(packed, params, still, self._fresh)
+
+    def _keeps_state(self, group: Group) -> bool:
+        """Whether a step gives the group's parameters state of the optimizer's own, besides their past."""
+        return True
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -241,11 +189,6 @@ class PastOptimizer(torch.optim.Optimizer):
             norms.match([result], [state], clock)
         return result
 
-    def _moved_on_device(self, param: Tensor, clock: DeviceClock) -> Tensor | None:
-        if param in self._still and param not in self._moved:  # known from before the device kept the clock
-            self._moved[param] = torch.zeros_like(clock.lr)
-        return self._moved.get(param)
-
     def past_weight(self, param: Tensor, *, out: Tensor | None = None) -> Tensor:
         """The weights of ``min(updates, delay)`` updates ago, as this parameter's history has them.
 
@@ -301,14 +244,3 @@ class PastOptimizer(torch.optim.Optimizer):
             for k, v in s.items()
             if k not in HISTORY_KEYS and isinstance(v, Tensor)
         )
-
-
-def require_finite(group: Group, names: Iterable[str]) -> None:
-    """Refuse a NaN hyperparameter before it reaches the weights; one that only a device knows is taken as it is."""
-    for name in names:
-        value = group[name]
-        if isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu):
-            continue
-        value = float(value)
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}; refusing to step")

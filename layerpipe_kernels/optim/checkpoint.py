@@ -11,9 +11,13 @@ from torch import Tensor
 from layerpipe_kernels import reference
 
 if TYPE_CHECKING:
-    from layerpipe_kernels.optim.base import Group, PastOptimizer
+    from layerpipe_kernels.optim.arguments import Group
+    from layerpipe_kernels.optim.base import PastOptimizer
 
 StateDict = dict[str, Any]
+
+#: What a parameter's state holds for its past; the rest is the optimizer's own.
+HISTORY_KEYS = ("ema", "stash", "past", "norms")
 
 #: State that need not be of its parameter's dtype, which torch gives it when it loads.
 FULL_PRECISION = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master", "norms")
@@ -23,6 +27,21 @@ CLOCK = ("updates", "last_lr")
 
 #: In a checkpoint: the last update did not reach this parameter, so its momentum buffer is not the newest update.
 STILL = "still"
+
+
+def without_unmoved(packed: StateDict, keeps_state: list[bool]) -> StateDict:
+    """A state_dict without the history of parameters that never had a gradient: torch's optimizers expect their own
+    state wherever there is any, and the past of these is their present.
+
+    Args:
+        packed: a state_dict.
+        keeps_state: per group, whether a step gives its parameters state of the optimizer's own.
+    """
+    indices = {
+        i for group, own in zip(packed["param_groups"], keeps_state, strict=True) if own for i in group["params"]
+    }
+    state = {i: s for i, s in packed["state"].items() if i not in indices or not s.keys() <= {*HISTORY_KEYS}}
+    return {**packed, "state": state}
 
 
 def mark(packed: StateDict, params: list[Tensor], still: set[Tensor], fresh: set[Tensor]) -> StateDict:
@@ -67,7 +86,9 @@ def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved
     """A group that trained, but without our averages, begins to fill its delay anew, with a warning."""
     for i, (own, other) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
         history = optimizer.history(own)
-        trained = [p for p, index in zip(own["params"], other["params"], strict=True) if saved["state"].get(index)]
+        # Norms alone are those of a parameter that never had a gradient.
+        indices = zip(own["params"], other["params"], strict=True)
+        trained = [p for p, index in indices if saved["state"].get(index, {}).keys() - {"norms"}]
         if history is None or not trained:
             continue
         if "updates" in other and all(history.remembers(state.get(p, {})) for p in trained):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,33 +12,19 @@ import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from layerpipe_kernels import backend, native, reference
-from layerpipe_kernels.history import Clock, DeviceClock, History
-from layerpipe_kernels.optim.base import Group, PastOptimizer
+from layerpipe_kernels import backend, native
+from layerpipe_kernels.history import Clock, History
+from layerpipe_kernels.optim.arguments import Group
+from layerpipe_kernels.optim.arguments import scalar_on as _scalar_on
+from layerpipe_kernels.optim.arrays import Kept, complete
+from layerpipe_kernels.optim.base import PastOptimizer
+from layerpipe_kernels.optim.capture import refuse_capture as _refuse_capture
 from layerpipe_kernels.optim.routine import Routine
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
 
-#: Elements from which the allocator gives an array pages of its own.
-_LARGE = 1 << 15
-
 #: torch's C functions for looking at a tensor (DLPack), where it has them.
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-
-
-class Kept(NamedTuple):
-    """Which arrays a group's options ask for, by their names in a parameter's state."""
-
-    states: tuple[str, ...]  # the optimizer's own, in the kernels' order
-    emas: int
-    past: bool
-    master: bool
-    counts: bool
-
-    def names(self) -> tuple[str, ...]:
-        """In the order of :meth:`layerpipe_kernels.plan.Arrays.written`."""
-        optional = (("ema", self.emas), ("past", self.past), ("master", self.master), ("step", self.counts))
-        return (*self.states, *(key for key, kept in optional if kept))
 
 
 class _Ready(NamedTuple):
@@ -73,6 +58,9 @@ class FusedOptimizer(PastOptimizer):
     def _counts(self, group: Group, told: bool) -> bool:
         """Whether each parameter counts its own steps, under torch's name ``step``; ``told`` if only the device knows
         whether there is one."""
+
+    def _keeps_state(self, group: Group) -> bool:
+        return bool(self._states(group))
 
     def _reset_caches(self) -> None:
         super()._reset_caches()
@@ -235,7 +223,7 @@ class FusedOptimizer(PastOptimizer):
     @torch.no_grad()
     def _prepare(self, group: Group, kept: Kept, moving: list[Tensor]) -> _Ready:
         params = group["params"]
-        states = [self._state(p, group, kept) for p in moving]
+        states = [complete(self.state[p], p, kept, group["ema_dtype"], self._fresh) for p in moving]
         arrays = Arrays(
             moving,
             tuple([state[name] for state in states] for name in kept.states),
@@ -257,133 +245,7 @@ class FusedOptimizer(PastOptimizer):
             collector = backend.extension().Collector(params, flags, self.state, kept.names(), _EXCHANGE)
         return _Ready(kept, plan, moving, [p for p in params if p.grad is None], collector)
 
-    def _state(self, param: Tensor, group: Group, kept: Kept) -> dict[str, Any]:
-        """The parameter's state, with zeros where an array is missing."""
-        state: dict[str, Any] = self.state[param]
-        full = reference.state_dtype(param.dtype)
-        if kept.counts and not isinstance(state.get("step"), Tensor):
-            begun = state.get("momentum_buffer") is not None and param not in self._fresh
-            made = float(state.get("step", begun))
-            state["step"] = torch.full((), made, dtype=torch.float32, device=param.device)
-        if kept.counts and state["step"].device != param.device:  # torch keeps it on the CPU
-            state["step"] = state["step"].to(param.device)
-        for name in kept.states:
-            if state.get(name) is None:
-                state[name] = _zeros_apart(param.shape, full, param.device, 1 + kept.states.index(name))
-                self._fresh.add(param)
-        if kept.emas and ("ema" not in state or len(state["ema"]) != kept.emas):
-            dtype = group["ema_dtype"] or full
-            state["ema"] = _zeros_apart((kept.emas, *param.shape), dtype, param.device, 4)
-        if kept.past and "past" not in state:
-            state["past"] = _zeros_apart(param.shape, param.dtype, param.device, 5).copy_(param)
-        if kept.master and "master" not in state:
-            state["master"] = _zeros_apart(param.shape, torch.float32, param.device, 6).copy_(param)
-        return state
-
-    def _mark_still(self, moving: Sequence[Tensor], still: Sequence[Tensor]) -> None:
-        if self._still:
-            self._still.difference_update(moving)
-        self._still.update(still)
-
-    def _mark_moved(
-        self, moving: Sequence[Tensor], still: Sequence[Tensor], clock: DeviceClock, found_inf: Tensor | None
-    ) -> None:
-        """As :meth:`_mark_still`, where only the device knows whether there was an update."""
-        if not clock.has_velocity:
-            return
-        for param in self._still:
-            self._moved_on_device(param, clock)
-        for param in still:
-            if param not in self._moved:
-                self._moved[param] = torch.ones_like(clock.lr)
-        for params, value in ((moving, 1.0), (still, 0.0)):
-            for param in params:
-                moved = self._moved.get(param)
-                if moved is not None:
-                    moved.fill_(value) if found_inf is None else moved.masked_fill_(found_inf == 0, value)
-
-    @torch.no_grad()
-    def _age(
-        self, still: Sequence[Tensor], past: History, clock: Clock | DeviceClock, found_inf: Tensor | None
-    ) -> None:
-        """A parameter without a gradient was updated by zero: its averages fade, its weights stay."""
-        if not still:
-            return
-        decays: Sequence[float | Tensor]
-        decays = clock.decays(found_inf).unbind() if isinstance(clock, DeviceClock) else past.design.at(clock.t)[0]
-        for param in still:
-            state = self.state[param]
-            for e, decay in zip(state.get("ema", ()), decays, strict=False):
-                e.mul_(decay)
-            if "past" not in state:
-                continue
-            if isinstance(clock, Clock):
-                past.past(param, state, past.mixture(clock), moved=False, out=state["past"])
-                continue
-            made = past.past_on_device(param, state, clock, moved=self._moved_on_device(param, clock))
-            if found_inf is not None:  # else the step has written what may hold more than can be made now
-                made = torch.where(found_inf == 0, made, state["past"])
-            state["past"].copy_(made)
-
-
-def _zeros_apart(shape: Sequence[int], dtype: torch.dtype, device: torch.device, place: int) -> Tensor:
-    """Zeros that begin elsewhere in a page of memory than the group's other arrays.
-
-    Large arrays all begin at the same offset in a page, and a step that walks through five of them at once then meets
-    loads whose addresses look to the processor like those of stores in flight (4 KiB aliasing): 105 ms, not 73, for
-    67 million parameters on a 2.5 GHz Xeon, 2026-11-22.
-    """
-    numel = math.prod(shape)
-    skip = 64 * place if device.type == "cpu" and numel >= _LARGE else 0
-    return torch.zeros(numel + skip, dtype=dtype, device=device)[skip:].view(tuple(shape))
-
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler here and now, which takes seconds
 def _uncompiled_step(optimizer: FusedOptimizer, closure: Callable[[], Any] | None) -> Any:
     return optimizer.step(closure)
-
-
-def _scalar_on(value: Tensor, device: torch.device) -> Tensor:
-    return value if value.device == device and value.dtype == torch.float32 else value.to(device, torch.float32)
-
-
-def _refuse_capture() -> None:
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a captured step would count its updates only once; give the optimizer capturable=True, so that the device "
-            "counts them"
-        )
-
-
-def learning_rate(group: Group) -> float | Tensor:
-    """A number, or the tensor itself where it lies beside the weights and looking at it would wait for them."""
-    lr = group["lr"]
-    if not isinstance(lr, Tensor):
-        return float(lr)
-    device = group["params"][0].device if group["params"] else lr.device
-    if lr.device == device and (group["capturable"] or not lr.is_cpu):
-        return _scalar_on(lr, device)
-    return float(lr)
-
-
-def check_flags(foreach: bool | None, fused: bool | None, differentiable: bool, name: str) -> None:
-    """torch's ways to compute a step: every step here is fused, and none is differentiable.
-
-    Raises:
-        RuntimeError: ``fused`` beside ``foreach`` or ``differentiable``, as in torch.
-        ValueError: ``differentiable``.
-    """
-    if fused and differentiable:
-        raise RuntimeError("`fused` does not support `differentiable`")
-    if fused and foreach:
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
-    if differentiable:
-        raise ValueError(f"differentiable=True is not supported; use torch.optim.{name}")
-
-
-def check_learning_rate(lr: float | Tensor) -> None:
-    """As torch does, and a NaN."""
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    if not float(lr) >= 0.0:
-        raise ValueError(f"Invalid learning rate: {lr}; lr must be a number of at least 0")

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import reference
 from layerpipe_kernels.decay import DecayRule
+from layerpipe_kernels.optim.arguments import Group, check_learning_rate, require_finite
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
-from layerpipe_kernels.optim.base import PAST_DEFAULTS, Group, require_finite
-from layerpipe_kernels.optim.fused import check_learning_rate
+from layerpipe_kernels.optim.settings import past_given
 
 
 class Lamb(AveragingOptimizer):
@@ -52,21 +53,12 @@ class Lamb(AveragingOptimizer):
         backend: str = "auto",
     ) -> None:
         defaults = {
-            **PAST_DEFAULTS,
+            **past_given(locals()),
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
             "maximize": maximize,
-            "delay": delay,
-            "past": past,
-            "order": order,
-            "ema_decay": ema_decay,
-            "ema_dtype": ema_dtype,
-            "past_norm": past_norm,
-            "materialize": materialize,
-            "seed": seed,
-            "backend": backend,
         }
         super().__init__(params, defaults)
 
@@ -81,6 +73,7 @@ class Lamb(AveragingOptimizer):
         require_finite(group, ("lr", "eps", "weight_decay"))
         super()._check_group(group)
 
+    @_disable_dynamo  # its scalars are new in every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights, and with them what their past is made of.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layerpipe_kernels.history import Clock, History, Mixture
 from layerpipe_kernels.native import NativeRunner
-from layerpipe_kernels.optim.base import Group
+from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.plan import StepPlan
 
 #: What may differ from step to step.

@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import history, reference
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim import checkpoint
+from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
-from layerpipe_kernels.optim.base import HISTORY_KEYS, PAST_DEFAULTS, Group, PastOptimizer
+from layerpipe_kernels.optim.base import PastOptimizer
+from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
+from layerpipe_kernels.optim.settings import past_given
 
 
 class PastWeights(AveragingOptimizer):
@@ -52,18 +56,7 @@ class PastWeights(AveragingOptimizer):
         if isinstance(optimizer, PastOptimizer):
             raise TypeError(f"{type(optimizer).__name__} knows its past weights itself; give it delay={delay}")
         self.optimizer = optimizer
-        self._options: dict[str, Any] = {
-            **PAST_DEFAULTS,
-            "delay": delay,
-            "past": past,
-            "order": order,
-            "ema_decay": ema_decay,
-            "ema_dtype": ema_dtype,
-            "past_norm": past_norm,
-            "materialize": materialize,
-            "seed": seed,
-            "backend": backend,
-        }
+        self._options = past_given(locals())
         self._complete = False
         super().__init__(optimizer.param_groups, {**optimizer.defaults, **self._options})
         self._complete = True
@@ -110,6 +103,7 @@ class PastWeights(AveragingOptimizer):
         known = super()._settings(group)
         return known._replace(momentum=0.0, nesterov=False, correlation=min(max(correlation, 0.0), 0.99), newest=False)
 
+    @_disable_dynamo  # its scalars are new in every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer, and average what it changed."""
         before: list[list[Tensor | None]] = []
@@ -138,7 +132,10 @@ class PastWeights(AveragingOptimizer):
             for index, param in zip(group["params"], own["params"], strict=True):
                 if self.state.get(param):
                     state[index] = {**state.get(index, {}), **self.state[param]}
-        return {**packed, "state": state}
+        return checkpoint.without_unmoved({**packed, "state": state}, list(map(self._keeps_state, self.param_groups)))
+
+    def _keeps_state(self, group: Group) -> bool:
+        return any(self.optimizer.state.get(p) for g in self.param_groups for p in g["params"])
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@
         d  = nesterov ? g + momentum v : v     d = m / (sqrt(max q) / sqrt(1 - beta2^step) + eps) / (1 - beta1^step)
         u  = lr * d                            u = lr * d (+ lr * weight_decay * W where decoupled)
   W   = W - u
-  E_k = decay_k E_k + (1 - decay_k) u
+  E_k = decay_k E_k + (1 - decay_k) u; if they turn, E_0 += turn (u - E_1), E_1 -= turn (u - E_0)
   What = W + update_tap u + sum_k tap_k E_k
 
 Fused multiply-adds are written out and stand where torch's SGD has them; the launch forbids the compiler to add any.
@@ -72,7 +72,7 @@ def adam(w, g, states, s, DECOUPLED: tl.constexpr):
 
 
 @triton.jit
-def past_at(decays, rests, taps, update_tap, fill_ratio, delay, t):
+def past_at(decays, rests, taps, turn, update_tap, fill_ratio, delay, t):
     """:meth:`layerpipe_kernels.options.PastDesign.at` of ``t``, which may have been read on the device; ``rests`` are
     ``1 - decays``."""
     filling = (t > 0) & (t <= delay)
@@ -95,25 +95,30 @@ def past_at(decays, rests, taps, update_tap, fill_ratio, delay, t):
         for _ in range(0, tl.where(filling, t, 0).to(tl.int32)):
             sum = tl.fma(sum, fill_ratio, 1.0)
         update_tap = tl.where(filling & (update_tap != 0.0), sum, update_tap)
-    return decays_now, rests_now, taps_now, update_tap
+    return decays_now, rests_now, taps_now, tl.where(filling, 0.0, turn), update_tap
 
 
 @triton.jit
-def average(ema, value, decay, rest):
-    return tl.fma(value, rest, decay * ema)
+def averaged(emas, value, decays, rests, turn):
+    averages = ()
+    for k in tl.static_range(len(emas)):
+        e = tl.fma(value, rests[k], decays[k] * emas[k])
+        if (len(emas) > 1) and (k < 2):
+            turned = tl.fma(turn if k == 0 else -turn, value - emas[1 - k], e)
+            e = tl.where(turn != 0.0, turned, e)  # 0 * (u - E) would be NaN for an infinite u
+        averages = averages + (e,)
+    return averages
 
 
 @triton.jit
 def keep_past(w, u, g, emas, scalars, OF_GRADIENT: tl.constexpr):
     """Returns the EMAs, not yet rounded, and the past weights."""
-    decays, rests, taps, update_tap = scalars
+    decays, rests, taps, turn, update_tap = scalars
     value = u
     if OF_GRADIENT:
         value = g
     past = tl.fma(update_tap, u, w)
-    averages = ()
+    averages = averaged(emas, value, decays, rests, turn)
     for k in tl.static_range(len(emas)):
-        e = average(emas[k], value, decays[k], rests[k])
-        averages = averages + (e,)
-        past = tl.fma(taps[k], e, past)
+        past = tl.fma(taps[k], averages[k], past)
     return averages, past

@@ -128,6 +128,7 @@ class TritonRunner:
             "rests": tuple(1.0 - decay for decay in design.decays),
             "taps": tuple(map(float, design.taps)),
             "sign": -1.0 if o.maximize else 1.0,
+            "turn": float(design.turn),
             "update_tap": float(design.update_tap),
             "fill_ratio": float(design.fill_ratio),
             "delay": design.delay,

@@ -142,6 +142,7 @@ def step_kernel(
     taps,
     lr,
     sign,
+    turn,
     update_tap,
     fill_ratio,
     delay,
@@ -189,7 +190,7 @@ def step_kernel(
     for k in tl.static_range(EMAS):
         emas = emas + (ema + k * numel,)
         keys = keys + (hash32(key + k),)
-    past_scalars = past_at(decays, rests, taps, update_tap, fill_ratio, delay, t)
+    past_scalars = past_at(decays, rests, taps, turn, update_tap, fill_ratio, delay, t)
 
     if lr_at is not None:
         lr = tl.load(lr_at)

@@ -36,7 +36,7 @@ def reconstruct(
         )
 
 
-def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int) -> None:
+def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int, turn: float = 0.0) -> None:
     """:func:`layerpipe_kernels.reference.ema_update_` on contiguous tensors."""
     _device.check_device(ema_kernel, update.device)
     tensors = (update, *emas)
@@ -51,6 +51,7 @@ def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float],
             update,
             tuple(map(float, decays)),
             tuple(1.0 - decay for decay in decays),
+            float(turn),
             _device.signed(seed),
             update.numel(),
             VEC=vec,

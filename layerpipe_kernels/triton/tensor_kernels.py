@@ -7,7 +7,7 @@ import triton.language as tl
 
 from layerpipe_kernels.triton import access
 from layerpipe_kernels.triton.number import hash32, round_stochastic
-from layerpipe_kernels.triton.rule import average
+from layerpipe_kernels.triton.rule import averaged
 
 TAIL = tl.constexpr(16)
 
@@ -47,14 +47,15 @@ def reconstruct_kernel(
 
 
 @triton.jit
-def _ema_tile(emas, update, decays, rests, keys, start, left, SIZE: tl.constexpr, VEC: tl.constexpr):
+def _ema_tile(emas, update, decays, rests, turn, keys, start, left, SIZE: tl.constexpr, VEC: tl.constexpr):
     """I/O: read u and E_k; write E_k."""
     lane = tl.arange(0, SIZE)
     mask = lane < left
     u = access.load(update, start, lane, mask, VEC)
-    averages = ()
+    before = ()
     for k in tl.static_range(len(emas)):
-        averages = averages + (average(access.load(emas[k], start, lane, mask, VEC), u, decays[k], rests[k]),)
+        before = before + (access.load(emas[k], start, lane, mask, VEC),)
+    averages = averaged(before, u, decays, rests, turn)
     for k in tl.static_range(len(emas)):
         if emas[k].dtype.element_ty == tl.bfloat16:
             random = hash32((start + lane).to(tl.uint32) ^ keys[k])
@@ -64,14 +65,14 @@ def _ema_tile(emas, update, decays, rests, keys, start, left, SIZE: tl.constexpr
 
 
 @triton.jit(do_not_specialize=["emas", "update", "seed", "numel"])
-def ema_kernel(emas, update, decays, rests, seed, numel, VEC: tl.constexpr, BLOCK: tl.constexpr):
-    """``E_k = decays[k] E_k + (1 - decays[k]) u``; ``rests`` are ``1 - decays``."""
+def ema_kernel(emas, update, decays, rests, turn, seed, numel, VEC: tl.constexpr, BLOCK: tl.constexpr):
+    """``E_k = decays[k] E_k + (1 - decays[k]) u``; ``rests`` are ``1 - decays``, and ``turn`` couples the first two."""
     key, keys = hash32(seed.to(tl.uint32)), ()
     for k in tl.static_range(len(emas)):
         keys = keys + (hash32(key + k),)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     whole = numel.to(tl.int64) // VEC * VEC
-    _ema_tile(emas, update, decays, rests, keys, start, whole - start, BLOCK, VEC)
+    _ema_tile(emas, update, decays, rests, turn, keys, start, whole - start, BLOCK, VEC)
     if VEC > 1:
         if (whole < numel) & (tl.program_id(0) == 0):
-            _ema_tile(emas, update, decays, rests, keys, whole, numel - whole, TAIL, 1)
+            _ema_tile(emas, update, decays, rests, turn, keys, whole, numel - whole, TAIL, 1)

@@ -117,7 +117,7 @@ struct Group {
 };
 
 Design design(int emas, int64_t delay) {
-    Design d{delay, {}, {}, 1.5, 0.9, false, 42};
+    Design d{delay, {}, {}, 1.5, 0.9, false, 42, emas > 1 ? 0.25 : 0.0};
     for (int k = 0; k < emas; ++k) {
         d.decays.push_back(0.5 + 0.1 * k);
         d.taps.push_back(2.0 - k);
@@ -135,6 +135,7 @@ void walk(const Group<Rule>& group, const Design& d, const std::vector<double>& 
     args.design.tap_update = static_cast<float>(d.tap_update);
     args.design.fill_ratio = static_cast<float>(d.fill_ratio);
     args.design.seed = d.seed;
+    args.design.turn = static_cast<float>(d.turn);
     for (int k = 0; k < kEmas; ++k) {
         args.design.decay[k] = static_cast<float>(d.decays[k]);
         args.design.one_minus_decay[k] = static_cast<float>(1.0 - d.decays[k]);

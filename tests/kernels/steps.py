@@ -176,6 +176,8 @@ def magnitudes(
         w = w + u
         e = g if design.ema_of_gradient else u
         e = e + arrays.emas[i].double().abs() if arrays.emas else e
+        if design.turn:
+            e = e + abs(design.turn) * e.flip(0)[-2:].sum(0) * 2
         past = w + abs(design.update_tap) * u + (moment.t * u if moment.t else 0)
         if arrays.emas:
             past = past + sum(tap * e[k] for k, tap in enumerate(taps))

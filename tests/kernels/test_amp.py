@@ -24,6 +24,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9, "past": "blend", "past_norm": "match"}),
     ("Adam", {"past": "ema", "amsgrad": True}),
     ("AdamW", {"past": "blend", "order": 3}),
+    ("SGD", {"momentum": 0.9, "past": "blend", "ema_decay": "coupled"}),
+    ("AdamW", {"past": "blend", "order": 3, "ema_decay": "coupled"}),
     ("AdamW", {"past": "blend", "materialize": True, "past_norm": "match"}),
     ("AdamW", {"past": "blend", "ema_dtype": torch.bfloat16}),
 ]

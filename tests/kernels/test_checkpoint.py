@@ -118,6 +118,55 @@ def test_resume_is_bitwise(
         assert torch.equal(optimizer.past_weight(a), other.past_weight(b))
 
 
+MAKERS: dict[str, tuple[Any, Any]] = {
+    "SGD": (lambda p, **past: lk.SGD(p, 0.1, momentum=0.9, **past), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)),
+    "plain SGD": (lambda p, **past: lk.SGD(p, 0.1, **past), lambda p: torch.optim.SGD(p, 0.1)),
+    "AdamW": (lambda p, **past: lk.AdamW(p, 0.1, **past), lambda p: torch.optim.AdamW(p, 0.1)),
+    "Lamb": (lambda p, **past: lk.Lamb(p, 0.1, **past), None),
+    "PastWeights": (lambda p, **past: lk.PastWeights(torch.optim.AdamW(p, 0.1), **past), torch.optim.AdamW),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("past", [*PASTS, {"past": "stash", "past_norm": "match"}], ids=str)
+def test_a_parameter_that_never_had_a_gradient_goes_through_a_checkpoint(kind: str, past: dict[str, Any]) -> None:
+    make, theirs = MAKERS[kind]
+    params, others = parameters(), parameters()
+    optimizer, other = make(params, delay=4, **past), make(others, delay=4, **past)
+    for param in params:
+        param.grad = None
+    steps(optimizer, params, 7, seed=1, late=True)
+    take(others, params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        other.load_state_dict(saved(optimizer))
+    runs = ((optimizer, params), (other, others))
+    for late in (None, True, False):  # at once, while it still has no gradient, and when it has one
+        for each, of in runs if late is not None else ():
+            steps(each, of, 3, seed=4, late=bool(late))
+        for a, b in zip(params, others, strict=True):
+            assert torch.equal(a, b)
+            assert torch.equal(optimizer.past_weight(a), other.past_weight(b))
+        if late is not False:
+            torch.testing.assert_close(other.past_weight(others[-1]), others[-1], rtol=1e-6, atol=0)
+    if theirs is not None:
+        optimizer = make(params, delay=4, **past)
+        steps(optimizer, params, 2, seed=1, late=True)
+        torchs = theirs(params)
+        torchs.load_state_dict(saved(optimizer))
+        steps(torchs, params, 2, seed=1)
+
+
+def test_a_norm_that_was_not_recorded_is_the_present_one() -> None:
+    """With ``past_norm`` from the middle of a run on, too: no past weights of norm 0."""
+    params = parameters()
+    optimizer = lk.SGD(params, lr=1e-4, momentum=0.9, delay=4, past="blend")
+    steps(optimizer, params, 9, seed=1)
+    optimizer.param_groups[0]["past_norm"] = "match"
+    for param in params:
+        torch.testing.assert_close(optimizer.past_weight(param).norm(), param.detach().norm())
+
+
 def test_float32_state_survives_on_bfloat16_parameters() -> None:
     params = parameters(BF16)
     optimizer = lk.SGD(params, lr=0.1, momentum=0.9, delay=4, past="ema", past_norm="match", master_weights=True)

@@ -42,8 +42,16 @@ def simulated_error(n: int, design: decay.Blend, rho: float, length: int = 2000)
     """The design's error by summing autocorrelations term by term, without the module's closed forms."""
     i = np.arange(length)
     filtered = np.zeros(length)
-    for b, c in zip(design.decays, design.taps, strict=True):
-        filtered += n * c * (1 - b) * b**i
+    if design.turn:  # the states themselves, driven by a single update of 1
+        state = np.zeros(len(design.decays))
+        matrix = np.diag(design.decays)
+        matrix[0, 1], matrix[1, 0] = -design.turn, design.turn
+        for at, u in enumerate((i == 0).astype(float)):
+            state = u + matrix @ (state - u)
+            filtered[at] = n * (np.array(design.taps) @ state)
+    else:
+        for b, c in zip(design.decays, design.taps, strict=True):
+            filtered += n * c * (1 - b) * b**i
     filtered[0] += n * design.update_tap
     wanted = (i < n).astype(float)
     correlation = rho ** np.abs(i[:, None] - i[None, :])
@@ -59,6 +67,27 @@ def test_predicted_error_is_that_of_the_filter(n: int, order: int, rho: float, n
     design = decay.blend(n, order, rho, newest)
     rounding = 1e-6 * n * n * sum(c * c for c in (*design.taps,)) / (n if rho == 0 else 1)
     assert design.error == pytest.approx(simulated_error(n, design, rho), abs=1e-6 + rounding)
+
+
+@pytest.mark.parametrize(("n", "order", "rho"), [(3, 2, 0.9), (6, 2, 0.9), (14, 3, 0.9), (6, 3, 0.5), (4, 2, 0.0)])
+@pytest.mark.parametrize("newest", [True, False])
+def test_coupled_averages_come_much_nearer(n: int, order: int, rho: float, newest: bool) -> None:
+    coupled, separate = decay.blend(n, order, rho, newest, coupled=True), decay.blend(n, order, rho, newest)
+    assert sum(coupled.taps) + coupled.update_tap == pytest.approx(1)
+    assert all(0 <= b < 1 for b in coupled.decays)
+    rounding = 1e-6 * n * n * sum(c * c for c in coupled.taps) / (n if rho == 0 else 1)
+    assert coupled.error == pytest.approx(simulated_error(n, coupled, rho), abs=1e-6 + rounding)
+    assert coupled.error < separate.error * (0.8 if rho == 0 else 0.6)
+
+
+def test_coupled_averages_have_small_taps() -> None:
+    """So that bfloat16 averages are nearly as good as float32 ones."""
+    for n, order in ((6, 2), (14, 2), (30, 2), (14, 3), (30, 3)):
+        assert max(map(abs, decay.blend(n, order, 0.9, coupled=True).taps)) < 2
+
+
+def test_one_average_has_nothing_to_couple_with() -> None:
+    assert decay.blend(6, 1, 0.9, coupled=True) == decay.blend(6, 1, 0.9)
 
 
 @given(
@@ -101,6 +130,7 @@ def test_one_update_late_needs_only_the_newest_update() -> None:
         ({"n": 4, "correlation": 1.0}, "correlation"),
         ({"n": 4, "decays": (0.5,)}, "decays"),
         ({"n": 4, "decays": (0.5, 0.5)}, "distinct"),
+        ({"n": 4, "decays": (0.5, 0.6), "coupled": True}, "cannot be fixed"),
     ],
 )
 def test_blend_refuses_by_name(arguments: dict[str, object], message: str) -> None:

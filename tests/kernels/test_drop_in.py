@@ -159,6 +159,49 @@ def test_a_compiled_step_and_a_compiled_training_step_agree(kind: str, past: dic
         assert optimizer.param_groups[0]["updates"] == 10
 
 
+COMPILED: dict[str, Any] = {
+    "SGD": lambda params: lk.SGD(params, lr=0.1, momentum=0.9, delay=3),
+    "AdamW": lambda params: lk.AdamW(params, lr=0.1, delay=3, ema_dtype=torch.bfloat16),
+    "Lamb": lambda params: lk.Lamb(params, lr=0.1, delay=3),
+    "PastWeights": lambda params: lk.PastWeights(torch.optim.SGD(params, lr=0.1, momentum=0.9), delay=3),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_a_compiled_step_gives_the_bits_of_one_that_is_not(kind: str) -> None:
+    """Whatever the compiler: nothing is compiled, not even once in every step for its new numbers."""
+    runs = []
+    for how in ("called", "compiled"):
+        params = list(network().parameters())
+        optimizer, counter = COMPILED[kind](params), CompileCounter()
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+        step = torch.compile(optimizer.step, backend=counter) if how == "compiled" else optimizer.step
+        generator = torch.Generator().manual_seed(3)
+        for _ in range(8):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            step()
+            schedule.step()
+        assert counter.op_count == 0
+        runs.append([*params, *(optimizer.past_weight(p) for p in params)])
+    assert all(map(torch.equal, *runs))
+
+
+def test_a_step_refuses_to_be_part_of_a_full_graph() -> None:
+    param = torch.ones(3, requires_grad=True)
+    param.grad = torch.ones(3)
+    optimizer = lk.SGD([param], lr=0.1, momentum=0.9, delay=3)
+
+    def train() -> Tensor:
+        optimizer.step()
+        return param * 2
+
+    with pytest.raises(RuntimeError, match="disable"):
+        torch.compile(train, fullgraph=True, backend="eager")()
+    assert torch.equal(param, torch.ones(3))
+    assert optimizer.param_groups[0]["updates"] == 0
+
+
 @pytest.mark.parametrize("kind", MAKE)
 def test_groups_are_added_and_steps_go_on(kind: str) -> None:
     both = Both(kind, {"delay": 2})

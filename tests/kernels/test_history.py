@@ -14,10 +14,12 @@ from tests.conftest import needs_cpp
 from tests.kernels.runs import Run
 
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
+COUPLED: dict[str, Any] = {"past": "blend", "ema_decay": "coupled"}
 ESTIMATES = ["ema", "momentum", "blend"]
 AVERAGES: list[dict[str, Any]] = [
     *({"past": "ema", "ema_decay": rule} for rule in ("matched", "white", "window", 0.9, 0.1)),
     *({"past": "blend", "order": k} for k in (1, 2, 3)),
+    *({"past": "blend", "order": k, "ema_decay": "coupled"} for k in (2, 3)),
 ]
 
 
@@ -61,7 +63,9 @@ def test_averages_are_exact_again_after_a_restart(past: str) -> None:
         torch.testing.assert_close(run.optimizer.past_weight(run.param), run.versions[20], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("past", [{"past": "ema", "ema_decay": "matched"}, {"past": "blend", "order": 2}], ids=str)
+@pytest.mark.parametrize(
+    "past", [{"past": "ema", "ema_decay": "matched"}, {"past": "blend", "order": 2}, COUPLED], ids=str
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_constant_updates_are_reconstructed_exactly_in_the_long_run(past: dict[str, Any], momentum: float) -> None:
     run = Run(delay=6, noise=0.0, momentum=momentum, **past)
@@ -82,6 +86,7 @@ def test_matched_is_exact_for_updates_that_drift_linearly() -> None:
 def test_kinds_rank_as_the_theory_says(n: int) -> None:
     errors = {}
     for name, options in {
+        "coupled": COUPLED,
         "blend": {"past": "blend", "order": 2},
         "matched": {"past": "ema"},
         "window": {"past": "ema", "ema_decay": "window"},
@@ -96,9 +101,11 @@ def test_kinds_rank_as_the_theory_says(n: int) -> None:
             run.step(10)
             readings.append(run.error(n))
         errors[name] = sum(readings) / len(readings)
+    assert errors["coupled"] < errors["blend"] * (1.1 if n == 2 else 0.65)  # at n=2 both have one average
     assert errors["blend"] < errors["matched"] < errors["window"] < errors["latest"] == 1.0
-    predicted = lk.decay.blend(n, min(2, n - 1), 0.9).error
-    assert errors["blend"] == pytest.approx(predicted, rel=0.3, abs=3e-4)
+    for name, coupled in (("blend", False), ("coupled", True)):
+        predicted = lk.decay.blend(n, min(2, n - 1), 0.9, coupled=coupled).error
+        assert errors[name] == pytest.approx(predicted, rel=0.3, abs=3e-4)
 
 
 def test_momentum_is_the_geometric_extrapolation() -> None:
@@ -125,11 +132,11 @@ def test_materialized_past_weights_are_those_made_later(backend: str, past: str)
 
 
 @pytest.mark.parametrize("materialize", [False, True])
-@pytest.mark.parametrize("past", ["stash", "ema", "blend"])
-def test_a_parameter_without_gradient_stood_still(past: str, materialize: bool) -> None:
-    if past == "stash" and materialize:
+@pytest.mark.parametrize("past", [{"past": "stash"}, {"past": "ema"}, {"past": "blend"}, COUPLED], ids=str)
+def test_a_parameter_without_gradient_stood_still(past: dict[str, Any], materialize: bool) -> None:
+    if past["past"] == "stash" and materialize:
         return
-    run = Run(delay=3, past=past, materialize=materialize)
+    run = Run(delay=3, materialize=materialize, **past)
     run.step(3)
     run.step(3, grad=False)  # from here on W(t-3) is W(t)
     past_weight = run.optimizer.past_weight(run.param)
@@ -138,6 +145,22 @@ def test_a_parameter_without_gradient_stood_still(past: str, materialize: bool) 
     assert (past_weight - run.versions[-4]).norm() < 0.6 * far
     run.step(40, grad=False)
     torch.testing.assert_close(run.optimizer.past_weight(run.param), run.versions[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("past", [{"past": "ema"}, {"past": "blend"}, {"order": 3, **COUPLED}], ids=str)
+def test_no_gradient_is_an_update_of_zero(past: dict[str, Any]) -> None:
+    first = torch.randn(9, dtype=torch.float64)
+    without, zero = (first.clone().requires_grad_() for _ in range(2))
+    grads = [torch.randn_like(first) for _ in range(9)]
+    for param, still in ((without, None), (zero, torch.zeros_like(first))):
+        optimizer = lk.SGD([param], lr=0.1, delay=3, **past)
+        for t, grad in enumerate(grads):
+            param.grad = still if t in (4, 5, 7) else grad
+            optimizer.step()
+        past_weight = optimizer.past_weight(param)
+        if param is without:
+            want = past_weight
+    torch.testing.assert_close(past_weight, want, rtol=1e-13, atol=1e-13)
 
 
 def test_late_gradients_join_in() -> None:

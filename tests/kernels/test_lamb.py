@@ -84,7 +84,8 @@ def test_maximize_climbs() -> None:
     assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("past", [{"past": "stash"}, {"past": "ema"}, {"past": "blend", "order": 2}], ids=str)
+@pytest.mark.parametrize("past", [{"past": "stash"}, {"past": "ema"}, {"past": "blend", "order": 2},
+                                  {"past": "blend", "ema_decay": "coupled"}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("materialize", [False, True])
 def test_past_weights_are_exact_while_the_pipe_fills(past: dict[str, Any], materialize: bool) -> None:
     if past["past"] == "stash" and materialize:
@@ -136,3 +137,37 @@ def test_a_sparse_gradient_is_refused_before_anything_is_written() -> None:
     with pytest.raises(TypeError, match=r"param_groups\[1\]\['params'\]\[0\]"):
         optimizer.step()
     assert torch.equal(other, torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", ["Lamb", "PastWeights"])
+def test_a_grad_scaler_skips_an_overflow_and_the_clock_stays(kind: str) -> None:
+    """On the host: neither has a step that the device could skip."""
+    params = [torch.randn(5, requires_grad=True) for _ in range(2)]
+    optimizer: Any = lk.Lamb(params, lr=0.1, delay=3)
+    if kind == "PastWeights":
+        optimizer = lk.PastWeights(torch.optim.AdamW(params, lr=0.1), delay=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    for overflow in (False, True, False):
+        before = [p.detach().clone() for p in params]
+        past = [optimizer.past_weight(p) for p in params]
+        for param in params:
+            param.grad = torch.ones(5) * scaler.scale(torch.ones(()))
+        if overflow:
+            params[0].grad[1] = float("inf")  # type: ignore[index]
+        scaler.step(optimizer)
+        scaler.update()
+        assert overflow == all(map(torch.equal, params, before))
+        assert not overflow or all(map(torch.equal, past, map(optimizer.past_weight, params)))
+    assert optimizer.param_groups[0]["updates"] == 2
+
+
+@pytest.mark.parametrize("kind", ["Lamb", "PastWeights"])
+def test_a_step_with_a_past_cannot_be_captured(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    param = torch.ones(3, requires_grad=True)
+    optimizer: Any = lk.Lamb([param], delay=2)
+    if kind == "PastWeights":
+        optimizer = lk.PastWeights(torch.optim.SGD([param], lr=0.1), delay=2)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=f"a {kind} with a delay cannot be captured in a CUDA graph"):
+        optimizer._refuse_capture(torch.device("cuda"), optimizer.param_groups[0])
+    optimizer._refuse_capture(torch.device("cpu"), optimizer.param_groups[0])

@@ -52,6 +52,20 @@ def test_ema_update(backend: str) -> None:
     assert emas[0]._version > version
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("count", [2, 3])
+def test_averages_that_turn_are_one_complex_average(backend: str, count: int) -> None:
+    start, pole = torch.randn(count, 700, dtype=torch.float64), complex(0.8, 0.3)
+    emas, z = [e.float() for e in start], torch.complex(start[0], start[1])
+    for _ in range(5):
+        update = torch.randn(700)
+        ops.ema_update_(emas, update, [0.8, 0.8, 0.5][:count], turn=0.3, backend=backend)
+        u = torch.complex(update.double(), update.double())
+        z = u + pole * (z - u)
+    for e, part in zip(emas, (z.real, z.imag), strict=False):
+        torch.testing.assert_close(e.double(), part, rtol=0, atol=1e-6)
+
+
 def strided() -> Tensor:
     return torch.randn(4, 6).t()
 
@@ -70,6 +84,11 @@ def strided() -> Tensor:
         (lambda: ops.ema_update_([torch.ones(4)], torch.ones(4), [1.5]), ValueError, r"decays\[0\]"),
         (lambda: ops.ema_update_([torch.ones(4)], torch.ones(4), [float("nan")]), ValueError, r"decays\[0\]"),
         (lambda: ops.ema_update_([], torch.ones(4), []), ValueError, "1 to 3 EMAs"),
+        (lambda: ops.ema_update_([torch.ones(4)], torch.ones(4), [0.5], turn=0.5), ValueError, "couples two"),
+        (lambda: ops.ema_update_([torch.ones(4), torch.ones(4)], torch.ones(4), [0.9, 0.9], turn=0.9), ValueError,
+         "without bound"),
+        (lambda: ops.ema_update_([torch.ones(4), torch.ones(4)], torch.ones(4), [0.9, 0.9], turn=float("nan")),
+         ValueError, "without bound"),
         (lambda: step([strided()], [torch.ones(6, 4)]), ValueError, r"weights\[0\].*not contiguous"),
         (lambda: step([torch.ones(4)], []), ValueError, "1 weights but 0"),
         (lambda: step([torch.ones(4)], [torch.ones(4)], [torch.ones(5)]), ValueError, "momentum"),
@@ -153,7 +172,7 @@ def test_steps_are_proper_operators(case: Case) -> None:
 def test_averages_and_reconstruction_are_proper_operators() -> None:
     taps = torch.tensor([2.0])
     weight, term = torch.randn(4, 3), torch.randn(4, 3)
-    torch.library.opcheck(torch.ops.layerpipe.ema_update_.default, ([weight], term, [0.5], 0, "auto"))
+    torch.library.opcheck(torch.ops.layerpipe.ema_update_.default, ([weight], term, [0.5], 0, 0.0, "auto"))
     torch.library.opcheck(torch.ops.layerpipe.reconstruct.default, (weight, [term], [2.0], None, "auto"))
     torch.library.opcheck(torch.ops.layerpipe.reconstruct.default, (weight, [term], [], taps, "auto"))
     out = torch.empty_like(weight)

@@ -26,6 +26,7 @@ KINDS: list[tuple[Optimizer, dict[str, Any]]] = [
     (lk.SGD, {"momentum": 0.9, "past": "stash"}),
     (lk.SGD, {"momentum": 0.9, "past": "blend", "past_norm": "match"}),
     (lk.AdamW, {"past": "blend"}),
+    (lk.SGD, {"momentum": 0.9, "past": "blend", "ema_decay": "coupled"}),
     (lk.Adam, {"past": "latest", "amsgrad": True}),
 ]
 

@@ -113,6 +113,25 @@ def test_averages_warm_up_as_designed(backend: str, rule: str, t: int, emas: int
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("t", [0, 1, 5, 6, 7])
+@pytest.mark.parametrize(("emas", "dtype", "ema"), [(2, F32, None), (3, F64, None), (3, BF16, BF16)])
+def test_averages_turn_when_the_delay_has_filled(
+    backend: str, rule: str, t: int, emas: int, dtype: torch.dtype, ema: torch.dtype | None
+) -> None:
+    case = Case(rule, dtype, emas=emas, ema=ema)
+    steps.check(case, backend, design=case.design(delay=5, turn=0.4), moment=Moment(t=t))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_average_that_does_not_turn_does_not_see_the_other(backend: str) -> None:
+    arrays = steps.Arrays([torch.zeros(9)], (), [torch.stack([torch.ones(9), torch.full((9,), torch.inf)])])
+    design = PastDesign(0, (0.5, 0.5), (0.0, 0.0))
+    got = steps.run("sgd", arrays, [torch.zeros(9)], backend, SgdOptions(lr=1.0), design)
+    assert torch.equal(got.emas[0][0], torch.full((9,), 0.5))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rule", ["sgd", "adam"])
 def test_tensors_may_hold_the_learning_rate_the_clock_and_the_scale(backend: str, rule: str) -> None:
     case = Case(rule, emas=1)
     arrays, grads = case.make()
@@ -164,6 +183,7 @@ HYPER = {
     "delay": st.integers(0, 20),
     "t": st.integers(0, 40),
     "seed": st.integers(0, 2**31),
+    "turn": st.floats(-0.9, 0.9),
     "lr": st.floats(0, 2),
     "weight_decay": st.floats(0, 1),
     "maximize": st.booleans(),
@@ -178,7 +198,9 @@ def drawn(rule: str, states: int, draw: dict[str, Any]) -> tuple[Case, PastDesig
         rule, dtype, grad, ema, draw["emas"], draw["past"], master, states, False, draw["offset"], draw["sizes"]
     )
     taps = (draw["tap"],) * case.emas
-    design = PastDesign(draw["delay"], draw["decays"][: case.emas], taps, draw["tap"], 0.9, seed=draw["seed"])
+    decays = draw["decays"][: case.emas]
+    turn = draw["turn"] if case.emas > 1 and decays[0] * decays[1] + draw["turn"] ** 2 <= 1 else 0.0
+    design = PastDesign(draw["delay"], decays, taps, draw["tap"], 0.9, seed=draw["seed"], turn=turn)
     return case, design, Moment(t=draw["t"])
 
 

@@ -26,6 +26,7 @@ PASTS: list[dict[str, Any]] = [
     {"past": "latest"},
     {"past": "ema"},
     {"past": "blend", "order": 2},
+    {"past": "blend", "order": 2, "ema_decay": "coupled"},
     {"past": "blend", "order": 2, "materialize": True},
     {"past": "blend", "order": 1, "past_norm": "match"},
 ]

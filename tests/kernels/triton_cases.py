@@ -80,7 +80,8 @@ def test_step_agrees_at_every_size_dtype_and_alignment(
     rule, options = (("sgd", SGD), ("adam", ADAM))[(i + (unaligned == "adam")) % 2]
     offset = int(rule == unaligned)
     arrays = group(rule, SIZES, weight=weight, master=master, ema=ema, emas=emas, offset=offset)
-    check(rule, arrays, options, design_of(emas), Moment(t=9), grad=grad, offset=offset)
+    design = design_of(emas)._replace(turn=0.3 if emas > 1 and i % 2 else 0.0)
+    check(rule, arrays, options, design, Moment(t=9), grad=grad, offset=offset)
 
 
 @pytest.mark.parametrize(("rule", "options"), [("sgd", SGD), ("adam", ADAM)], ids=["sgd", "adam"])
@@ -281,12 +282,13 @@ def test_random_bits_are_those_of_the_reference(seed: int, offset: int) -> None:
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1023, 2048, 2049, 5000])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_ema_update(size: int, offset: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("turn", [0.0, 0.6])
+def test_ema_update(size: int, offset: int, dtype: torch.dtype, turn: float) -> None:
     emas = [array(size, offset=offset), array(size, dtype=BF16)]
     want = [e.clone() for e in emas]
     update = array(size, dtype=dtype)
-    ema_update_(emas, update, [0.9, 0.5], 7)
-    reference.ema_update_(want, update, [0.9, 0.5], 7)
+    ema_update_(emas, update, [0.9, 0.5], 7, turn)
+    reference.ema_update_(want, update, [0.9, 0.5], 7, turn)
     for a, b in zip(emas, want, strict=True):
         torch.testing.assert_close(a, b, rtol=PRECISION[a.dtype], atol=1e-6)
 

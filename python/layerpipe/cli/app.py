@@ -45,6 +45,7 @@ def train(
     past: o.Past = "blend",
     order: o.Order = TrainConfig.order,
     ema_decay: o.EmaDecay = None,
+    past_norm: o.PastNorm = None,
     schedule: o.Schedule = "lockstep",
     executor: o.ExecutorName = "threads",
     split_backward: o.SplitBackward = TrainConfig.split_backward,
@@ -73,6 +74,7 @@ def train(
         ema_decay=ema_decay, schedule=schedule, executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay,
         lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps,
         seed=seed, device=device, split_backward=split_backward, checkpoint_every=checkpoint_every,
+        past_norm=past_norm,
     )  # fmt: skip
     if resume is not None:
         config, baseline = _of_run(context, resume)
@@ -135,7 +137,8 @@ def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
 
 
 def _kind(config: TrainConfig) -> str:
-    return f"{config.past} of order {config.order}" if config.past == "blend" else config.past
+    kind = f"{config.past} of order {config.order}" if config.past == "blend" else config.past
+    return f"{kind}, their norm matched" if config.past_norm else kind
 
 
 def _write_plots(path: Path, results: dict[str, Result], config: TrainConfig) -> None:

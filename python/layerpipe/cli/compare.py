@@ -22,7 +22,11 @@ from layerpipe.schedule import NAMES
 def compare(
     past: Annotated[
         str,
-        typer.Option(help="Kinds to compare, with commas; blend:1 is a blend of order 1.", rich_help_panel=o.METHOD),
+        typer.Option(
+            help="Kinds to compare, with commas; blend:1 is a blend of order 1, ema+match one with --past-norm match, "
+            "blend+coupled one with --ema-decay coupled.",
+            rich_help_panel=o.METHOD,
+        ),
     ] = "stash,latest,ema,blend",
     seeds: Annotated[
         int, typer.Option(min=1, help="Seeds per kind: --seed, --seed + 1, ...", rich_help_panel=o.TRAINING)
@@ -35,6 +39,7 @@ def compare(
     balance: o.Balance = "flops",
     order: o.Order = TrainConfig.order,
     ema_decay: o.EmaDecay = None,
+    past_norm: o.PastNorm = None,
     schedule: Annotated[
         str, typer.Option(help="Schedules to compare, with commas: lockstep, 1f1b.", rich_help_panel=o.METHOD)
     ] = TrainConfig.schedule,
@@ -58,6 +63,7 @@ def compare(
         model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, order=order,
         executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay, lr_schedule=lr_schedule, warmup=warmup,
         max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
+        past_norm=past_norm,
     )  # fmt: skip
     kinds = _kinds(base, past.split(","), schedule.split(","), ema_decay)
     if baseline:
@@ -106,10 +112,21 @@ def _kinds(
 
 
 def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig:
+    from layerpipe_kernels.decay import COUPLED
     from layerpipe_kernels.history import KINDS
 
-    kind, _, order = name.strip().partition(":")
-    if kind not in KINDS or (order and (kind != "blend" or order not in ("1", "2", "3"))):
-        raise UsageError(f"--past {name!r} is unknown; there are: {', '.join(KINDS)}, blend:1, blend:2, blend:3")
-    decay = ema_decay if kind == "ema" else None
-    return dataclasses.replace(base, past=kind, order=int(order) if order else base.order, ema_decay=decay)
+    first, *more = name.strip().split("+")
+    kind, _, order = first.partition(":")
+    ordered = not order or (kind == "blend" and order in ("1", "2", "3"))
+    if kind not in KINDS or not ordered or not {*more} <= ({"match", COUPLED} if kind == "blend" else {"match"}):
+        raise UsageError(
+            f"--past {name!r} is unknown; there are: {', '.join(KINDS)}, blend:1, blend:2, blend:3, each also with "
+            "+match, a blend with +coupled"
+        )
+    return dataclasses.replace(
+        base,
+        past=kind,
+        order=int(order) if order else base.order,
+        ema_decay=COUPLED if COUPLED in more else ema_decay if kind == "ema" else None,
+        past_norm="match" if "match" in more else base.past_norm,
+    )

@@ -22,6 +22,7 @@ class TrainConfig:
     past: str = "blend"
     order: int = 2
     ema_decay: str | None = None
+    past_norm: str | None = None
     schedule: str = "lockstep"
     executor: str = "threads"
     split_backward: bool = False
@@ -87,17 +88,17 @@ class TrainConfig:
 
 
 def parse_decay(text: str | None) -> str | float | tuple[float, ...] | None:
-    """``matched``, ``0.9`` or ``0.5,0.8``."""
+    """``matched``, ``coupled``, ``0.9`` or ``0.5,0.8``."""
     if text is None:
         return None
-    from layerpipe_kernels.decay import RULES
+    from layerpipe_kernels.decay import COUPLED, RULES
 
-    if text in RULES:
+    if text in RULES or text == COUPLED:
         return text
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise UsageError(
-            f"--ema-decay {text!r} is neither a rule ({', '.join(RULES)}) nor a number nor numbers with commas"
+            f"--ema-decay {text!r} is neither a rule ({', '.join((*RULES, COUPLED))}) nor numbers with commas"
         ) from None
     return numbers[0] if len(numbers) == 1 else numbers

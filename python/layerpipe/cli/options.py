@@ -47,9 +47,17 @@ Order = Annotated[int, _option("Averages in a blend.", METHOD, min=1, max=3)]
 EmaDecay = Annotated[
     str | None,
     _option(
-        "Decay of the averages: matched, white, window, or a number; for a blend numbers with commas. Default: matched "
-        "for ema, designed for blend.",
+        "Decay of the averages: matched, white, window, or a number; for a blend numbers with commas, or coupled. "
+        "Default: matched for ema, designed for blend.",
         METHOD,
+    ),
+]
+PastNorm = Annotated[
+    Literal["match"] | None,
+    _option(
+        "match: scale past weights to the norm that the true ones had. Default: leave them as they are.",
+        METHOD,
+        show_default=False,
     ),
 ]
 Schedule = Annotated[

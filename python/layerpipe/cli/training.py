@@ -130,6 +130,7 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
             momentum=config.momentum,
             capturable=config.executor == "graphs",
             weight_decay=config.weight_decay,
+            past_norm=config.past_norm,
             **past,  # type: ignore[arg-type]
         )
 

@@ -1,0 +1,74 @@
+"""The arrays of a fused step: which there are, and how they begin."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels import reference
+
+#: Elements from which the allocator gives an array pages of its own.
+_LARGE = 1 << 15
+
+
+class Kept(NamedTuple):
+    """Which arrays a group's options ask for, by their names in a parameter's state."""
+
+    states: tuple[str, ...]  # the optimizer's own, in the kernels' order
+    emas: int
+    past: bool
+    master: bool
+    counts: bool
+
+    def names(self) -> tuple[str, ...]:
+        """In the order of :meth:`layerpipe_kernels.plan.Arrays.written`."""
+        optional = (("ema", self.emas), ("past", self.past), ("master", self.master), ("step", self.counts))
+        return (*self.states, *(key for key, kept in optional if kept))
+
+
+def complete(
+    state: dict[str, Any], param: Tensor, kept: Kept, ema_dtype: torch.dtype | None, fresh: set[Tensor]
+) -> dict[str, Any]:
+    """The parameter's state, with zeros where an array is missing.
+
+    Args:
+        state: of ``param``; filled.
+        kept: which arrays there are to be.
+        ema_dtype: of averages; the state's own by default.
+        fresh: parameters whose momentum buffer holds nothing yet; added to.
+    """
+    full = reference.state_dtype(param.dtype)
+    if kept.counts and not isinstance(state.get("step"), Tensor):
+        begun = state.get("momentum_buffer") is not None and param not in fresh
+        made = float(state.get("step", begun))
+        state["step"] = torch.full((), made, dtype=torch.float32, device=param.device)
+    if kept.counts and state["step"].device != param.device:  # torch keeps it on the CPU
+        state["step"] = state["step"].to(param.device)
+    for name in kept.states:
+        if state.get(name) is None:
+            state[name] = _zeros_apart(param.shape, full, param.device, 1 + kept.states.index(name))
+            fresh.add(param)
+    if kept.emas and ("ema" not in state or len(state["ema"]) != kept.emas):
+        dtype = ema_dtype or full
+        state["ema"] = _zeros_apart((kept.emas, *param.shape), dtype, param.device, 4)
+    if kept.past and "past" not in state:
+        state["past"] = _zeros_apart(param.shape, param.dtype, param.device, 5).copy_(param)
+    if kept.master and "master" not in state:
+        state["master"] = _zeros_apart(param.shape, torch.float32, param.device, 6).copy_(param)
+    return state
+
+
+def _zeros_apart(shape: Sequence[int], dtype: torch.dtype, device: torch.device, place: int) -> Tensor:
+    """Zeros that begin elsewhere in a page of memory than the group's other arrays.
+
+    Large arrays all begin at the same offset in a page, and a step that walks through five of them at once then meets
+    loads whose addresses look to the processor like those of stores in flight (4 KiB aliasing): 105 ms, not 73, for
+    67 million parameters on a 2.5 GHz Xeon, 2026-11-22.
+    """
+    numel = math.prod(shape)
+    skip = 64 * place if device.type == "cpu" and numel >= _LARGE else 0
+    return torch.zeros(numel + skip, dtype=dtype, device=device)[skip:].view(tuple(shape))

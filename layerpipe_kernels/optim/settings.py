@@ -1,0 +1,77 @@
+"""The options that every optimizer here takes besides torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from layerpipe_kernels import backend, history
+from layerpipe_kernels.optim.arguments import Group
+
+#: The options that every optimizer here takes besides torch's own.
+PAST_DEFAULTS: dict[str, Any] = {
+    "delay": 0,
+    "past": "blend",
+    "order": 2,
+    "ema_decay": None,
+    "ema_of": "update",
+    "ema_dtype": None,
+    "past_norm": None,
+    "materialize": False,
+    "master_weights": False,
+    "backend": "auto",
+    "seed": 0,
+}
+
+#: The options that decide how a group has its past weights.
+DESIGNED_BY = ("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov")
+
+
+def past_given(arguments: dict[str, Any]) -> Group:
+    """Of a constructor's arguments, those about the past; the defaults of what it does not take."""
+    return {key: arguments.get(key, default) for key, default in PAST_DEFAULTS.items()}
+
+
+def check_past(group: Group, names: Sequence[str]) -> None:
+    """Refuse a group whose options or parameters cannot have a past; ``names`` are the parameters'."""
+    delay = group["delay"]
+    if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
+        raise ValueError(f"delay must be a whole number of updates, at least 0, got {delay!r}")
+    for i, param in enumerate(group["params"]):
+        if hasattr(param, "to_local"):
+            raise TypeError(
+                f"parameter {names[i]} is a DTensor, which is not supported; use torch.optim's "
+                "optimizer for sharded parameters"
+            )
+        if not param.dtype.is_floating_point:
+            raise TypeError(
+                f"parameter {names[i]} of dtype {param.dtype} is not supported; only real floating-point parameters are"
+            )
+    if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(f"ema_dtype must be torch.float32 or torch.bfloat16, got {group['ema_dtype']}")
+    if group["past"] not in history.KINDS:
+        raise ValueError(f"past={group['past']!r} is unknown; there are: {', '.join(history.KINDS)}")
+    if group["past_norm"] not in (None, "match"):
+        raise ValueError(f"past_norm must be None or 'match', got {group['past_norm']!r}")
+    if group["params"]:
+        backend.choose(group["params"][0], group["backend"])
+
+
+def settings_of(group: Group) -> history.Settings:
+    """What a group's history is made with."""
+    momentum = group.get("momentum", 0.0)
+    return history.Settings(
+        delay=group["delay"],
+        order=group["order"],
+        ema_decay=group["ema_decay"],
+        ema_of=group["ema_of"],
+        momentum=momentum,
+        nesterov=group.get("nesterov", False),
+        correlation=group["betas"][0] if "betas" in group else momentum,
+        newest=momentum > 0 and not group.get("nesterov", False),
+        materialize=group["materialize"],
+        backend=group["backend"],
+        seed=group["seed"],
+    )

@@ -1,0 +1,77 @@
+"""Parameters without a gradient: an update by zero, which the others' clock counts and their averages must see."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels.history import Clock, DeviceClock, History, fade
+
+
+class StillParameters:
+    """The part of an optimizer that knows which parameters the last update did not reach."""
+
+    state: defaultdict[Tensor, Any]
+    _still: set[Tensor]  # parameters without a gradient in the last step
+    #: Of parameters that were ever without a gradient while the device kept the clock: 1 if the last update that did
+    #: not overflow had one, else 0.
+    _moved: dict[Tensor, Tensor]
+
+    def _moved_on_device(self, param: Tensor, clock: DeviceClock) -> Tensor | None:
+        if param in self._still and param not in self._moved:  # known from before the device kept the clock
+            self._moved[param] = torch.zeros_like(clock.lr)
+        return self._moved.get(param)
+
+    def _mark_still(self, moving: Sequence[Tensor], still: Sequence[Tensor]) -> None:
+        if self._still:
+            self._still.difference_update(moving)
+        self._still.update(still)
+
+    def _mark_moved(
+        self, moving: Sequence[Tensor], still: Sequence[Tensor], clock: DeviceClock, found_inf: Tensor | None
+    ) -> None:
+        """As :meth:`_mark_still`, where only the device knows whether there was an update."""
+        if not clock.has_velocity:
+            return
+        for param in self._still:
+            self._moved_on_device(param, clock)
+        for param in still:
+            if param not in self._moved:
+                self._moved[param] = torch.ones_like(clock.lr)
+        for params, value in ((moving, 1.0), (still, 0.0)):
+            for param in params:
+                moved = self._moved.get(param)
+                if moved is not None:
+                    moved.fill_(value) if found_inf is None else moved.masked_fill_(found_inf == 0, value)
+
+    @torch.no_grad()
+    def _age(
+        self, still: Sequence[Tensor], past: History, clock: Clock | DeviceClock, found_inf: Tensor | None
+    ) -> None:
+        """A parameter without a gradient was updated by zero: its averages fade, its weights stay."""
+        if not still:
+            return
+        decays: Sequence[float | Tensor]
+        turn: float | Tensor
+        if isinstance(clock, DeviceClock):
+            decays = clock.decays(found_inf).unbind()
+            turn = clock.turn(found_inf) if past.design.turn else 0.0
+        else:
+            decays, turn = past.design.at(clock.t)[0], past.design.turn_at(clock.t)
+        for param in still:
+            state = self.state[param]
+            if "ema" in state:
+                fade(state["ema"].unbind(0), decays, turn)
+            if "past" not in state:
+                continue
+            if isinstance(clock, Clock):
+                past.past(param, state, past.mixture(clock), moved=False, out=state["past"])
+                continue
+            made = past.past_on_device(param, state, clock, moved=self._moved_on_device(param, clock))
+            if found_inf is not None:  # else the step has written what may hold more than can be made now
+                made = torch.where(found_inf == 0, made, state["past"])
+            state["past"].copy_(made)
