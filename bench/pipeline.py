@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -152,17 +155,20 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
 
 
 def table(results: list[dict[str, Any]]) -> Table:
-    out = Table(title="Samples per second and ratios: median (quartiles) over rounds", title_justify="left")
+    """Medians, and quartiles of the efficiency; the rest is in the JSON."""
+    out = Table(title="Samples per second, and ratios within a round: medians", title_justify="left")
+    out.box, out.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
     names = list(results[0]["seconds"])
     first = ("network, batch", "code", "schedule")
-    for column in (*first, *(f"{n} thread" if n == "plain, 1" else n for n in names), "efficiency", "ratio", "limit"):
-        out.add_column(column, justify="left" if column in first else "right")
+    for column in (*first, *(name.replace(",", "") for name in names), "efficiency", "ratio/limit"):
+        out.add_column(column, justify="left" if column in first else "right", no_wrap=True)
     for result in results:
         case = result["case"]
-        rates = [spread([case["batch"] / s for s in result["seconds"][name]], ".0f") for name in names]
-        ratios = [spread(result[name], ".2f") for name in ("efficiency", "ratio", "limit")]
+        rates = [f"{statistics.median(case['batch'] / s for s in result['seconds'][name]):.0f}" for name in names]
+        ratio = "/".join(f"{statistics.median(result[name]):.2f}" for name in ("ratio", "limit"))
         label = f"{case['network']} {case['width']}, {case['batch']}"
-        out.add_row(label, result["code"], result["schedule"], *rates, *ratios)
+        efficiency = spread(result["efficiency"], ".2f")
+        out.add_row(label, result["code"], result["schedule"], *rates, efficiency, ratio)
     return out
 
 
@@ -204,7 +210,7 @@ def main() -> None:
         except ValueError as error:
             parser.error(f"--case {text}: {error}")
         results += measure(case, options, given.rounds, steps)
-    Console().print(table(results))
+    Console(width=None if sys.stdout.isatty() else 100).print(table(results))
     for text, result in zip(given.case, results[:: len(results) // len(given.case)], strict=True):
         print(f"{text}: stages {' | '.join(result['stages'])}")
     save(given.json, results=results)
