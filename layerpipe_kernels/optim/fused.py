@@ -14,11 +14,10 @@ from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import backend, native
 from layerpipe_kernels.history import Clock, History
-from layerpipe_kernels.optim.arguments import Group
-from layerpipe_kernels.optim.arguments import scalar_on as _scalar_on
+from layerpipe_kernels.optim.arguments import Group, scalar_on
 from layerpipe_kernels.optim.arrays import Kept, complete
 from layerpipe_kernels.optim.base import PastOptimizer
-from layerpipe_kernels.optim.capture import refuse_capture as _refuse_capture
+from layerpipe_kernels.optim.capture import refuse_capture
 from layerpipe_kernels.optim.routine import Routine
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
@@ -146,12 +145,12 @@ class FusedOptimizer(PastOptimizer):
         if not params:
             return
         device = params[0].device
-        scale, found_inf = (None if told is None else _scalar_on(told, device) for told in (scale, found_inf))
+        scale, found_inf = (None if told is None else scalar_on(told, device) for told in (scale, found_inf))
         told = found_inf is not None or group["capturable"]
         if told and past is not None:
             self._keep_clock_on_device(group)
         elif past is not None and device.type == "cuda" and not isinstance(group["updates"], Tensor):
-            _refuse_capture()
+            refuse_capture()
         clock = self.device_clock(group)
         ready, grads = self._gather(index, group, past, told)
         moving, still = (ready.moving, ready.still) if ready is not None else ([], params)
