@@ -186,7 +186,7 @@ def test_every_access_of_the_tensor_ops_is_16_bytes_wide(
     w, terms = meta(64, dtype=weight), (meta(64, dtype=term), meta(64, dtype=term))
     both = [
         (reconstruct_kernel.warmup(w, w, terms, (0.5, 1.0), None, **common), [weight, term, term], [weight]),
-        (ema_kernel.warmup(terms, w, (0.5, 0.5), (0.5, 0.5), 1, **common), [weight, term, term], [term, term]),
+        (ema_kernel.warmup(terms, w, (0.5, 0.5), (0.5, 0.5), 0.1, 1, **common), [weight, term, term], [term, term]),
     ]
     for kernel, read, written in both:
         for counted, dtypes in zip(accesses(kernel.asm["ptx"]), (read, written), strict=True):
@@ -207,7 +207,7 @@ def test_no_scalar_causes_a_compilation() -> None:
             lr: float, decay: float, t: int, delay: int, seed: int, step: TritonRunner = step, make: Any = make
         ) -> None:
             options = make(lr, weight_decay=decay)
-            design = no_emas._replace(delay=delay, seed=seed, update_tap=lr, fill_ratio=decay)
+            design = no_emas._replace(delay=delay, seed=seed, update_tap=lr, fill_ratio=decay, turn=decay)
             step_kernel.warmup(grid=(1,), **step.arguments(grad, [], options, design, Moment(t=t)))
 
         compile_with(0.1, 0.01, 3, 5, 7)
@@ -227,7 +227,8 @@ def test_the_sizes_of_a_group_and_its_tensors_cause_no_compilation() -> None:
         grads = [meta(size) for size in sizes]
         step_kernel.warmup(grid=(1,), **step.arguments(grads, [], SgdOptions(0.1, 0.9), NO_PAST, Moment()))
         common: dict[str, Any] = {"VEC": 4, "BLOCK": 1024, "grid": (1,), **device.COMPILER}
-        ema_kernel.warmup((meta(64),), meta(64), (0.5,), (0.5,), len(sizes) - 1, sizes[0], **common)
+        turn = float(len(sizes) - 1)
+        ema_kernel.warmup((meta(64),), meta(64), (0.5,), (0.5,), turn, len(sizes) - 1, sizes[0], **common)
         if sizes == [64]:
             before = len(steps), len(averages)
     assert (len(steps), len(averages)) == before
