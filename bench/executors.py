@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -28,9 +27,8 @@ from torch import Tensor
 
 import layerpipe
 import layerpipe_kernels
-from bench import environment
 from bench.networks import Case, loss_fn
-from bench.pipeline import spread
+from bench.report import save, spread
 
 Step = Callable[[], Any]
 PLAIN = ("plain eager", "plain compiled", "plain graph")
@@ -176,9 +174,7 @@ def main() -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
     Console().print(table(results))
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps({"environment": environment.describe(), "results": results}, indent=1) + "\n")
+    save(given.json, results=results)
 
 
 if __name__ == "__main__":
