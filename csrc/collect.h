@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "dlpack.h"
 #include "plan.h"
+#include "tensor.h"
 
 namespace layerpipe {
 
@@ -39,12 +39,11 @@ class Collector {
         pybind11::object state;
         std::vector<Tensor> tensors;
     };
-    bool holds(const Entry& entry, PyObject* param, const pybind11::dict& state,
-               const dlpack::DLPackExchangeAPI* api) const;
+    bool holds(const Entry& entry, PyObject* param, const pybind11::dict& state, Exchange api) const;
 
     std::vector<Entry> entries_;
     pybind11::tuple keys_;
-    pybind11::object exchange_;
+    Exchange exchange_;
 };
 
 }  // namespace layerpipe

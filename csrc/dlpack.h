@@ -15,6 +15,7 @@ struct DLDataType {
     uint16_t lanes;
 };
 constexpr uint8_t kDLFloat = 2, kDLBfloat = 4;
+constexpr int32_t kDLCPU = 1;
 
 struct DLTensor {
     void* data;

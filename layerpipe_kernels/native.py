@@ -20,6 +20,9 @@ DTYPES: dict[torch.dtype, int] = (
 )
 
 
+#: torch's C functions for looking at a tensor (DLPack), where it has them.
+EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+
 #: Elements per block of work where a plan does not say; 0 for the kernels' own choice. For benches.
 default_chunk = 0
 
@@ -40,9 +43,8 @@ def pointers(tensors: Sequence[Tensor]) -> list[int]:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor has no NaN and no infinity; waits for its device."""
-    dtype = DTYPES.get(tensor.dtype)
-    if dtype is not None and tensor.is_cpu and tensor.is_contiguous():
-        finite: bool = _extension.finite(tensor.data_ptr(), dtype, tensor.numel())
+    finite: bool | None = _extension.all_finite(tensor, EXCHANGE) if _extension is not None else None
+    if finite is not None:
         return finite
     return bool(torch.isfinite(tensor).all())
 

@@ -18,12 +18,11 @@ from layerpipe_kernels.optim.arguments import Group, scalar_on
 from layerpipe_kernels.optim.arrays import Kept, complete
 from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.capture import refuse_capture
-from layerpipe_kernels.optim.routine import Routine
+from layerpipe_kernels.optim.routine import PastMaker, Routine
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
 
-#: torch's C functions for looking at a tensor (DLPack), where it has them.
-_EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+_empty_like = torch.empty_like
 
 
 class _Ready(NamedTuple):
@@ -65,7 +64,7 @@ class FusedOptimizer(PastOptimizer):
         super()._reset_caches()
         self._ready_groups: dict[int, _Ready] = {}
         self._routines: dict[int, Routine] = {}
-        self._routine_of: dict[Tensor, tuple[int, int]] = {}  # a group's index and the parameter's in it
+        self._past_makers: dict[int, PastMaker] = {}  # by the parameter's id, which is cheaper to hash
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights, and with them what their past is made of.
@@ -113,7 +112,7 @@ class FusedOptimizer(PastOptimizer):
     def _step_as_before(self) -> bool:
         """Step by routine; false, with nothing written, where a group's options have changed."""
         routines = self._routines
-        if len(routines) != len(self.param_groups) or not all(map(Routine.fits, routines.values())):
+        if len(routines) != len(self.param_groups) or not all(routine.fits() for routine in routines.values()):
             return False
         for index, group in enumerate(self.param_groups):
             if not routines[index].step():
@@ -121,22 +120,22 @@ class FusedOptimizer(PastOptimizer):
         return True
 
     def past_view(self, param: Tensor) -> Tensor:
-        at = self._routine_of.get(param)
-        if at is not None:
-            routine = self._routines.get(at[0])
-            if routine is not None and routine.makes_past:
-                past = routine.past(at[1])
-                if past is not None:
-                    return past
+        maker = self._past_makers.get(id(param))
+        if maker is not None and maker.param is param:
+            past = _empty_like(maker.like)
+            if maker.write(maker.i, past):
+                return past
         return self._past(param, None)
 
     def _begin_routine(self, index: int, group: Group, ready: _Ready | None, past: History | None) -> None:
         """After a step that looked at everything, if the next one need not."""
-        self._routines.pop(index, None)
+        if (old := self._routines.pop(index, None)) is not None:
+            for maker in old.makers:
+                self._past_makers.pop(id(maker.param), None)
         if ready is None or ready.collector is None or ready.still or not Routine.possible(group, past):
             return
-        self._routines[index] = Routine(group, ready.plan, ready.collector, past, self.state)
-        self._routine_of.update((p, (index, i)) for i, p in enumerate(group["params"]))
+        routine = self._routines[index] = Routine(group, ready.plan, ready.collector, past, self.state)
+        self._past_makers.update((id(maker.param), maker) for maker in routine.makers)
 
     def _step_group(
         self, index: int, group: Group, options: Options, scale: Tensor | None, found_inf: Tensor | None
@@ -241,7 +240,7 @@ class FusedOptimizer(PastOptimizer):
         collector = None
         if chosen in ("cpp", "cuda"):
             flags = [p.grad is not None for p in params]
-            collector = backend.extension().Collector(params, flags, self.state, kept.names(), _EXCHANGE)
+            collector = backend.extension().Collector(params, flags, self.state, kept.names(), native.EXCHANGE)
         return _Ready(kept, plan, moving, [p for p in params if p.grad is None], collector)
 
 

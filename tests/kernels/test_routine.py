@@ -66,6 +66,17 @@ def changes(optimizer: Any, params: list[torch.nn.Parameter], step: int) -> None
             optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+def changes_before_the_past(optimizer: Any, params: list[torch.nn.Parameter], step: int) -> None:
+    """What may happen to a group between a step and a backward."""
+    match step:
+        case 8:
+            params[1].data = params[1].detach() * 2
+        case 10 if "ema" in optimizer.state[params[2]]:
+            optimizer.state[params[2]]["ema"] = optimizer.state[params[2]]["ema"] * 2
+        case 12:
+            optimizer.param_groups[1]["delay"] = 2
+
+
 def trajectory(kind: Optimizer, options: dict[str, Any], device: str = "cpu") -> list[Tensor]:
     params = parameters(device)
     groups = [{"params": params[:2], "lr": 0.1}, {"params": params[2:], "lr": 0.05}]
@@ -75,6 +86,7 @@ def trajectory(kind: Optimizer, options: dict[str, Any], device: str = "cpu") ->
         fill(params, step)
         changes(optimizer, params, step)
         optimizer.step()
+        changes_before_the_past(optimizer, params, step)
         for param in params:
             seen += [optimizer.past_view(param).clone(), param.detach().clone()]
     return seen

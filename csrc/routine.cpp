@@ -1,0 +1,130 @@
+#include "routine.h"
+
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <optional>
+
+#include "run.h"
+
+namespace py = pybind11;
+
+namespace layerpipe {
+namespace {
+
+struct Name {
+    PyObject* const text;
+    explicit Name(const char* name) : text(PyUnicode_InternFromString(name)) {}
+};
+
+PyObject* item(const py::dict& dict, PyObject* key) { return PyDict_GetItemWithError(dict.ptr(), key); }
+
+// Numbers that are nothing more: a tensor, a bool or a subclass is for Python to look at.
+std::optional<double> exact_float(PyObject* value) {
+    if (!value || !PyFloat_CheckExact(value)) return std::nullopt;
+    return PyFloat_AS_DOUBLE(value);
+}
+
+std::optional<int64_t> exact_int(PyObject* value) {
+    if (!value || !PyLong_CheckExact(value)) return std::nullopt;
+    return PyLong_AsLongLong(value);
+}
+
+const Name& lr_name() {
+    static const Name name("lr");
+    return name;
+}
+const Name& updates_name() {
+    static const Name name("updates");
+    return name;
+}
+const Name& last_lr_name() {
+    static const Name name("last_lr");
+    return name;
+}
+
+}  // namespace
+
+Routine::Routine(py::dict group, py::tuple settings, py::dict state, py::object collector, py::object plan,
+                 py::object current, py::object touched, py::object mixture, int64_t delay, const py::object& exchange)
+    : group_(std::move(group)),
+      state_(std::move(state)),
+      settings_(std::move(settings)),
+      collector_object_(std::move(collector)),
+      plan_object_(std::move(plan)),
+      current_(std::move(current)),
+      touched_(std::move(touched)),
+      mixture_(std::move(mixture)),
+      collector_(collector_object_.cast<const Collector&>()),
+      plan_(plan_object_.cast<StepPlan&>()),
+      delay_(delay),
+      exchange_(exchange_of(exchange)) {
+    for (const auto key : settings_) values_.push_back(group_[key]);
+}
+
+bool Routine::unchanged() const {
+    for (size_t i = 0; i < values_.size(); ++i) {
+        PyObject* const value = item(group_, PyTuple_GET_ITEM(settings_.ptr(), i));
+        if (value == values_[i].ptr()) continue;
+        if (!value) return false;
+        const int same = PyObject_RichCompareBool(value, values_[i].ptr(), Py_EQ);
+        if (same < 0) throw py::error_already_set();
+        if (!same) return false;
+    }
+    return true;
+}
+
+bool Routine::fits() const {
+    const auto lr = exact_float(item(group_, lr_name().text));
+    return lr && std::isfinite(*lr) && unchanged();
+}
+
+std::pair<uint64_t, int> Routine::current() const {
+    const py::object found = current_();
+    if (plan_.arrays().device < 0) return {0, found.cast<int>()};
+    return found.cast<std::pair<uint64_t, int>>();
+}
+
+py::list Routine::params() const {
+    static const Name name("params");
+    PyObject* const params = item(group_, name.text);
+    require(params && PyList_CheckExact(params), "Routine: a group without its list of parameters");
+    return py::reinterpret_borrow<py::list>(params);
+}
+
+bool Routine::step() {
+    PyObject* const lr_object = item(group_, lr_name().text);
+    const auto lr = exact_float(lr_object);
+    const auto updates = exact_int(item(group_, updates_name().text));
+    if (!lr || !updates || !collector_.collect(plan_, params(), state_)) return false;
+    const auto [stream, threads] = current();
+    run_step(plan_, {*lr, nullptr, *updates + 1, nullptr, nullptr, nullptr}, {}, stream, threads);
+    touched_();
+    group_[updates_name().text] = py::int_(*updates + 1);
+    group_[last_lr_name().text] = py::handle(lr_object);
+    return true;
+}
+
+bool Routine::past(size_t i, py::handle out) {
+    const auto t = exact_int(item(group_, updates_name().text));
+    const auto lr = exact_float(item(group_, last_lr_name().text));
+    if (!t || !lr || mixture_.is_none() || !unchanged()) return false;
+    const bool steady = *t > delay_ && mixed_t_ > delay_;
+    if (mixed_lr_ != *lr || (mixed_t_ != *t && !steady)) {
+        const py::tuple mixture = mixture_(*t, *lr);
+        velocity_tap_ = mixture[0].cast<double>();
+        ema_taps_ = mixture[1].cast<std::vector<double>>();
+        mixed_t_ = *t;
+        mixed_lr_ = *lr;
+    }
+    if (!collector_.holds(i, params(), state_)) return false;
+    const auto there = view(out.ptr(), exchange_);
+    require(
+        there && there->contiguous && there->dtype == plan_.arrays().weight && there->numel == plan_.record(i).numel,
+        "Routine: past weights go into a tensor like the parameter");
+    const auto [stream, threads] = current();
+    run_past(plan_, i, reinterpret_cast<uint64_t>(there->address), velocity_tap_, ema_taps_, stream, threads);
+    return true;
+}
+
+}  // namespace layerpipe
