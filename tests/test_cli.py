@@ -25,6 +25,7 @@ from layerpipe.cli import main
 from layerpipe.cli.config import TrainConfig, parse_decay
 from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Step
+from tests.engine.fake_device import fake_device
 
 SMALL = ["--model", "mlp", "--width", "2", "--steps", "25", "--warmup", "5", "--batch-size", "16", "--lr", "0.05"]
 
@@ -128,7 +129,7 @@ def test_train_with_an_option_of_the_past_trains_otherwise(option: str, value: s
         (["train", "--momentum", "0", "--past", "momentum", "--model", "mlp"], "needs a momentum"),
         (["train", "--device", "quantum", "--model", "mlp"], "--device quantum"),
         (["train", "--executor", "streams", "--model", "mlp"], "'streams' needs a CUDA device; the stages are on cpu"),
-        (["train", "--executor", "streams", "--profile", "--model", "mlp"], "--profile measures on the host"),
+        (["train", "--executor", "streams", "--profile", "--model", "mlp"], "'streams' needs a CUDA device"),
         (["train", "--executor", "graphs", "--model", "mlp"], "'graphs' needs a CUDA device; the stages are on cpu"),
         (["train", "--out", __file__, "--model", "mlp"], "is not a directory"),
         (["compare", "--past", "stash,soon"], "--past 'soon' is unknown"),
@@ -217,6 +218,19 @@ def test_a_profile_is_a_trace_of_every_stage_and_a_table(tmp_path: Path, capsys:
     assert {e["tid"] for e in events if e["ph"] == "X"} == {0, 1, 2}
     names = {e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert len(names) == 3
+
+
+def test_a_profile_of_graphs_has_the_devices_clock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    options = ["--stages", "2", "--steps", "15", "--executor", "graphs"]
+    with fake_device():
+        assert run("train", *SMALL, *options, "--profile", "--no-baseline", "--out", str(out)) == 0
+    assert "The host issued for" in " ".join(capsys.readouterr().out.split())
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    names = [e["args"]["name"] for e in events if e["name"] == "thread_name"]
+    assert names[0] == "host"
+    assert all(", stream " in name for name in names[1:])
+    assert {e["tid"] for e in events if e["ph"] == "X"} == set(range(len(names)))
 
 
 def final_state(path: Path, run: str = "pipeline") -> dict[str, Any]:

@@ -33,8 +33,16 @@ class Accelerator:
         return context
 
     def event(self, *, timed: bool = False) -> Any:
-        """An event; a stream that waits for one never recorded waits for nothing."""
+        """An event; a stream that waits for one never recorded waits for nothing.
+
+        Args:
+            timed: ``event.elapsed_time(later)`` shall say the ms between two that the device has come to.
+        """
         return self._module.Event(enable_timing=timed)
+
+    def wait(self) -> None:
+        """The host waits until the device has done everything."""
+        self._module.synchronize(self.device)
 
     def keep(self, tensor: Tensor, stream: Any) -> None:
         """Nobody gets this tensor's memory before the stream has done what it was given while the tensor lived."""

@@ -17,6 +17,7 @@ from layerpipe.channels import Channel, ChannelClosed
 from layerpipe.errors import StageError
 from layerpipe.interrupts import Held
 from layerpipe.schedule import Action
+from layerpipe.spans import Clock, HostClock
 
 
 class Tick(NamedTuple):
@@ -40,7 +41,7 @@ class Executor(ABC):
     name: ClassVar[str]
     blocking: ClassVar[bool]  # whether a stage may have to wait for a neighbour's tensor
     lookahead: ClassVar[int]  # ticks that may be submitted before the first of them is done
-    timed: ClassVar[bool] = True  # whether the host's clock sees how long work takes
+    issues: ClassVar[bool] = False  # whether submit only issues work, which devices do in their own time
     devices: Sequence[torch.device] | None = None  # of the stages, where tensors must be copied between them
 
     def __init__(self, names: Sequence[str], run: Run) -> None:
@@ -59,6 +60,17 @@ class Executor(ABC):
     @abstractmethod
     def synchronize(self) -> None:
         """Return once everything submitted is done, or raise what a stage raised."""
+
+    def settle(self) -> None:
+        """As :meth:`synchronize`, and the host waits for devices, too."""
+        self.synchronize()
+
+    def clocks(self) -> Sequence[Clock]:
+        """What times each stage's work in a trace that begins now.
+
+        :meth:`settle` comes before, and again before what they have marked is read.
+        """
+        return [HostClock()] * len(self.names)
 
     def channel(self, name: str, sender: int, receiver: int) -> Channel:
         """What one stage hands tensors to another through; the caller counts as the stage it feeds."""

@@ -30,6 +30,7 @@ from layerpipe.capturable import addresses, check_optimizer, groups, own_learnin
 from layerpipe.channels import Lent
 from layerpipe.executor import Tick
 from layerpipe.optimizer import Options, set_options
+from layerpipe.spans import LAYERS, STEP, WEIGHTS, Recorder
 from layerpipe.stage import Stage, Tensors, _Flight
 from layerpipe.streams import Lane, Streams
 
@@ -68,7 +69,7 @@ class CapturedStage:
         self._addresses: list[Any] = []
 
     @property
-    def spans(self) -> Any:
+    def spans(self) -> Recorder | None:
         return self.stage.spans
 
     def ready(self) -> bool:
@@ -101,7 +102,7 @@ class CapturedStage:
             self._capture()
         slot = self._slots[minibatch % len(self._slots)]
         slot.inputs.fill(inputs, self._device.current())
-        slot.graphs["forward"].replay()
+        self._replay(slot, "forward", LAYERS)
         self.stage._flights[minibatch] = _Flight(self.stage.version, ())
         return Lent(slot.outputs)  # the gradients that come back for them say that they have been read
 
@@ -114,7 +115,7 @@ class CapturedStage:
         assert slot.target is not None
         assert slot.loss is not None
         slot.target.fill(target, self._device.current())
-        slot.graphs["loss"].replay()
+        self._replay(slot, "loss", LAYERS)
         return slot.loss.clone()  # the caller may keep it
 
     def backward(self, minibatch: int, grads: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
@@ -131,25 +132,30 @@ class CapturedStage:
         if slot.grads is not None:
             slot.grads.fill(grads, current)
         current.wait_event(slot.read)
-        slot.graphs["backward"].replay()
+        self._replay(slot, "backward", LAYERS)
         return Lent(slot.upstream, slot.read)
 
     def backward_weights(self) -> None:
         if self._slot is None:
             self.stage.backward_weights()
         elif "weights" in self._slot.graphs:
-            self._slot.graphs["weights"].replay()
+            self._replay(self._slot, "weights", WEIGHTS)
 
     def update(self, options: Options) -> None:
         if self._slot is None:
             self.stage.update(options)
             return
         self._take(options)
-        self._slot.graphs["update"].replay()
+        self._replay(self._slot, "update", STEP)
         self.stage.version += 1
         for group in groups(self.stage):
             if isinstance(group.get("updates"), int):  # a group without a past, whose clock nobody reads
                 group["updates"] += 1
+
+    def _replay(self, slot: _Slot, graph: str, span: str) -> None:
+        start = self.stage.mark()
+        slot.graphs[graph].replay()
+        self.stage.span(span, start)
 
     def _take(self, options: Options) -> None:
         """Hand a learning rate to the graphs; everything else has become part of them."""
@@ -181,7 +187,8 @@ class CapturedStage:
             )
         self._addresses, self._options, self._taken = addresses(stage), stage._options or [], None
         version, measured, probe, spans = stage.version, stage.measured.copy(), stage.probe, stage.spans
-        stage.probe, stage.spans = None, None
+        stage.probe = None
+        stage.watch(None)  # an event in a graph has no time of its own
         activations, updates, keys = device.pool(), device.pool(), range(-stage.delay - 1, 0)
         slots = [self._make_slot() for _ in keys]
         try:
@@ -199,7 +206,8 @@ class CapturedStage:
         finally:
             for key in keys:
                 stage._flights.pop(key, None)
-            stage.version, stage.measured, stage.probe, stage.spans = version, measured, probe, spans
+            stage.version, stage.measured, stage.probe = version, measured, probe
+            stage.watch(spans)
         self._slots = slots
         content = {"inputs": slots[0].inputs, "target": slots[0].target, "grads": slots[0].grads}
         self._seen.update({what: buffers.content for what, buffers in content.items() if buffers is not None})

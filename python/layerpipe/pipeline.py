@@ -20,9 +20,10 @@ from layerpipe.executor import Tick
 from layerpipe.optimizer import PipelineOptimizer
 from layerpipe.partition import refuse_shared, share_threads
 from layerpipe.schedule import Action
+from layerpipe.spans import CHANNEL, Recorder, Span
 from layerpipe.split_stage import is_split, label, uncompiled
 from layerpipe.stage import Stage
-from layerpipe.tracing import CHANNEL, Trace
+from layerpipe.tracing import Trace
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -122,6 +123,7 @@ class Pipeline:
         self._several = len(set(self._devices)) > 1
         self.losses: collections.deque[Tensor] = collections.deque()
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
+        self._watched: Trace | None = None
         for i, (module, delay) in enumerate(zip(stages, self.delays, strict=True)):
             options = {"delay": delay, "past": past, "order": order, "ema_decay": ema_decay}
             params = [p for p in module.parameters() if p.requires_grad]
@@ -237,59 +239,64 @@ class Pipeline:
                 self.fed += 1
             by_stage = iter(self.optimizer.options_by_stage())
             options = [next(by_stage) if s.optimizer is not None else [] for s in self.stages]
-            self._executor.submit(Tick(self.tick, self.schedule.tick(self.tick, self.fed), options))
+            tick = Tick(self.tick, self.schedule.tick(self.tick, self.fed), options)
+            start = time.perf_counter()
+            self._executor.submit(tick)
+            if self._watched is not None and self._executor.issues:
+                self._watched.host.append(Span(f"tick {self.tick}", start, time.perf_counter()))
             self.tick += 1
         except BaseException as error:
             self._executor.abort(error)  # some stages may have the tick and others not
             raise
 
     def _run(self, action: Action, tick: Tick) -> None:
-        start = time.perf_counter()
+        issued = time.perf_counter()
         at, _, minibatch = action
         stage, last = self._acting[at], at == len(self.stages) - 1
+        spans: Recorder | None = stage.spans
+        start = None if spans is None else spans.now()
         if action.kind == "F":
-            inputs = self._receive(stage, self._activations[at - 1] if at else self._input)
+            inputs = self._receive(spans, self._activations[at - 1] if at else self._input)
             outputs = stage.forward(minibatch, inputs)
             if last:
                 self.losses.append(stage.loss(minibatch, self.loss_fn, self._target.get()))
             else:
                 self._activations[at].put(outputs)
         else:
-            upstream = stage.backward(minibatch, None if last else self._receive(stage, self._gradients[at]))
+            upstream = stage.backward(minibatch, None if last else self._receive(spans, self._gradients[at]))
             if at:
                 self._gradients[at - 1].put(upstream)
             stage.backward_weights()
             self._executor.before_update(at)
             stage.update(tick.options[at])
-        if len(self.trace) < 64 * len(self.stages) or stage.spans is not None:
-            end = time.perf_counter()
-            if stage.spans is not None:
-                stage.spans.append((f"{action.kind}{minibatch}", start, end))
-            if len(self.trace) < 64 * len(self.stages):
-                self.trace.append(Event(tick.number, action, start, end))
+        if spans is not None:
+            spans.add(f"{action.kind}{minibatch}", start)
+        if len(self.trace) < 64 * len(self.stages):
+            self.trace.append(Event(tick.number, action, issued, time.perf_counter()))
 
     @staticmethod
-    def _receive(stage: Stage, channel: Channel) -> Any:
-        if stage.spans is None:
+    def _receive(spans: Recorder | None, channel: Channel) -> Any:
+        if spans is None:
             return channel.get()
-        start = time.perf_counter()
+        start = spans.now()
         item = channel.get()
-        stage.spans.append((CHANNEL, start, time.perf_counter()))
+        spans.add(CHANNEL, start)
         return item
 
     def watch(self, trace: Trace | None) -> None:
-        """Write what every stage does into a trace from now on, or stop with ``None``.
+        """Time what every stage does from now on; ``None`` or another trace ends that and fills the trace in.
 
-        Raises:
-            ValueError: the executor only issues work, and the host's clock would show when.
+        ``"serial"`` and ``"threads"`` have the host's clock, which sees work on the CPU; ``"streams"`` and ``"graphs"``
+        have the devices', whose events cost the host a few microseconds each, and the host's for a row of its own. It
+        waits for the stages, and for the devices, here and in no tick.
         """
-        if trace is not None and not self._executor.timed:
-            raise ValueError(
-                f"executor={self._executor.name!r} has the device's clock, a trace the host's; use torch.profiler"
-            )
-        self._executor.synchronize()
+        self._executor.settle()
+        if self._watched is not None:
+            self._watched.add([stage.spans.spans() for stage in self.stages if stage.spans is not None])
+        self._watched = trace
+        recorders = [Recorder(clock) for clock in self._executor.clocks()] if trace is not None else []
         for i, stage in enumerate(self.stages):
-            stage.watch(trace.stages[i] if trace is not None else None)
+            stage.watch(recorders[i] if recorders else None)
 
     # -- like a module -------------------------------------------------------------------------------------------
 

@@ -8,13 +8,12 @@ time.
 from __future__ import annotations
 
 import bisect
-import time
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-Spans = list[tuple[str, float, float]]  # name, start, end; seconds of time.perf_counter
+from layerpipe.spans import PAST, Recorder
 
 
 class _Use:
@@ -58,7 +57,7 @@ class SavedTensors:
         self.past_view = past_view
         self.scratch_bytes = 0  # the largest past weight made for a backward
         self.as_they_are = False  # hand out the parameters themselves: their values are right, or not looked at
-        self.spans: Spans | None = None  # where reconstructions are timed, while somebody looks
+        self.spans: Recorder | None = None  # where reconstructions are timed, while somebody looks
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._params = [p for p in params if p.numel()]
         self._addresses: list[int] | None = None
@@ -125,10 +124,10 @@ class SavedTensors:
         past = use.past
         if past is None:
             assert self.past_view is not None
-            start = time.perf_counter() if self.spans is not None else 0.0
+            start = self.spans.now() if self.spans is not None else None
             past = self.past_view(use.param)
             if self.spans is not None:
-                self.spans.append(("past weight", start, time.perf_counter()))
+                self.spans.add(PAST, start)
             if past.nbytes > self.scratch_bytes:
                 self.scratch_bytes = past.nbytes
         use.past = past if use.count > 0 else None

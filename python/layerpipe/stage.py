@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -15,7 +14,8 @@ from layerpipe.copies import warn_of_copies
 from layerpipe.errors import DivergenceError
 from layerpipe.optimizer import Options, check_stage, set_options
 from layerpipe.recompute import Recomputation, past_in_place
-from layerpipe.saved import SavedTensors, Spans
+from layerpipe.saved import SavedTensors
+from layerpipe.spans import LAYERS, STEP, WEIGHTS, Recorder
 from layerpipe.split_backward import SplitBackward
 from layerpipe_kernels.native import all_finite
 from layerpipe_kernels.optim import PastOptimizer
@@ -75,7 +75,7 @@ class Stage:
         self.measured: collections.Counter[int] = collections.Counter()  # n seen in the backward -> how often
         self.activation_bytes = 0  # the most that was kept between forwards and backwards
         self.probe: Callable[[Stage], None] | None = None  # looks on, before each backward
-        self.spans: Spans | None = None  # what took how long, while somebody looks
+        self.spans: Recorder | None = None  # what took how long, while somebody looks
         self._flights: dict[int, _Flight] = {}
         self._kept_bytes = 0  # by all flights
         self._all_params = list(module.parameters())
@@ -103,14 +103,14 @@ class Stage:
         flight = _Flight(self.version, inputs)
         # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
         hooked = self.delay > 0 or self.version == self.base
-        start = time.perf_counter()
+        start = self.mark()
         if hooked:
             flight.saved = self._saved.begin()
             with self._saved.hooks:
                 outputs = self.module(*inputs)
         else:
             outputs = self.module(*inputs)
-        self._span("layers", start)
+        self.span(LAYERS, start)
         flight.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for output in flight.outputs:
             if not isinstance(output, Tensor):
@@ -128,7 +128,7 @@ class Stage:
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
         flight = self._flights[minibatch]
-        start = time.perf_counter()
+        start = self.mark()
         if flight.saved is not None:
             self._saved.resume(flight.saved)
             with self._saved.hooks:
@@ -136,7 +136,7 @@ class Stage:
             self._count(flight)
         else:
             loss = loss_fn(*flight.outputs, target)
-        self._span("layers", start)
+        self.span(LAYERS, start)
         if loss.numel() != 1:
             raise ValueError(f"loss_fn must return one number, got a tensor of shape {tuple(loss.shape)}")
         if not loss.requires_grad:
@@ -176,9 +176,9 @@ class Stage:
             if y.requires_grad and (grads is None or g is not None)
         ]
         if wanted:
-            start = time.perf_counter()
+            start = self.mark()
             self._differentiate(flight.inputs, [y for y, _ in wanted], [g for _, g in wanted])
-            self._span("layers", start)
+            self.span(LAYERS, start)
         if not self.index:
             return ()
         upstream = tuple([x.grad for x in flight.inputs])
@@ -209,19 +209,19 @@ class Stage:
         """What a split backward has left to do; nothing otherwise."""
         if self._rest is None:
             return
-        start = time.perf_counter()
+        start = self.mark()
         rest, self._rest = self._rest, None
         self._saved.as_they_are = True  # a weight's own gradient does not depend on its values
         try:
             rest.weights()
         finally:
             self._saved.as_they_are = False
-        self._span("weight gradients", start)
+        self.span(WEIGHTS, start)
 
     def update(self, options: Options) -> None:
         """Step the optimizer with these options per parameter group, as they were when the tick was submitted."""
         if self.optimizer is not None:
-            start = time.perf_counter()
+            start = self.mark()
             if options is not self._options:
                 for group, values in zip(self.optimizer.param_groups, options, strict=True):
                     set_options(group, values)
@@ -229,7 +229,7 @@ class Stage:
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(self._params, self.max_norm)
             self.optimizer.step()
-            self._span("step", start)
+            self.span(STEP, start)
         self.version += 1
 
     def restart(self) -> None:
@@ -253,13 +253,18 @@ class Stage:
         """Of the largest past weight made for a backward, or of all where a backward recomputes."""
         return sum(p.nbytes for p in self._params) if self._recomputes else self._saved.scratch_bytes
 
-    def watch(self, spans: Spans | None) -> None:
+    def watch(self, spans: Recorder | None) -> None:
         """Write down what takes how long from now on, or stop."""
         self.spans = self._saved.spans = spans
 
-    def _span(self, name: str, start: float) -> None:
+    def mark(self) -> Any:
+        """Where a span begins, for :meth:`span`; nothing while nobody watches."""
+        return None if self.spans is None else self.spans.now()
+
+    def span(self, name: str, start: Any) -> None:
+        """Write down what has been done since ``start``, while somebody watches."""
         if self.spans is not None:
-            self.spans.append((name, start, time.perf_counter()))
+            self.spans.add(name, start)
 
     def _check_finite(self, tensors: Iterable[Tensor | None], what: str, minibatch: int) -> None:
         for tensor in tensors:

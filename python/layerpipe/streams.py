@@ -21,6 +21,7 @@ The host only issues; it waits for nothing. What waits is a stream, for an event
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,6 +34,7 @@ from layerpipe.accelerator import Accelerator
 from layerpipe.channels import Channel, Lent, moved, tensors_in
 from layerpipe.executor import Run, Serial, Tick
 from layerpipe.schedule import Action
+from layerpipe.spans import WAIT, Clock, DeviceClock
 from layerpipe.stage import Stage
 
 
@@ -46,7 +48,7 @@ class Lane:
 
     def __init__(self, stage: Stage, device: Accelerator) -> None:
         self.stage, self.device = stage, device
-        self._streams = [device.stream() for _ in range(ring(stage.delay))]
+        self.streams = [device.stream() for _ in range(ring(stage.delay))]
         self.forward, self.updated = device.event(), device.event()  # of the last forward and update
         self.outside: list[Any] = []  # events of the caller's work on the weights, until an update has waited for them
         # The node that puts a parameter's gradient down lives as long as any graph with the parameter, so always, on
@@ -56,7 +58,7 @@ class Lane:
             self._nodes = [get_gradient_edge(p).node for p in stage.module.parameters() if p.requires_grad]
 
     def stream(self, minibatch: int) -> Any:
-        return self._streams[minibatch % len(self._streams)]
+        return self.streams[minibatch % len(self.streams)]
 
     def begin(self, action: Action, stream: Any) -> None:
         """Before an action, on its stream."""
@@ -67,7 +69,9 @@ class Lane:
             stream.wait_event(self.forward)
 
     def before_update(self) -> None:
+        start = self.stage.mark()
         self.device.current().wait_event(self.forward)
+        self.stage.span(WAIT, start)
 
     def end(self, action: Action, stream: Any) -> None:
         if action.kind == "F":
@@ -137,7 +141,7 @@ class Streams(Serial):
     """
 
     name = "streams"
-    timed = False
+    issues = True
 
     def __init__(
         self, names: Sequence[str], run: Run, stages: Sequence[Stage], devices: Sequence[torch.device]
@@ -188,6 +192,19 @@ class Streams(Serial):
         for device in self._devices:
             for lane in self._of(device):
                 lane.wait_all(device.current())
+
+    def settle(self) -> None:
+        for device in self._devices:
+            device.wait()
+
+    def clocks(self) -> Sequence[Clock]:
+        """The devices'. Each has an origin of its own, recorded while all of them are idle."""
+        origins = {}
+        for device in self._devices:
+            origin = device.event(timed=True)
+            origin.record(device.current())
+            origins[device] = origin, time.perf_counter()
+        return [DeviceClock(lane.device, lane.streams, *origins[lane.device]) for lane in self.lanes]
 
     def _of(self, device: Accelerator) -> Iterator[Lane]:
         return (lane for lane in self.lanes if lane.device is device)

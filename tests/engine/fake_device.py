@@ -1,6 +1,9 @@
 """A device without hardware: ops on CPU tensors run at once and are reported to torch's race detector
 (:mod:`torch.cuda._sanitizer`) as work of the stream that is current, and waits and events as on a GPU.
 
+Time is counted in ops: each takes 1 ms of its stream, and issuing them takes none. A stream that waits for an event
+goes on when the event's stream has come to it.
+
 Three things are found: two streams that use the same memory in no order, memory given back while another stream may
 still use it (the allocator hands it to the next tensor of the stream that made it), and a host that waits.
 
@@ -40,19 +43,36 @@ _FACTORY = re.compile(r"::(new_.*|.*_like)$")
 class FakeStream:
     def __init__(self, device: FakeDevice, number: int) -> None:
         self.device, self.number = device, number
+        self.time = 0  # ms
 
     def wait_event(self, event: FakeEvent) -> None:
         if self.device.asked("wait"):
             self.device.handler._handle_event_wait(event.number, self.number)
+            self.time = max(self.time, event.time)
 
 
 class FakeEvent:
-    def __init__(self, device: FakeDevice, number: int) -> None:
-        self.device, self.number = device, number
+    """Says the time between two only where a device would: both timed, recorded, and waited for by the host."""
+
+    def __init__(self, device: FakeDevice, number: int, *, timed: bool) -> None:
+        self.device, self.number, self.timed = device, number, timed
+        self.time = 0  # ms
+        self.waits: int | None = None  # of the host, before it was recorded
         device.handler._handle_event_creation(number)
 
     def record(self, stream: FakeStream) -> None:
+        if self.device.capturing:
+            raise RuntimeError("an event that is recorded in a graph has no time")
         self.device.handler._handle_event_record(self.number, stream.number)
+        self.time, self.waits = stream.time, self.device.waits
+        self.device.timed_records += self.timed
+
+    def elapsed_time(self, later: FakeEvent) -> float:
+        if not all(event.timed and event.waits is not None for event in (self, later)):
+            raise RuntimeError("both events must be recorded, and with timing, before calculating elapsed time")
+        if any(event.waits == self.device.waits for event in (self, later)):
+            raise RuntimeError("device not ready: the host has not waited for both events")
+        return later.time - self.time
 
 
 class FakeGraph(TorchDispatchMode):
@@ -124,10 +144,13 @@ class FakeDevice(TorchDispatchMode):
         self._without = without
         self._numbers = iter(range(1, 1 << 30))
         self._current = [FakeStream(self, 0)]  # the caller's
+        self._streams = list(self._current)
+        self.waits = 0  # of the host, for everything
+        self.timed_records = 0
         self._made: dict[int, int | None] = {}  # storage -> the stream that it was made on; None for a graph's own
         self.replays = 0
         self.captured: list[tuple[int, int]] = []  # (pool, stream)
-        self._capturing = False
+        self.capturing = False
         self._kept: dict[int, set[int]] = {}  # storage -> streams that its memory waits for
 
     # -- what the engine calls
@@ -135,10 +158,19 @@ class FakeDevice(TorchDispatchMode):
     def stream(self) -> FakeStream:
         stream = FakeStream(self, next(self._numbers))
         self.handler._handle_stream_creation(stream.number)
+        self._streams.append(stream)
         return stream
 
     def event(self, *, timed: bool = False) -> FakeEvent:
-        return FakeEvent(self, next(self._numbers))
+        return FakeEvent(self, next(self._numbers), timed=timed)
+
+    def wait(self) -> None:
+        self.waits += 1
+        self.host_waits.append(_site(1))
+        self.handler._handle_device_synchronization()
+        now = max(stream.time for stream in self._streams)
+        for stream in self._streams:
+            stream.time = now
 
     def current(self) -> FakeStream:
         return self._current[-1]
@@ -163,13 +195,13 @@ class FakeDevice(TorchDispatchMode):
 
     def capture(self, pool: int, stream: FakeStream, work: Any) -> FakeGraph:
         graph = FakeGraph(self)
-        self._capturing = True
+        self.capturing = True
         try:
             with self.use(stream), graph:
                 work()
         finally:
             graph.undo()
-            self._capturing = False
+            self.capturing = False
         self.captured.append((pool, stream.number))
         return graph
 
@@ -198,10 +230,11 @@ class FakeDevice(TorchDispatchMode):
                 read |= used
         result = func(*args, **kwargs)
         stream = self.current().number
-        if self._capturing:
+        if self.capturing:
             for tensor in _tensors(result):
                 self._storage(tensor, None)
             return result
+        self.current().time += 1
         for tensor in pytree.tree_leaves(result):
             if isinstance(tensor, Tensor):
                 made = self._storage(tensor, stream)

@@ -16,7 +16,6 @@ import layerpipe
 import layerpipe_kernels as lk
 from layerpipe.stage import Stage
 from layerpipe.streams import Lane, ring
-from layerpipe.tracing import Trace
 from tests.engine.fake_device import FakeDevice, Site, fake_device
 from tests.engine.models import chain, minibatches
 
@@ -196,14 +195,6 @@ def test_a_forward_and_the_backward_of_its_tick_have_different_streams(delay: in
     streams = ring(delay)
     assert (delay % streams != 0) == (delay > 0)
     assert streams <= 5
-
-
-def test_a_trace_of_the_hosts_times_is_refused() -> None:
-    with fake_device():
-        pipe = pipeline(chain(2), "streams")
-        with pytest.raises(ValueError, match=r"executor='streams' .*torch.profiler"):
-            pipe.watch(Trace(pipe.names))
-        pipe.watch(None)
 
 
 def test_without_a_cuda_device_streams_are_refused() -> None:

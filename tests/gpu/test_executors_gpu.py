@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels as lk
+from layerpipe.spans import INNER, Span
+from layerpipe.tracing import Trace
 from tests.engine.models import chain, minibatches
 from tests.engine.test_streams import network
 
@@ -89,6 +92,77 @@ def test_a_tick_waits_for_nothing_on_the_host(executor: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     pipe.close()
+
+
+@pytest.mark.parametrize("executor", ["streams", "graphs"])
+def test_a_trace_has_the_devices_clock_and_changes_nothing(executor: str) -> None:
+    data, states = batches(60), []
+    for watch in (False, True):
+        pipe = pipeline(chain(4), executor)
+        trace = Trace(pipe.names)
+        for x, y in data[:30]:  # graphs are captured, and what began before has left
+            pipe.step(x, y)
+        began = time.perf_counter()
+        pipe.watch(trace if watch else None)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for x, y in data[30:50]:
+                pipe.step(x, y)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        pipe.watch(None)
+        ended = time.perf_counter()
+        for x, y in data[50:]:
+            pipe.step(x, y)
+        pipe.drain()
+        states.append(copy.deepcopy(pipe.state_dict()))
+        pipe.close()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert len(trace.host) == 20
+    close = 1e-3  # seconds; the host notes when it has issued an origin, which the device may come to a little later
+    assert 0 < trace.seconds() <= ended - began + close
+    for s, (spans, seconds) in enumerate(zip(trace.stages, trace.times(), strict=True)):
+        names = [span.name for span in spans]
+        assert (
+            sum(name[0] == "F" for name in names) == sum(name[0] == "B" for name in names) == names.count("step") == 20
+        )
+        assert names.count("channel") == (20 if s == 3 else 40)
+        assert ("past weight" in names) == (executor == "streams" and s < 3)
+        assert all(began - close <= span.start <= span.end <= ended + close for span in spans)
+        inner: list[Span] = []
+        for span in spans:
+            if span.name in INNER:
+                inner.append(span)
+                continue
+            assert all(span.start - 2e-6 <= part.start and part.end <= span.end + 2e-6 for part in inner)
+            assert {part.stream for part in inner} == {span.stream}
+            inner = []
+        assert seconds.compute > 0 < seconds.step
+        assert 0 < seconds.utilisation <= 1
+        # Ordered by what the streams wait for: an update, then everything else of the stage.
+        for i, span in enumerate(spans):
+            if span.name[0] == "B":
+                assert all(after.start >= span.end - 2e-6 for after in spans[i + 1 :])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("executor", ["streams", "graphs"])
+def test_a_trace_of_two_devices_has_one_axis(executor: str) -> None:
+    """A minibatch leaves a stage after it has left the one that it came from."""
+    with pipeline(chain(2), executor, devices=["cuda:0", "cuda:1"]) as pipe:
+        data = batches(40)
+        for x, y in data[:20]:
+            pipe.step(x, y)
+        pipe.watch(trace := Trace(pipe.names))
+        for x, y in data[20:]:
+            pipe.step(x, y)
+        pipe.watch(None)
+    first, last = ({span.name: span for span in spans} for spans in trace.stages)
+    for name in first.keys() & last.keys():
+        if name[0] == "F":
+            assert last[name].end >= first[name].end - 1e-3
+        if name[0] == "B":
+            assert first[name].end >= last[name].start - 1e-3
 
 
 @pytest.mark.parametrize("executor", ["serial", "threads", "streams", "graphs"])

@@ -78,8 +78,6 @@ def train(
     )  # fmt: skip
     if resume is not None:
         config, baseline = _of_run(context, resume)
-    if profile and config.executor in ("streams", "graphs"):
-        raise UsageError(f"--profile measures on the host, which only issues work for --executor {config.executor}")
     console = Console()
     images = prepare(config)
     runs = {"pipeline": config}

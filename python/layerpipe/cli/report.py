@@ -65,11 +65,16 @@ def memory_table(result: Result) -> Table:
 def profile_table(trace: Trace) -> Table:
     """Per stage: where the time of a tick went, in milliseconds."""
     times = trace.times()
+    rest = "the engine's rest"
+    host = ""
+    if trace.host:
+        rest = "the engine's copies, and what the host had not issued yet"
+        host = f" The host issued for {100 * trace.issuing():.0f} % of the time."
     table = Table(
         title="Time per tick, ms", title_justify="left", box=SIMPLE_HEAD, pad_edge=False, caption_justify="left",
         caption="compute: layers, loss, autograd and its hooks. past: reconstructing weights. channel: waiting for a "
-        "neighbour. Python: the engine's rest. idle: between actions. At work: all but channel and idle. "
-        f"Stages at work at once: {trace.overlap():.2f} of {len(times)}.",
+        f"neighbour. Python: {rest}. idle: between actions. At work: all but channel and idle. "
+        f"Stages at work at once: {trace.overlap():.2f} of {len(times)}.{host}",
     )  # fmt: skip
     table.add_column("stage")
     for name in ("compute", "past", "step", "channel", "Python", "idle", "at work"):

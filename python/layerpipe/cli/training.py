@@ -195,7 +195,8 @@ def train(
         batches = images.batches(config.batch_size, config.seed, done)
         minibatch = next(batches)
         paused = 0.0  # in evaluations
-        first = done + min(max(10, 3 * config.stages), 1 + (total - done) // 2)  # profiled: the pipe is full then
+        # Profiled: the pipe is full then, and holds no minibatch from before its stages were captured as graphs.
+        first = done + min(max(10, 6 * config.stages), 1 + (total - done) // 2)
         lrs: collections.deque[float] = collections.deque()
 
         def report(loss: Tensor, phase: str) -> None:
@@ -233,11 +234,14 @@ def train(
                     report(loss, pipe.phase)
                 minibatch = next(batches)
                 if step < total and step % max(1, total // tests) == 0:
+                    watched = result.profile if step < first + PROFILED else None
+                    if watched:
+                        pipe.watch(None)
                     before = time.perf_counter()
                     test(step)
                     paused += time.perf_counter() - before
-                    if result.profile and step < first + PROFILED - 1:
-                        result.profile.paused += time.perf_counter() - before
+                    if watched:
+                        pipe.watch(watched)
                 if config.checkpoint_every and step % config.checkpoint_every == 0:
                     save(step)
             for loss in pipe.drain():
@@ -249,6 +253,8 @@ def train(
         except KeyboardInterrupt:
             result.interrupted = True
         result.seconds = result.seconds or time.perf_counter() - start - paused
+        if result.profile:
+            pipe.watch(None)
         pipe.close()
         result.stages = [
             StageResult(name, delay, measured, probe.relative_error() if probe else None,
