@@ -15,10 +15,9 @@ import itertools
 import statistics
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from bench.report import save
+from bench.report import console, save
 from layerpipe.balance import balance
 from layerpipe.layers import LayerGraph
 from layerpipe.models import catalog
@@ -93,7 +92,7 @@ def main() -> None:
                 f"{row['1f1b bytes'] / 1e6:.1f}, {row['layerpipe bytes'] / 1e6:.1f}",
             )  # fmt: skip
         table.add_section()
-    Console().print(table)
+    console().print(table)
     for name, rows in found.items():
         claimed = [row["speedup"] for row in rows if row["processors"] in CLAIMED]
         if claimed:

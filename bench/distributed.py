@@ -25,7 +25,7 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 
 import layerpipe
 import layerpipe_kernels
-from bench.networks import Case, loss_fn
+from bench.networks import Case, add_cases, loss_fn
 from bench.report import save, spread
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -137,9 +137,7 @@ def measure(case: Case, stages: int, schedule: str, rounds: int, steps: int) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", nargs="+", default=["resnet18:16:64", "gpt:256:16"], metavar="NETWORK:WIDTH:BATCH")
-    parser.add_argument("--size", type=int, default=28, help="image size")
-    parser.add_argument("--length", type=int, default=128, help="of the GPT's sequences")
+    add_cases(parser, "resnet18:16:64", "gpt:256:16")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--schedule", choices=("lockstep", "1f1b"), default="lockstep", help="ours")
     parser.add_argument("--rounds", type=int, default=10)
@@ -149,12 +147,10 @@ def main() -> None:
     if options.rounds < 2:
         parser.error("--rounds: quartiles need at least 2")
     results = {}
-    for text in options.case:
-        network, width, batch = text.split(":")
-        if int(batch) % MICROBATCHES:
-            parser.error(f"--case {text}: a batch of a multiple of {MICROBATCHES}")
-        case = Case(network, int(width), int(batch), options.length if network == "gpt" else options.size)
-        seconds = results[text] = measure(case, options.stages, options.schedule, options.rounds, options.steps)
+    for case in options.case:
+        if case.batch % MICROBATCHES:
+            parser.error(f"--case {case}: a batch of a multiple of {MICROBATCHES}")
+        seconds = results[str(case)] = measure(case, options.stages, options.schedule, options.rounds, options.steps)
         ours = next(iter(seconds.values()))
         print(f"{case}, {options.stages} stages: samples per second, and ours over it; median (quartiles)")
         for name, values in seconds.items():

@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import layerpipe
 import layerpipe_kernels
 from bench.networks import Case, loss_fn
-from bench.report import save, spread
+from bench.report import console, save, spread
 
 Step = Callable[[], Any]
 PLAIN = ("plain eager", "plain compiled", "plain graph")
@@ -173,7 +172,7 @@ def main() -> None:
         )  # fmt: skip
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    Console().print(table(results))
+    console().print(table(results))
     save(given.json, results=results)
 
 

@@ -34,7 +34,7 @@ LAYERPIPE_CUDA_ARCHS="$arch" run build 180 "$python" setup.py -q build_ext --inp
 
 device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
 run tests 180 "$python" -m pytest -q --timeout=120 tests/gpu
-run triton 120 "$python" -m pytest -q --timeout=100 tests/kernels/triton_cases.py
+run triton 120 "$python" -m pytest -q --timeout=100 tests/kernels/triton_*_cases.py
 TAIL=60 run bench 240 "$python" -m bench.step --device cuda --rounds 7 --seconds 0.1 \
     --json "$out/$device-step.json" --plot "$out/$device-step.png"
 TAIL=40 run executors 200 "$python" -m bench.executors --json "$out/$device-executors.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 
 import torch
@@ -14,6 +15,9 @@ from layerpipe.models.gpt import GPT
 
 VOCABULARY = 256
 
+#: And the size that each has unless one is given.
+NETWORKS = {"resnet18": 28, "mlp": 28, "gpt": 128}
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -23,6 +27,18 @@ class Case:
     width: int
     batch: int
     size: int
+
+    @classmethod
+    def parse(cls, text: str) -> Case:
+        """``NETWORK:WIDTH:BATCH`` or ``NETWORK:WIDTH:BATCH:SIZE``, as a ``type`` for argparse."""
+        network, *numbers = text.split(":")
+        if network not in NETWORKS:
+            raise argparse.ArgumentTypeError(f"{text}: {network!r} is none of {', '.join(NETWORKS)}")
+        try:
+            width, batch, size = map(int, numbers if len(numbers) == 3 else [*numbers, NETWORKS[network]])
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text} is not NETWORK:WIDTH:BATCH or NETWORK:WIDTH:BATCH:SIZE") from None
+        return cls(network, width, batch, size)
 
     def __str__(self) -> str:
         return f"{self.network} {self.width}, batch {self.batch}"
@@ -45,6 +61,18 @@ class Case:
     def stages(self, count: int, balance: str = "time") -> list[nn.Module]:
         model, (x, _) = self.model(), self.minibatch()
         return layerpipe.split(model, count, (x,), balance=balance)
+
+
+def add_cases(parser: argparse.ArgumentParser, *default: str) -> None:
+    """The option ``--case`` of a bench: a list of cases."""
+    parser.add_argument(
+        "--case",
+        nargs="+",
+        type=Case.parse,
+        default=[Case.parse(text) for text in default],
+        metavar="NETWORK:WIDTH:BATCH[:SIZE]",
+        help=f"{', '.join(NETWORKS)}; SIZE of images, or length of the GPT's sequences; default: {' '.join(default)}",
+    )
 
 
 def loss_fn(output: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,14 +23,13 @@ from typing import Any
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import layerpipe
 import layerpipe_kernels
-from bench.networks import Case, loss_fn
-from bench.report import save, spread
+from bench.networks import Case, add_cases, loss_fn
+from bench.report import console, save, spread
 
 Run = Callable[[int], float]
 
@@ -174,15 +172,7 @@ def table(results: list[dict[str, Any]]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--case",
-        nargs="+",
-        default=["resnet18:16:64", "resnet18:16:8", "resnet18:8:32", "gpt:256:16"],
-        metavar="NETWORK:WIDTH:BATCH",
-        help="resnet18 or gpt (4 layers); default: %(default)s",
-    )
-    parser.add_argument("--size", type=int, default=28, help="image size")
-    parser.add_argument("--length", type=int, default=128, help="of the GPT's sequences")
+    add_cases(parser, "resnet18:16:64", "resnet18:16:8", "resnet18:8:32", "gpt:256:16")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--schedule", nargs="+", default=["lockstep", "1f1b"])
     parser.add_argument("--compile", action="store_true", help="also compiled stages against compiled plain training")
@@ -202,17 +192,12 @@ def main() -> None:
         given.stages, given.balance, given.past, tuple(given.schedule), given.compile, given.split_backward
     )
     results = []
-    for text in given.case:
-        try:
-            network, width, batch = text.split(":")
-            case = Case(network, int(width), int(batch), given.length if network == "gpt" else given.size)
-            steps = max(5, round(given.seconds / plain(case, 1)(3)))
-        except ValueError as error:
-            parser.error(f"--case {text}: {error}")
+    for case in given.case:
+        steps = max(5, round(given.seconds / plain(case, 1)(3)))
         results += measure(case, options, given.rounds, steps)
-    Console(width=None if sys.stdout.isatty() else 100).print(table(results))
-    for text, result in zip(given.case, results[:: len(results) // len(given.case)], strict=True):
-        print(f"{text}: stages {' | '.join(result['stages'])}")
+    console().print(table(results))
+    for case, result in zip(given.case, results[:: len(results) // len(given.case)], strict=True):
+        print(f"{case}: stages {' | '.join(result['stages'])}")
     save(given.json, results=results)
 
 

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
@@ -34,7 +33,7 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels
 from bench.others import Others
-from bench.report import save, spread, summary
+from bench.report import console, save, spread, summary
 from layerpipe import models
 from layerpipe.plan import plan
 from layerpipe.profile import profile
@@ -176,7 +175,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with Others() as others:
         results = [compare(options, batch) for batch in options.batch]
-    Console().print(table(results))
+    console().print(table(results))
     print(f"Within 15 %: {'yes' if all(map(within, results)) else 'no'}. {others}")
     settings = {name: value for name, value in vars(options).items() if name != "json"}
     save(options.json, options=settings, results=results, within_15_percent=all(map(within, results)),

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bench import environment
+
+
+def console(width: int = 100) -> Console:
+    """As wide as the terminal; ``width`` columns where the output is none, so that a kept table is not wrapped."""
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def spread(values: Sequence[float], form: str) -> str:

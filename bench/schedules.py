@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from bench.networks import Case
 from bench.others import Others
 from bench.pipeline import Options, pipelined
-from bench.report import save, spread, summary
+from bench.report import console, save, spread, summary
 from layerpipe import data as datasets
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.runs import sequential
@@ -139,12 +138,12 @@ def main() -> None:
     config = TrainConfig(data=given.data, width=given.width, stages=given.stages, steps=given.steps)
     with Others() as others:
         rates = [throughput(case, 2, given.rounds, given.seconds) for case in cases]
-    console = Console()
-    console.print(throughput_table(rates))
-    console.print(str(others), highlight=False)
+    out = console()
+    out.print(throughput_table(rates))
+    out.print(str(others), highlight=False)
     trained = training(config, given.seeds)
-    console.print(training_table(trained, config))
-    console.print(f"schedule='auto' with executor='threads' is {AUTO['threads']}.", highlight=False)
+    out.print(training_table(trained, config))
+    out.print(f"schedule='auto' with executor='threads' is {AUTO['threads']}.", highlight=False)
     save(
         given.json, throughput=rates, others_share=others.share, training={"config": config.to_json(), "runs": trained}
     )

@@ -15,17 +15,15 @@ A variant is timed only after its results have been compared with a float64 refe
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 
 from bench import environment
 from bench.parameter_lists import NETWORKS
-from bench.report import save
+from bench.report import console, save
 from bench.step_report import plot, table
 from bench.step_timing import measure, overhead
 from bench.step_variants import Case
@@ -90,25 +88,25 @@ def main() -> None:
         for dtype in dtypes
         for name, shapes in (*sweep, *networks)
     ]
-    console = Console(width=None if sys.stdout.isatty() else 132)
+    out = console(132)
     rows: list[dict[str, Any]] = []
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=out, transient=True) as progress:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.name}, {case.optimizer}, {case.dtype}")
             if fits(case):
                 rows += measure(case, args.rounds, not args.no_compile, args.seconds)
             else:
-                console.print(f"{case.name}, {case.optimizer}: left out, not enough memory for all variants")
+                out.print(f"{case.name}, {case.optimizer}: left out, not enough memory for all variants")
             progress.advance(task)
     calls = overhead(Case("resnet18", tuple(NETWORKS["resnet18"]), "sgd", args.device))
     described = environment.describe()
-    console.print(table(rows))
-    console.print(
+    out.print(table(rows))
+    out.print(
         "\nstep() of ResNet-18's 62 tensors, one element each: "
         + ", ".join(f"{k} {v:.1f} µs" for k, v in calls.items())
     )
-    console.print(
+    out.print(
         f"{described['processor']}, torch {described['torch']}, {torch.get_num_threads()} threads, {described['date']}"
     )
     save(args.json, rows=rows, resnet18_call_us=calls)

@@ -275,6 +275,9 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
             main(["train", *SMALL, *CHECKPOINTED, "--out", str(tmp_path / "resumed")])
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
         file.write('{"run": "pipeline", "ev')  # killed while it wrote
+    asked = json.loads((tmp_path / "resumed" / "config.json").read_text())
+    del asked["past_norm"], asked["split_backward"]  # begun by a version that had neither
+    (tmp_path / "resumed" / "config.json").write_text(json.dumps(asked))
     assert run("train", "--resume", str(tmp_path / "resumed")) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")
     for name in ("loss.png", "past_weights.png", "timeline.png"):
@@ -310,6 +313,7 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(tmp_path: Pat
         (["--resume", "none"], "config.json cannot be read"),
         (["--resume", "plain"], "started without --checkpoint-every"),
         (["--resume", "plain", "--lr", "0.1", "--batch-size", "4"], "leave out --lr, --batch-size"),
+        (["--resume", "newer"], "config.json has lookahead, which this version does not know"),
     ],
     ids=str,
 )
@@ -321,8 +325,9 @@ def test_what_cannot_be_resumed_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "plain").mkdir()
-    (tmp_path / "plain" / "config.json").write_text(json.dumps(TrainConfig().to_json()))
+    for name, more in (("plain", {}), ("newer", {"lookahead": 2})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**TrainConfig().to_json(), **more}))
     assert run("train", *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels.decay import DecayRule
-from layerpipe_kernels.optim.arguments import Group, check_flags, check_learning_rate, learning_rate, require_finite
+from layerpipe_kernels.optim.arguments import Group, check_adam_group, check_flags, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
 from layerpipe_kernels.optim.settings import past_given
 from layerpipe_kernels.options import AdamOptions
@@ -81,14 +81,7 @@ class Adam(FusedOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        check_learning_rate(group["lr"])
-        for name, called in (("eps", "epsilon"), ("weight_decay", "weight_decay")):
-            if not float(group[name]) >= 0.0:
-                raise ValueError(f"Invalid {called} value: {group[name]}")
-        for i, beta in enumerate(group["betas"]):
-            if not 0.0 <= float(beta) < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        require_finite(group, ("lr", "eps", "weight_decay"))
+        check_adam_group(group)
         if group["past"] == "momentum" and group["delay"]:
             raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         super()._check_group(group)

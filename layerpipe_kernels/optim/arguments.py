@@ -46,6 +46,18 @@ def require_finite(group: Group, names: Iterable[str]) -> None:
             raise ValueError(f"{name} is {value}; refusing to step")
 
 
+def check_adam_group(group: Group) -> None:
+    """Refuse, in torch's words, what neither Adam nor LAMB can work with."""
+    check_learning_rate(group["lr"])
+    for name, called in (("eps", "epsilon"), ("weight_decay", "weight_decay")):
+        if not float(group[name]) >= 0.0:
+            raise ValueError(f"Invalid {called} value: {group[name]}")
+    for i, beta in enumerate(group["betas"]):
+        if not 0.0 <= float(beta) < 1.0:
+            raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+    require_finite(group, ("lr", "eps", "weight_decay"))
+
+
 def learning_rate(group: Group) -> float | Tensor:
     """A number, or the tensor itself where it lies beside the weights and looking at it would wait for them."""
     lr = group["lr"]

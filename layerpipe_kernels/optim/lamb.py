@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import reference
 from layerpipe_kernels.decay import DecayRule
-from layerpipe_kernels.optim.arguments import Group, check_learning_rate, require_finite
+from layerpipe_kernels.optim.arguments import Group, check_adam_group, require_finite
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
 from layerpipe_kernels.optim.settings import past_given
 
@@ -63,14 +63,7 @@ class Lamb(AveragingOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        check_learning_rate(group["lr"])
-        for name in ("eps", "weight_decay"):
-            if not float(group[name]) >= 0.0:
-                raise ValueError(f"Invalid {name} value: {group[name]}")
-        for i, beta in enumerate(group["betas"]):
-            if not 0.0 <= float(beta) < 1.0:
-                raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
-        require_finite(group, ("lr", "eps", "weight_decay"))
+        check_adam_group(group)
         super()._check_group(group)
 
     @_disable_dynamo  # its scalars are new in every step

@@ -7,6 +7,8 @@
 import triton
 import triton.language as tl
 
+from layerpipe_kernels.triton.number import hash32, round_stochastic
+
 
 @triton.jit
 def pointer(record, FIELD: tl.constexpr, DTYPE: tl.constexpr):
@@ -38,3 +40,14 @@ def store(base, start, lane, mask, value, VEC: tl.constexpr):
 def stream(base, start, lane, mask, value, VEC: tl.constexpr):
     """What is not touched before the next step."""
     tl.store(_at(base, start, VEC) + lane, value.to(base.dtype.element_ty), mask=mask, cache_modifier=".cs")
+
+
+@triton.jit
+def stream_averages(emas, start, lane, mask, averages, keys, VEC: tl.constexpr):
+    """Each with its own key: what is kept as bfloat16 is rounded by the random bits of key and place."""
+    for k in tl.static_range(len(emas)):
+        if emas[k].dtype.element_ty == tl.bfloat16:
+            random = hash32((start + lane).to(tl.uint32) ^ keys[k])
+            stream(emas[k], start, lane, mask, round_stochastic(averages[k], random), VEC)
+        else:
+            stream(emas[k], start, lane, mask, averages[k], VEC)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from layerpipe_kernels.triton import access
-from layerpipe_kernels.triton.number import hash32, round_stochastic
+from layerpipe_kernels.triton.number import hash32
 from layerpipe_kernels.triton.rule import adam, adam_scalars, keep_past, past_at, sgd, sgd_scalars
 
 # A tensor's record: int64 numbers, addresses but the last; 0 where the group has no such array.
@@ -70,12 +70,7 @@ def _tile(
         access.stream(master, start, lane, mask, w, VEC)
     for j in tl.static_range(len(states)):
         access.stream(states[j], start, lane, mask, own[j], VEC)
-    for k in tl.static_range(len(emas)):
-        if emas[k].dtype.element_ty == tl.bfloat16:
-            random = hash32((start + lane).to(tl.uint32) ^ keys[k])
-            access.stream(emas[k], start, lane, mask, round_stochastic(averages[k], random), VEC)
-        else:
-            access.stream(emas[k], start, lane, mask, averages[k], VEC)
+    access.stream_averages(emas, start, lane, mask, averages, keys, VEC)
     if HAS_PAST:
         access.store(past, start, lane, mask, estimate, VEC)
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from layerpipe_kernels.triton import access
-from layerpipe_kernels.triton.number import hash32, round_stochastic
+from layerpipe_kernels.triton.number import hash32
 from layerpipe_kernels.triton.rule import averaged
 
 TAIL = tl.constexpr(16)
@@ -56,12 +56,7 @@ def _ema_tile(emas, update, decays, rests, turn, keys, start, left, SIZE: tl.con
     for k in tl.static_range(len(emas)):
         before = before + (access.load(emas[k], start, lane, mask, VEC),)
     averages = averaged(before, u, decays, rests, turn)
-    for k in tl.static_range(len(emas)):
-        if emas[k].dtype.element_ty == tl.bfloat16:
-            random = hash32((start + lane).to(tl.uint32) ^ keys[k])
-            access.stream(emas[k], start, lane, mask, round_stochastic(averages[k], random), VEC)
-        else:
-            access.stream(emas[k], start, lane, mask, averages[k], VEC)
+    access.stream_averages(emas, start, lane, mask, averages, keys, VEC)
 
 
 @triton.jit(do_not_specialize=["emas", "update", "seed", "numel"])

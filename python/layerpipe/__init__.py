@@ -12,8 +12,9 @@ pipe.drain()
 """
 
 from layerpipe.errors import CheckpointError, DivergenceError, StageError
+from layerpipe.measured import StageMemory
 from layerpipe.partition import split
-from layerpipe.pipeline import Pipeline, StageMemory
+from layerpipe.pipeline import Pipeline
 
 __version__ = "0.1.0"
 

@@ -74,12 +74,26 @@ def of(pipe: Pipeline) -> dict[str, Any]:
     }
 
 
-def load(pipe: Pipeline, content: dict[str, Any]) -> None:
-    """Put what :func:`of` gave into a drained pipeline.
+def load(pipe: Pipeline, path: Path) -> dict[str, Any]:
+    """Put a file's content into a drained pipeline.
+
+    Returns:
+        What else the file holds, its ``extra``.
 
     Raises:
-        ValueError: it is of another pipeline; nothing has been loaded then.
+        FileNotFoundError: it is not there.
+        CheckpointError: it is no checkpoint, or one of another pipeline. Nothing has been loaded then.
     """
+    content = read(path)
+    try:
+        _fill(pipe, content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    extra: dict[str, Any] = content["extra"]
+    return extra
+
+
+def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:
     theirs, ours = (content["schedule"], len(content["versions"])), (pipe.schedule.name, len(pipe.stages))
     if theirs != ours:
         raise ValueError(

@@ -28,3 +28,11 @@ class UsageError(ValueError):
 
 class DataError(RuntimeError):
     """A data set that cannot be had, or does not fit what is asked of it."""
+
+
+def divergence_advice(past: str, order: int, delay: int) -> str:
+    """What to try after a :class:`DivergenceError`, for a pipeline with these past weights and this largest delay."""
+    tries = [] if past in ("blend", "stash") or not delay else ["past='blend' of order 2"]
+    if past == "blend" and order < 3 and delay:
+        tries.append(f"order {order + 1}")
+    return "try " + ", ".join([*tries, "a lower learning rate, a longer warm-up, max_norm=1.0, or fewer stages"])

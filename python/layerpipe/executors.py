@@ -20,6 +20,20 @@ def check(name: str) -> None:
         raise ValueError(f"executor={name!r} is unknown; there are: {', '.join(NAMES)}")
 
 
+def per_stage(threads: int | Sequence[int] | None, stages: int) -> list[int] | None:
+    """Threads for each stage, given as one number for all or one for each; ``None`` if it is left open.
+
+    Raises:
+        ValueError: fewer than 1, or another number of stages.
+    """
+    if threads is None:
+        return None
+    each = [threads] * stages if isinstance(threads, int) else list(threads)
+    if len(each) != stages or min(each) < 1:
+        raise ValueError(f"threads_per_stage must be at least 1, for all or for each of {stages} stages, got {threads}")
+    return each
+
+
 def make(
     name: str,
     run: Run,

@@ -5,50 +5,32 @@ from __future__ import annotations
 import collections
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from layerpipe import checkpoint, executors, placement
+from layerpipe import checkpoint, executors
 from layerpipe import schedule as schedules
-from layerpipe.channels import Channel, moved
-from layerpipe.errors import CheckpointError
+from layerpipe.channels import Channel
+from layerpipe.errors import divergence_advice
 from layerpipe.executor import Tick
+from layerpipe.measured import Event, StageMemory, stage_memory
+from layerpipe.network import Network
 from layerpipe.optimizer import PipelineOptimizer
-from layerpipe.partition import refuse_shared, share_threads
+from layerpipe.partition import share_threads
 from layerpipe.schedule import Action
 from layerpipe.spans import CHANNEL, Recorder, Span
-from layerpipe.split_stage import is_split, label, uncompiled
+from layerpipe.split_stage import label
 from layerpipe.stage import Stage
 from layerpipe.tracing import Trace
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
-class StageMemory(NamedTuple):
-    """Bytes that one stage keeps."""
-
-    weights: int
-    history: int  # for past weights
-    optimizer: int  # momentum and the like
-    scratch: int  # the largest past weight made for a backward
-    activations: int  # the most that was kept between forwards and backwards
-    stash: int  # what weight stashing would keep as history
-
-
-class Event(NamedTuple):
-    """Something a stage did; times in seconds of ``time.perf_counter``."""
-
-    tick: int
-    action: Action
-    start: float
-    end: float
-
-
-class Pipeline:
+class Pipeline(Network):
     """Trains a chain of stages; every stage does a forward and a backward in every tick.
 
     Args:
@@ -106,21 +88,12 @@ class Pipeline:
             if not isinstance(module, nn.Module):
                 raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
         executors.check(executor)
-        shares = [threads_per_stage] * len(stages) if isinstance(threads_per_stage, int) else threads_per_stage
-        if shares is not None and (len(shares) != len(stages) or min(shares) < 1):
-            raise ValueError(
-                f"threads_per_stage must be at least 1, for all or for each of {len(stages)} stages, "
-                f"got {threads_per_stage}"
-            )
-        refuse_shared(stages)
-        self.modules = list(stages)
-        self._named = [uncompiled(stage) for stage in stages]
-        self.stages: list[Stage] = []
-        self.loss_fn = loss_fn
+        threads = executors.per_stage(threads_per_stage, len(stages))
         self.schedule = schedules.make(schedule, len(stages), executor)
         self.delays = self.schedule.delays()
-        self._devices = placement.place(stages, devices)
-        self._several = len(set(self._devices)) > 1
+        super().__init__(stages, devices)
+        self.stages: list[Stage] = []
+        self.loss_fn = loss_fn
         self.losses: collections.deque[Tensor] = collections.deque()
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
         self._watched: Trace | None = None
@@ -134,7 +107,7 @@ class Pipeline:
                     index=i,
                     delay=delay,
                     name=f"stage {i} ({label(module)})",
-                    advice=_advice(past, order, max(self.delays)),
+                    advice=divergence_advice(past, order, max(self.delays)),
                     max_norm=max_norm,
                     check_finite=check_finite,
                     split_backward=split_backward,
@@ -149,7 +122,7 @@ class Pipeline:
             self.stages,
             self._devices,
             close_channels=self._close_channels,
-            threads_per_stage=shares or share_threads(torch.get_num_threads(), stages),
+            threads_per_stage=threads or share_threads(torch.get_num_threads(), stages),
         )
         self._acting = self._executor.acting(self.stages)
         channel, last = self._executor.channel, len(stages) - 1
@@ -298,43 +271,7 @@ class Pipeline:
         for i, stage in enumerate(self.stages):
             stage.watch(recorders[i] if recorders else None)
 
-    # -- like a module -------------------------------------------------------------------------------------------
-
-    def __call__(self, *inputs: Any) -> Any:
-        """The network's output with its current weights; disturbs no minibatch in the pipe. As with any module, call
-        :meth:`eval` first, or BatchNorm's running statistics move."""
-        self._executor.synchronize()
-        values = inputs
-        for module, device in zip(self.modules, self._devices, strict=True):
-            result = module(*(moved(values, device) if self._several else values))
-            values = result if isinstance(result, tuple) else (result,)
-        return values if len(values) > 1 else values[0]
-
-    def train(self, mode: bool = True) -> Pipeline:
-        self._executor.synchronize()
-        for module in self.modules:
-            module.train(mode)
-        return self
-
-    def eval(self) -> Pipeline:
-        return self.train(False)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for module in self.modules:
-            yield from module.parameters()
-
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        for prefix, module in zip(self._prefixes(), self._named, strict=True):
-            yield from module.named_parameters(prefix=prefix)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and buffers under the model's own names where :func:`layerpipe.split` made the stages, and under
-        those of ``nn.Sequential(*stages)`` where they were given by hand. References, as in torch."""
-        self._executor.synchronize()
-        state: dict[str, Any] = {}
-        for prefix, module in zip(self._prefixes(), self._named, strict=True):
-            state.update(module.state_dict(prefix=f"{prefix}." if prefix else ""))
-        return state
+    # -- between runs --------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Load weights and buffers, into an empty pipe.
@@ -342,17 +279,8 @@ class Pipeline:
         Raises:
             RuntimeError: minibatches are in the pipe, or names or shapes do not fit.
         """
-        if self.tick:
-            raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
-        own = self.state_dict()
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        if strict and (missing or unexpected):
-            raise RuntimeError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
-        for prefix, module in zip(self._prefixes(), self._named, strict=True):
-            cut = len(prefix) + 1 if prefix else 0
-            mine = {k[cut:]: v for k, v in state.items() if not prefix or k.startswith(f"{prefix}.")}
-            known = module.state_dict().keys()
-            module.load_state_dict({k: v for k, v in mine.items() if k in known}, strict=False)
+        self._refuse_minibatches()
+        super().load_state_dict(state, strict)
 
     def checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> list[Tensor]:
         r"""Drain the pipe and write everything that training goes on from into a file, which is whole at any moment.
@@ -381,26 +309,16 @@ class Pipeline:
             RuntimeError: minibatches are in the pipe.
             CheckpointError: the file is no checkpoint, or one of another pipeline. Nothing has been loaded then.
         """
-        if self.tick:
-            raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
-        content = checkpoint.read(Path(path))
-        try:
-            checkpoint.load(self, content)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {error}") from error
+        self._refuse_minibatches()
+        extra = checkpoint.load(self, Path(path))
         self._restart()
-        extra: dict[str, Any] = content["extra"]
         return extra
 
-    def _prefixes(self) -> list[str]:
-        split = all(map(is_split, self._named))
-        return ["" if split else str(i) for i in range(len(self.modules))]
+    def _refuse_minibatches(self) -> None:
+        if self.tick:
+            raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
 
     # -- reports -------------------------------------------------------------------------------------------------
-
-    @property
-    def names(self) -> list[str]:
-        return [label(m) for m in self.modules]
 
     def measured_delays(self) -> list[dict[int, int]]:
         """Per stage: how many backwards found their weights how many updates old."""
@@ -410,22 +328,7 @@ class Pipeline:
     def memory(self) -> list[StageMemory]:
         """What each stage has kept so far, measured from the tensors themselves."""
         self._executor.synchronize()
-        report = []
-        for stage in self.stages:
-            weights = sum(p.nbytes for p in stage.module.parameters())
-            trained = sum(p.nbytes for p in stage.module.parameters() if p.requires_grad)
-            optimizer: Any = stage.optimizer
-            report.append(
-                StageMemory(
-                    weights=weights,
-                    history=optimizer.history_bytes() if hasattr(optimizer, "history_bytes") else 0,
-                    optimizer=optimizer.optimizer_bytes() if hasattr(optimizer, "optimizer_bytes") else 0,
-                    scratch=stage.scratch_bytes,
-                    activations=stage.activation_bytes,
-                    stash=stage.delay * trained,
-                )
-            )
-        return report
+        return [stage_memory(stage) for stage in self.stages]
 
     # -- end -----------------------------------------------------------------------------------------------------
 
@@ -451,10 +354,3 @@ class Pipeline:
     def _close_channels(self) -> None:
         for channel in (self._input, self._target, *self._activations, *self._gradients):
             channel.close()
-
-
-def _advice(past: str, order: int, delay: int) -> str:
-    tries = [] if past in ("blend", "stash") or not delay else ["past='blend' of order 2"]
-    if past == "blend" and order < 3 and delay:
-        tries.append(f"order {order + 1}")
-    return "try " + ", ".join([*tries, "a lower learning rate, a longer warm-up, max_norm=1.0, or fewer stages"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import fx, nn
 
@@ -38,8 +38,30 @@ class SplitStage(fx.GraphModule):
             passed = [values[node] for node in pieces[-1].outputs]
             graph.output(passed[0] if len(passed) == 1 else tuple(passed))
         super().__init__(root, graph, class_name="Stage")
+        _leave_out_of_the_state(self, root)
         # Copies and pickling make it a plain GraphModule; these keep what is in meta, those attributes.
         self.is_split = self.meta["is_split"] = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
+        copied = super().__deepcopy__(memo)
+        _leave_out_of_the_state(copied, self)
+        return copied
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return *super().__reduce__(), {"_non_persistent_buffers_set": self._non_persistent_buffers_set}
+
+
+def _leave_out_of_the_state(stage: fx.GraphModule, root: nn.Module) -> None:
+    """Of a stage whose tensors come from ``root``, those that ``root.state_dict()`` has not.
+
+    fx makes a persistent buffer of a tensor that is none, and in torch 2.13 of every buffer.
+    """
+    for node in stage.graph.find_nodes(op="get_attr"):
+        path, _, name = str(node.target).rpartition(".")
+        owner, origin = stage.get_submodule(path), root.get_submodule(path)
+        kept = name in origin._buffers and name not in origin._non_persistent_buffers_set
+        if name in owner._buffers and not kept:
+            owner.register_buffer(name, owner._buffers[name], persistent=False)
 
 
 def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import sys
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels as lk
 from layerpipe.channels import Lent
-from tests.engine.fake_device import FakeDevice, Site, fake_device
+from tests.engine import test_streams
+from tests.engine.fake_device import FakeDevice, fake_device
 from tests.engine.models import chain, minibatches
 from tests.engine.test_streams import network, train
 
@@ -54,13 +56,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-def run(case: tuple[str, int, dict[str, Any]], without: Site | None = None, ticks: int = 40) -> FakeDevice:
-    kind, count, options = case
-    with fake_device(without) as device:
-        pipe = pipeline(network(kind, count), "graphs", **options)
-        train(pipe, ticks)
-        del pipe
-    return device
+run = functools.partial(test_streams.run, make=pipeline, executor="graphs")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -44,6 +44,35 @@ def test_stages_share_the_layers_and_keep_their_names() -> None:
     assert all(named[name] is param for name, param in model.named_parameters())
 
 
+class Constants(nn.Module):
+    """Tensors of every kind that a forward reads by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.plain = nn.Linear(4, 4), nn.Linear(4, 4), torch.rand(4)
+        self.register_buffer("kept", torch.rand(4))
+        self.register_buffer("made", torch.rand(4), persistent=False)
+        self.first.register_buffer("beside", torch.rand(4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x * self.made) * self.plain * torch.ones(4)
+        return self.last((y + self.kept) * self.first.beside)
+
+
+@pytest.mark.parametrize("traced_by", ["fx", "export"])
+def test_the_state_has_the_models_own_buffers_and_no_constants(traced_by: str) -> None:
+    class Asserting(Constants):
+        def forward(self, x: Tensor) -> Tensor:
+            assert traced_by == "fx" or x.shape[1] == 4
+            return super().forward(x)
+
+    model, x = Asserting(), torch.randn(3, 4)
+    parts = split(model, 2, (x,), balance="params")
+    for again in (parts, copy.deepcopy(parts), pickle.loads(pickle.dumps(parts))):
+        assert {name for part in again for name in part.state_dict()} == model.state_dict().keys()
+        assert torch.equal(nn.Sequential(*again)(x), model(x))
+
+
 @pytest.mark.parametrize("stages", [4, 10])
 def test_resnet(stages: int) -> None:
     model = pytest.importorskip("torchvision").models.resnet18(num_classes=10).eval()

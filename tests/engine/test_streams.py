@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -106,10 +107,17 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-def run(case: tuple[str, int, dict[str, Any]], without: Site | None = None, ticks: int = 24) -> FakeDevice:
+def run(
+    case: tuple[str, int, dict[str, Any]],
+    without: Site | None = None,
+    ticks: int = 24,
+    *,
+    make: Callable[..., layerpipe.Pipeline] = pipeline,
+    executor: str = "streams",
+) -> FakeDevice:
     kind, count, options = case
     with fake_device(without) as device:
-        pipe = pipeline(network(kind, count), "streams", **options)
+        pipe = make(network(kind, count), executor, **options)
         train(pipe, ticks)
         del pipe
     return device

@@ -190,6 +190,15 @@ def test_bfloat16_averages_survive_on_float32_parameters() -> None:
         assert torch.equal(optimizer.state[a]["ema"], other.state[b]["ema"])
 
 
+def assert_warms_up_anew(optimizer: Any, params: list[Tensor]) -> None:
+    """For as many steps as the delay, which is 3, the past weights are those of the beginning."""
+    start = [p.detach().clone() for p in params]
+    for t in range(3):
+        steps(optimizer, params, 1, seed=10 + t)
+        for param, first in zip(params, start, strict=True):
+            torch.testing.assert_close(optimizer.past_weight(param), first, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("past", ["ema", "blend", "stash"])
 @pytest.mark.parametrize("begun", [0, 9])
 def test_a_checkpoint_without_a_past_warms_up_anew_with_a_warning(past: str, begun: int) -> None:
@@ -200,11 +209,7 @@ def test_a_checkpoint_without_a_past_warms_up_anew_with_a_warning(past: str, beg
     steps(optimizer, params, begun, seed=2)
     with pytest.warns(UserWarning, match=r"param_groups\[0\] has no past .*delay=3"):
         optimizer.load_state_dict(theirs.state_dict())
-    start = [p.detach().clone() for p in params]
-    for t in range(3):
-        steps(optimizer, params, 1, seed=10 + t)
-        for param, first in zip(params, start, strict=True):
-            torch.testing.assert_close(optimizer.past_weight(param), first, rtol=1e-6, atol=1e-6)
+    assert_warms_up_anew(optimizer, params)
 
 
 def test_a_checkpoint_that_lost_its_averages_warms_up_anew() -> None:
@@ -216,11 +221,7 @@ def test_a_checkpoint_that_lost_its_averages_warms_up_anew() -> None:
         del entry["ema"]
     with pytest.warns(UserWarning, match="has no past"):
         optimizer.load_state_dict(state)
-    start = [p.detach().clone() for p in params]
-    for t in range(3):
-        steps(optimizer, params, 1, seed=10 + t)
-        for param, first in zip(params, start, strict=True):
-            torch.testing.assert_close(optimizer.past_weight(param), first, rtol=1e-6, atol=1e-6)
+    assert_warms_up_anew(optimizer, params)
 
 
 def test_a_checkpoint_before_the_first_step_or_without_a_delay_warns_of_nothing() -> None:

@@ -16,7 +16,7 @@ from layerpipe_kernels.plan import Arrays
 pytest.importorskip("triton")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("everything is interpreted already: run triton_cases.py", allow_module_level=True)
+    pytest.skip("everything is interpreted already: run triton_*_cases.py", allow_module_level=True)
 
 
 from layerpipe_kernels.triton import TritonRunner, ema_update_, reconstruct
@@ -26,8 +26,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 def test_kernels_agree_with_the_reference_in_the_interpreter() -> None:
-    """``triton_cases.py``, in a process of its own: the interpreter is chosen when the kernels are defined."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/triton_cases.py"]
+    """``triton_*_cases.py``, in a process of their own: the interpreter is chosen when the kernels are defined."""
+    cases = [f"tests/kernels/triton_{of}_cases.py" for of in ("step", "tensor")]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *cases]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]

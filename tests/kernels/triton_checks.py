@@ -5,16 +5,20 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, Options, PastDesign, SgdOptions
 from layerpipe_kernels.plan import Arrays, ReferenceRunner
-from layerpipe_kernels.triton import TritonRunner
+from layerpipe_kernels.triton import TritonRunner, access
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+RUNNABLE = pytest.mark.skipif(
+    not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU or TRITON_INTERPRET=1"
+)
 CHUNK = 1 << 12  # half the usual: two blocks of 16-bit, four of 32-bit elements
 SIZES = [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 1023, 1024, 1025, CHUNK - 1, CHUNK, CHUNK + 1]
 FEW = [0, 5, 1030]
@@ -22,6 +26,19 @@ FEW = [0, 5, 1030]
 PRECISION = {F32: 1e-5, F16: 2**-10, BF16: 2**-7}
 SGD = SgdOptions(lr=0.1, momentum=0.9, weight_decay=0.01)
 ADAM = AdamOptions(lr=0.1, weight_decay=0.01)
+
+
+@pytest.fixture(autouse=True)
+def claims_of_alignment_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter does not care where an access starts; a GPU refuses 16 bytes from anywhere else."""
+
+    def checked_at(base: Any, start: Any, VEC: int) -> Any:
+        first = base + start
+        assert VEC == 1 or int(first.handle.data.item()) % 16 == 0, "said to be aligned, but is not"
+        return first
+
+    if INTERPRETED:
+        monkeypatch.setattr(access, "_at", checked_at)
 
 
 def array(*shape: int, dtype: torch.dtype = F32, offset: int = 0) -> Tensor:

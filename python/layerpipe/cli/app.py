@@ -128,10 +128,12 @@ def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume {path}: its config.json cannot be read ({error})") from error
+    baseline = bool(values.pop("baseline", True))
+    values.pop("environment", None)
     config = TrainConfig.from_json(values)
     if config.checkpoint_every is None:
         raise UsageError(f"--resume {path}: the run wrote no checkpoints; it was started without --checkpoint-every")
-    return config, bool(values.get("baseline", True))
+    return config, baseline
 
 
 def _kind(config: TrainConfig) -> str:

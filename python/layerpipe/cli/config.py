@@ -12,7 +12,7 @@ from layerpipe.errors import UsageError
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The defaults are those of ``layerpipe train``."""
+    """The defaults are those of ``layerpipe train``. One that is added does by default what was done without it."""
 
     model: str = "resnet18"
     data: str = "digits"
@@ -71,17 +71,16 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """What :meth:`to_json` gave; what else stands beside it is not looked at.
+        """What :meth:`to_json` gave. An option that is newer than the file takes its default.
 
         Raises:
-            UsageError: an option is missing.
+            UsageError: an option that this version does not have.
         """
-        names = [field.name for field in fields(cls)]
-        missing = [name for name in names if name not in values]
-        if missing:
-            raise UsageError(f"the run's config.json lacks {', '.join(missing)}: it is of another version")
-        options: dict[str, Any] = {name: values[name] for name in names}
-        return cls(**{**options, "data_dir": Path(options["data_dir"])})
+        unknown = sorted(values.keys() - {field.name for field in fields(cls)})
+        if unknown:
+            raise UsageError(f"the run's config.json has {', '.join(unknown)}, which this version does not know")
+        options: dict[str, Any] = {**values, "data_dir": Path(values.get("data_dir", cls.data_dir))}
+        return cls(**options)
 
     def to_json(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}

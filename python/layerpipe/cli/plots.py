@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from layerpipe.cli.training import Result
-from layerpipe.pipeline import Event
+from layerpipe.measured import Event
 
 
 def new_figure(**kwargs: Any) -> tuple[Any, Any]:

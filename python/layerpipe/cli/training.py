@@ -18,8 +18,9 @@ from layerpipe import models
 from layerpipe.cli.config import TrainConfig
 from layerpipe.data import Images
 from layerpipe.errors import DivergenceError, UsageError
+from layerpipe.measured import Event, StageMemory
 from layerpipe.partition import split
-from layerpipe.pipeline import Event, Pipeline, StageMemory
+from layerpipe.pipeline import Pipeline
 from layerpipe.probe import Reading, ReconstructionProbe
 from layerpipe.tracing import Trace
 
