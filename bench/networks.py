@@ -58,9 +58,9 @@ class Case:
         x = torch.randn(self.batch, 1, self.size, self.size, generator=generator)
         return x, torch.randint(10, (self.batch,), generator=generator)
 
-    def stages(self, count: int, balance: str = "time") -> list[nn.Module]:
+    def stages(self, count: int, balance: str = "time", *, compiled: bool = False) -> list[nn.Module]:
         model, (x, _) = self.model(), self.minibatch()
-        return layerpipe.split(model, count, (x,), balance=balance)
+        return layerpipe.split(model, count, (x,), balance=balance, wrap=torch.compile if compiled else None)
 
 
 def add_cases(parser: argparse.ArgumentParser, *default: str) -> None:

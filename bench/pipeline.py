@@ -77,9 +77,8 @@ def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
 def pipelined(case: Case, options: Options, schedule: str, *, compiled: bool = False) -> tuple[layerpipe.Pipeline, Run]:
     """Seconds per step of the pipeline in steady state, one intra-op thread in each worker."""
     x, y = case.minibatch()
-    stages: list[Any] = case.stages(options.stages, options.balance)
     pipe = layerpipe.Pipeline(
-        [torch.compile(stage) for stage in stages] if compiled else stages,
+        case.stages(options.stages, options.balance, compiled=compiled),
         loss_fn,
         lambda params, **past: layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past),
         past=options.past,

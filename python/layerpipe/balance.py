@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,36 @@ def balance(
         assert needs is not None
         raise CapError(parts, cap, _least_cap(needs, parts, ends))
     return cuts
+
+
+def refine(
+    costs: Sequence[float], parts: int, measure: Callable[[Sequence[int]], Sequence[float]], *, rounds: int = 4
+) -> tuple[list[int], list[float]]:
+    """Cuts by what whole parts take, where that is not the sum of their layers: compiled together, say.
+
+    Begins with :func:`balance`; whatever a part takes more or less than its layers is shared out among them, and the
+    parts are balanced anew, until that gives cuts that have been measured.
+
+    Args:
+        costs: of each layer, in any unit.
+        parts: how many.
+        measure: what each part takes between cuts.
+        rounds: measurements at most.
+
+    Returns:
+        The cuts whose slowest part is fastest, of those measured, and what their parts take.
+    """
+    current, seen = [float(cost) for cost in costs], dict[tuple[int, ...], list[float]]()
+    while len(seen) < rounds:
+        cuts = tuple(balance(current, parts))
+        if cuts in seen:
+            break
+        seen[cuts] = [float(taken) for taken in measure(cuts)]
+        for (a, b), taken in zip(itertools.pairwise(cuts), seen[cuts], strict=True):
+            expected = sum(current[a:b])
+            current[a:b] = [cost * taken / expected if expected else taken / (b - a) for cost in current[a:b]]
+    best = min(seen, key=lambda cuts: max(seen[cuts]))
+    return list(best), seen[best]
 
 
 def _spans(values: Array) -> Array:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from layerpipe.balance import balance as balanced
-from layerpipe.cuts import find_cuts, hindrances, pieces
+from layerpipe.balance import refine
+from layerpipe.cuts import Piece, find_cuts, hindrances, pieces
 from layerpipe.forward import Forward, trace
 from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph
-from layerpipe.profile import profile_units
+from layerpipe.profile import profile_units, seconds
 from layerpipe.split_stage import SplitStage, label, uncompiled
 
 BALANCES = ("flops", "time", "params", "bytes")
@@ -27,6 +29,7 @@ def split(
     *,
     balance: str = "flops",
     at: Sequence[str] | None = None,
+    wrap: Callable[[nn.Module], Any] | None = None,
 ) -> list[nn.Module]:
     """Cut a model into a chain of stages of equal cost that share its layers and keep its parameter names.
 
@@ -43,6 +46,9 @@ def split(
             ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have),
             ``"bytes"`` (weights and what the backward needs) or ``"params"``.
         at: instead of balancing, the layers that begin the second stage, the third, ..., by name.
+        wrap: what every stage is returned as, such as ``torch.compile``. ``balance="time"`` then measures whole stages,
+            wrapped, on copies, at most :func:`four times <layerpipe.balance.refine>`: a compiled stage takes less than
+            its layers do one by one.
 
     Raises:
         ValueError: the model cannot be traced, has fewer places to cut than stages are wanted, or uses tied weights on
@@ -63,29 +69,44 @@ def split(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(parts)} splittable layers "
             f"({', '.join(label(SplitStage(forward.root, [p])) for p in parts)}){_hindrance(forward)}"
         )
-    costs: list[float] | None = None
+
+    def between(cuts: Sequence[int]) -> list[SplitStage]:
+        return [SplitStage(forward.root, parts[a:b]) for a, b in itertools.pairwise(cuts)]
+
+    taken: list[float] | None = None  # by each stage
     if at is not None:
         cuts = [0, *find_cuts(forward, parts, at), len(parts)]
     else:
-        units = [SplitStage(forward.root, [piece]) for piece in parts]
-        if balance == "params":
-            costs = [float(sum(p.numel() for p in u.parameters())) for u in units]
-        else:
-            threads = torch.get_num_threads()
-            torch.set_num_threads(max(1, threads // stages))
-            try:
-                layers = profile_units(parts, units, example_inputs or (), measure=balance == "time")
-            finally:
-                torch.set_num_threads(threads)
-            costs = costs_by(layers, balance)
-        cuts = balanced(costs, stages)
-    made = [SplitStage(forward.root, parts[a:b]) for a, b in itertools.pairwise(cuts)]
+        units, inputs = between(range(len(parts) + 1)), example_inputs or ()
+        with _threads_of_a_worker(stages):
+            costs = _costs(parts, units, inputs, balance)
+            if wrap is not None and balance == "time":
+                cuts, taken = refine(costs, stages, lambda cuts: seconds(between(cuts), inputs, wrap))
+            else:
+                cuts = balanced(costs, stages)
+                taken = [sum(costs[a:b]) for a, b in itertools.pairwise(cuts)]
+    made = between(cuts)
     refuse_shared(made)
     _warn_of_unused(model, made)
-    if costs is not None:
-        for stage, (a, b) in zip(made, itertools.pairwise(cuts), strict=True):
-            stage.meta["cost"] = sum(costs[a:b])
-    return list(made)
+    for stage, cost in zip(made, taken or (), strict=False):
+        stage.meta["cost"] = cost
+    return [wrap(stage) for stage in made] if wrap is not None else list(made)
+
+
+@contextmanager
+def _threads_of_a_worker(stages: int) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // stages))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _costs(parts: list[Piece], units: Sequence[nn.Module], inputs: Sequence[Any], balance: str) -> list[float]:
+    if balance == "params":
+        return [float(sum(p.numel() for p in unit.parameters())) for unit in units]
+    return costs_by(profile_units(parts, units, inputs, measure=balance == "time"), balance)
 
 
 def _hindrance(forward: Forward) -> str:

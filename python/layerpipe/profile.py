@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -143,15 +144,27 @@ def _backward_flops(outputs: Tensors, wanted: list[Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def _measure(units: Sequence[nn.Module], example_inputs: Sequence[Any]) -> list[tuple[float, float]]:
-    """Seconds of each unit's forward and backward, on what the one before puts out. No running statistics change."""
+def seconds(
+    stages: Sequence[nn.Module], example_inputs: Sequence[Any], wrap: Callable[[nn.Module], Any]
+) -> list[float]:
+    """Of each stage's forward and backward, run as ``wrap(stage)``; on copies, which alone change."""
+    copies = [wrap(copy.deepcopy(stage)) for stage in stages]
+    return [sum(times) for times in _measure(copies, example_inputs, keep_buffers=False)]
+
+
+def _measure(
+    units: Sequence[nn.Module], example_inputs: Sequence[Any], *, keep_buffers: bool = True
+) -> list[tuple[float, float]]:
+    """Seconds of each unit's forward and backward, on what the one before puts out. No random numbers are used up."""
     times, values = [], tuple(example_inputs)
-    for i, unit in enumerate(units):
-        buffers = {name: b.clone() for name, b in unit.named_buffers()}
-        times.append(_seconds(unit, buffers, tuple(_like(x, requires_grad=i > 0) for x in values)))
-        with torch.no_grad():
-            result = torch.func.functional_call(unit, buffers, values)
-        values = result if isinstance(result, tuple) else (result,)
+    devices = {p.device for unit in units for p in unit.parameters() if p.device.type != "cpu"}
+    with torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cuda"):
+        for i, unit in enumerate(units):
+            buffers = {name: b.clone() for name, b in unit.named_buffers()} if keep_buffers else {}
+            times.append(_seconds(unit, buffers, tuple(_like(x, requires_grad=i > 0) for x in values)))
+            with torch.no_grad():
+                result = torch.func.functional_call(unit, buffers, values)
+            values = result if isinstance(result, tuple) else (result,)
     return times
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
-from layerpipe.balance import CapError, balance
+from layerpipe.balance import CapError, balance, refine
 
 
 def every_cut(count: int, parts: int) -> list[list[int]]:
@@ -71,3 +73,51 @@ def test_a_thousand_layers_into_64_parts() -> None:
 def test_bad_arguments(costs: list[float], parts: int) -> None:
     with pytest.raises(ValueError):
         balance(costs, parts)
+
+
+def fused(costs: np.ndarray, cuts: Sequence[int], discount: float) -> list[float]:
+    """Parts whose layers are cheaper together than alone, those behind the middle more so."""
+    half = len(costs) // 2
+    return [float(costs[a:b][np.arange(a, b) < half].sum() + discount * costs[a:b][np.arange(a, b) >= half].sum())
+            for a, b in itertools.pairwise(cuts)]  # fmt: skip
+
+
+def test_refined_cuts_are_the_best_of_those_measured_and_mostly_of_all() -> None:
+    random = np.random.default_rng(2)
+    hits = 0
+    for _ in range(60):
+        costs, parts, discount = random.random(10) + 0.1, int(random.integers(2, 4)), random.random()
+        measured: list[tuple[list[int], list[float]]] = []
+
+        def measure(cuts: Sequence[int], costs: Any = costs, discount: float = discount, seen: Any = measured) -> Any:
+            seen.append((list(cuts), fused(costs, cuts, discount)))
+            return seen[-1][1]
+
+        cuts, taken = refine(costs.tolist(), parts, measure)
+        assert 1 <= len(measured) <= 4
+        assert len({tuple(c) for c, _ in measured}) == len(measured)  # nothing is measured twice
+        assert (cuts, taken) in measured
+        assert max(taken) == min(max(t) for _, t in measured)
+        best = min(max(fused(costs, c, discount)) for c in every_cut(10, parts))
+        hits += max(taken) < 1.02 * best
+        assert max(taken) <= max(fused(costs, balance(costs.tolist(), parts), discount))
+    assert hits > 45
+
+
+def test_layers_that_seemed_to_cost_nothing_are_balanced_too() -> None:
+    costs = [0.0] * 4
+    cuts, taken = refine(costs, 2, lambda cuts: [3.0 * (b - a) for a, b in itertools.pairwise(cuts)])
+    assert (cuts, taken) == ([0, 2, 4], [6.0, 6.0])
+
+
+def test_refining_measures_no_more_often_than_it_may() -> None:
+    measured: list[Sequence[int]] = []
+
+    def measure(cuts: Sequence[int]) -> list[float]:
+        measured.append(cuts)
+        return fused(np.ones(12), cuts, 0.2)
+
+    for rounds in (1, 2):
+        measured.clear()
+        refine([1.0] * 12, 3, measure, rounds=rounds)
+        assert len(measured) == rounds

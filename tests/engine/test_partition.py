@@ -3,12 +3,13 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from layerpipe import split
+from layerpipe import partition, split
 from layerpipe.balance import balance as balanced
 from layerpipe.partition import share_threads
 from layerpipe.split_stage import is_split, label
@@ -277,3 +278,64 @@ def test_split_says_what_its_stages_cost() -> None:
     assert [part.meta["cost"] for part in copy.deepcopy(parts)] == [
         sum(p.numel() for p in part.parameters()) for part in parts
     ]
+
+
+class Wrapped(nn.Module):
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage, self.calls = stage, 0
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        self.calls += 1
+        result: Tensor = self.stage(*inputs)
+        return result
+
+
+def noisy() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def test_wrapped_stages_are_measured_on_copies_and_returned_untouched() -> None:
+    model, made = noisy(), list[Wrapped]()
+
+    def wrap(stage: nn.Module) -> Wrapped:
+        made.append(Wrapped(stage))
+        return made[-1]
+
+    before, random = copy.deepcopy(model.state_dict()), torch.random.get_rng_state()
+    stages = split(model, 2, (torch.randn(5, 4),), balance="time", wrap=wrap)
+    assert stages == made[-2:]
+    assert len(made) in (4, 6, 8, 10)  # up to four pairs were measured
+    assert all(stage.calls > 1 for stage in made[:-2])
+    assert not any(stage.calls for stage in made[-2:])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    torch.random.set_rng_state(random)
+    torch.randn(5, 4)
+    expected = torch.random.get_rng_state()
+    torch.random.set_rng_state(random)
+    split(model, 2, (torch.randn(5, 4),), balance="time", wrap=wrap)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    owned = {id(p) for p in model.parameters()}
+    assert {id(p) for stage in stages for p in stage.parameters()} == owned
+    assert not any(id(p) in owned for stage in made[:2] for p in stage.parameters())
+
+
+def test_the_cut_follows_what_wrapped_stages_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a stage takes as long as it has Linear layers, whatever these cost alone."""
+
+    def seconds(stages: list[nn.Module], *_: object) -> list[float]:
+        return [0.01 + sum(isinstance(m, nn.Linear) for m in stage.modules()) for stage in stages]
+
+    monkeypatch.setattr(partition, "seconds", seconds)
+    model = nn.Sequential(nn.Linear(64, 64), *[nn.Linear(2**i, 2 ** (i - 1)) for i in range(6, 0, -1)], nn.Tanh())
+    stages = split(model, 2, (torch.randn(8, 64),), balance="time", wrap=nn.Sequential)
+    counts = [sum(isinstance(m, nn.Linear) for m in stage.modules()) for stage in stages]
+    assert max(counts) == 4
+    assert [round(stage[0].meta["cost"]) for stage in stages] == counts  # type: ignore[index,union-attr]
+
+
+@pytest.mark.parametrize("how", [{"balance": "flops"}, {"balance": "params"}, {"at": ["4"], "balance": "time"}])
+def test_nothing_is_measured_where_no_time_is_asked_for(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partition, "seconds", None)
+    stages = split(sequential(), 2, (torch.randn(5, 4),), wrap=Wrapped, **how)
+    assert all(isinstance(stage, Wrapped) for stage in stages)
