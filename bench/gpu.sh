@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can show, in one call of under 10 minutes: build in place, tests, compute-sanitizer, benches.
+# Everything that only a GPU can show, in one call: build in place, tests, benches, compute-sanitizer.
 #
 #     bench/gpu.sh                     # results into bench/results
 #     OUT=/tmp/results bench/gpu.sh
+#     bench/gpu.sh tests executors     # only these steps; the build stays from call to call
 #
 # Needs torch with CUDA, Triton, nvcc, cmake, ninja, pybind11 and pytest; no network. PYTHON names the interpreter.
 set -uo pipefail
@@ -12,11 +13,15 @@ python=${PYTHON:-python3}
 mkdir -p "$out"
 export PYTHONPATH="$PWD:$PWD/python"
 failed=()
+chosen=" $* "
+ran=" "
 
 # The steps in the order of their worth, each with its own time: what is done when time runs out still counts.
 run() { # name, seconds, command...
     local name=$1 seconds=$2 begin=$SECONDS
     shift 2
+    [[ $chosen == "  " || $chosen == *" $name "* ]] || return 0
+    ran+="$name "
     echo "==> $name"
     timeout "$seconds" "$@" >"$out/gpu-$name.log" 2>&1
     local status=$?
@@ -52,6 +57,9 @@ else
     echo "==> no compute-sanitizer on the PATH"
 fi
 
+for name in "$@"; do
+    [[ $ran == *" $name "* ]] || failed+=("$name: no such step")
+done
 if ((${#failed[@]})); then
     echo "==> failed: ${failed[*]}"
     exit 1
