@@ -11,15 +11,6 @@ namespace py = pybind11;
 using namespace py::literals;
 using namespace layerpipe;
 
-namespace {
-
-template <class P>
-P at(uint64_t address) {
-    return reinterpret_cast<P>(address);
-}
-
-}  // namespace
-
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Fused optimizer step, EMA of updates and past-weight reconstruction.";
     // Numbers, because converting an enumeration costs more than the rest of a call.

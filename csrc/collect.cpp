@@ -5,8 +5,8 @@ namespace py = pybind11;
 namespace layerpipe {
 namespace {
 
-const void* address_of(PyObject* tensor, Exchange api) {
-    const auto found = view(tensor, api);
+const void* address_of(PyObject* tensor, Exchange exchange) {
+    const auto found = view(tensor, exchange);
     require(found.has_value(), "Collector: a tensor without an address");
     return found->address;
 }
@@ -16,18 +16,17 @@ const void* address_of(PyObject* tensor, Exchange api) {
 Collector::Collector(const py::list& params, const std::vector<bool>& moving, const py::dict& state, py::tuple keys,
                      const py::object& exchange)
     : keys_(std::move(keys)), exchange_(exchange_of(exchange)) {
-    const Exchange api = exchange_;
     require(moving.size() == params.size(), "Collector: one flag per parameter");
     for (size_t i = 0; i < moving.size(); ++i) {
         Entry entry;
-        entry.param = {params[i], moving[i] ? address_of(params[i].ptr(), api) : nullptr};
+        entry.param = {params[i], moving[i] ? address_of(params[i].ptr(), exchange_) : nullptr};
         entry.moving = moving[i];
         entry.hash = PyObject_Hash(params[i].ptr());
         if (moving[i] && !keys_.empty()) {
             entry.state = state[params[i]];
             for (const auto key : keys_) {
                 const py::object tensor = entry.state[key];
-                entry.tensors.push_back({tensor, address_of(tensor.ptr(), api)});
+                entry.tensors.push_back({tensor, address_of(tensor.ptr(), exchange_)});
             }
         }
         entries_.push_back(std::move(entry));
@@ -36,7 +35,6 @@ Collector::Collector(const py::list& params, const std::vector<bool>& moving, co
 
 bool Collector::collect(StepPlan& plan, const py::list& params, const py::dict& state) const {
     static PyObject* const grad_name = PyUnicode_InternFromString("grad");
-    const Exchange api = exchange_;
     const Dtype dtype = plan.arrays().grad;
     if (params.size() != entries_.size()) return false;
     size_t at = 0;
@@ -46,23 +44,23 @@ bool Collector::collect(StepPlan& plan, const py::list& params, const py::dict& 
         const py::object grad = attribute(param, grad_name);
         if (grad.is_none() == entry.moving) return false;
         if (!entry.moving) continue;
-        if (!holds(entry, param, state, api)) return false;
-        const auto found = view(grad.ptr(), api);
+        if (!holds(entry, param, state)) return false;
+        const auto found = view(grad.ptr(), exchange_);
         if (!found || found->dtype != dtype || !found->contiguous) return false;
         plan.grads[at++] = found->address;
     }
     return at == plan.grads.size();
 }
 
-bool Collector::holds(const Entry& entry, PyObject* param, const py::dict& state, Exchange api) const {
+bool Collector::holds(const Entry& entry, PyObject* param, const py::dict& state) const {
     if (param != entry.param.object.ptr()) return false;
-    const auto weight = view(param, api);
+    const auto weight = view(param, exchange_);
     if (!weight || weight->address != entry.param.address || !weight->contiguous) return false;
     if (entry.state && _PyDict_GetItem_KnownHash(state.ptr(), param, entry.hash) != entry.state.ptr()) return false;
     for (size_t k = 0; k < entry.tensors.size(); ++k) {
         const Tensor& tensor = entry.tensors[k];
         if (PyDict_GetItem(entry.state.ptr(), PyTuple_GET_ITEM(keys_.ptr(), k)) != tensor.object.ptr()) return false;
-        const auto kept = view(tensor.object.ptr(), api);
+        const auto kept = view(tensor.object.ptr(), exchange_);
         if (!kept || kept->address != tensor.address) return false;
     }
     return true;
@@ -70,7 +68,7 @@ bool Collector::holds(const Entry& entry, PyObject* param, const py::dict& state
 
 bool Collector::holds(size_t i, const py::list& params, const py::dict& state) const {
     return params.size() == entries_.size() && i < entries_.size() && entries_[i].moving &&
-           holds(entries_[i], PyList_GET_ITEM(params.ptr(), i), state, exchange_);
+           holds(entries_[i], PyList_GET_ITEM(params.ptr(), i), state);
 }
 
 }  // namespace layerpipe

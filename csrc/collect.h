@@ -39,7 +39,7 @@ class Collector {
         pybind11::object state;
         std::vector<Tensor> tensors;
     };
-    bool holds(const Entry& entry, PyObject* param, const pybind11::dict& state, Exchange api) const;
+    bool holds(const Entry& entry, PyObject* param, const pybind11::dict& state) const;
 
     std::vector<Entry> entries_;
     pybind11::tuple keys_;

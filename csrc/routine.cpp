@@ -12,10 +12,18 @@ namespace py = pybind11;
 namespace layerpipe {
 namespace {
 
-struct Name {
-    PyObject* const text;
-    explicit Name(const char* name) : text(PyUnicode_InternFromString(name)) {}
+// The group's keys that a step reads and writes, made once.
+struct Names {
+    PyObject* const params = PyUnicode_InternFromString("params");
+    PyObject* const lr = PyUnicode_InternFromString("lr");
+    PyObject* const updates = PyUnicode_InternFromString("updates");
+    PyObject* const last_lr = PyUnicode_InternFromString("last_lr");
 };
+
+const Names& names() {
+    static const Names made;
+    return made;
+}
 
 PyObject* item(const py::dict& dict, PyObject* key) { return PyDict_GetItemWithError(dict.ptr(), key); }
 
@@ -28,19 +36,6 @@ std::optional<double> exact_float(PyObject* value) {
 std::optional<int64_t> exact_int(PyObject* value) {
     if (!value || !PyLong_CheckExact(value)) return std::nullopt;
     return PyLong_AsLongLong(value);
-}
-
-const Name& lr_name() {
-    static const Name name("lr");
-    return name;
-}
-const Name& updates_name() {
-    static const Name name("updates");
-    return name;
-}
-const Name& last_lr_name() {
-    static const Name name("last_lr");
-    return name;
 }
 
 }  // namespace
@@ -75,7 +70,7 @@ bool Routine::unchanged() const {
 }
 
 bool Routine::fits() const {
-    const auto lr = exact_float(item(group_, lr_name().text));
+    const auto lr = exact_float(item(group_, names().lr));
     return lr && std::isfinite(*lr) && unchanged();
 }
 
@@ -86,28 +81,27 @@ std::pair<uint64_t, int> Routine::current() const {
 }
 
 py::list Routine::params() const {
-    static const Name name("params");
-    PyObject* const params = item(group_, name.text);
+    PyObject* const params = item(group_, names().params);
     require(params && PyList_CheckExact(params), "Routine: a group without its list of parameters");
     return py::reinterpret_borrow<py::list>(params);
 }
 
 bool Routine::step() {
-    PyObject* const lr_object = item(group_, lr_name().text);
+    PyObject* const lr_object = item(group_, names().lr);
     const auto lr = exact_float(lr_object);
-    const auto updates = exact_int(item(group_, updates_name().text));
+    const auto updates = exact_int(item(group_, names().updates));
     if (!lr || !updates || !collector_.collect(plan_, params(), state_)) return false;
     const auto [stream, threads] = current();
     run_step(plan_, {*lr, nullptr, *updates + 1, nullptr, nullptr, nullptr}, {}, stream, threads);
     touched_();
-    group_[updates_name().text] = py::int_(*updates + 1);
-    group_[last_lr_name().text] = py::handle(lr_object);
+    group_[names().updates] = py::int_(*updates + 1);
+    group_[names().last_lr] = py::handle(lr_object);
     return true;
 }
 
 bool Routine::past(size_t i, py::handle out) {
-    const auto t = exact_int(item(group_, updates_name().text));
-    const auto lr = exact_float(item(group_, last_lr_name().text));
+    const auto t = exact_int(item(group_, names().updates));
+    const auto lr = exact_float(item(group_, names().last_lr));
     if (!t || !lr || mixture_.is_none() || !unchanged()) return false;
     const bool steady = *t > delay_ && mixed_t_ > delay_;
     if (mixed_lr_ != *lr || (mixed_t_ != *t && !steady)) {

@@ -7,11 +7,6 @@
 namespace layerpipe {
 namespace {
 
-template <class P>
-P at(uint64_t address) {
-    return reinterpret_cast<P>(address);
-}
-
 #if defined(LP_CUDA)
 int32_t mask(const std::vector<int>& dtypes) {
     int32_t bits = 0;

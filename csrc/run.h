@@ -22,6 +22,11 @@ void run_unlocked(bool large, const Work& work) {
 
 Dtype dtype_of(int number);
 
+template <class P>
+P at(uint64_t address) {
+    return reinterpret_cast<P>(address);
+}
+
 // `out = weight + sum_k taps[k] terms[k]`; on a GPU the taps may lie at `taps_at` instead.
 void run_reconstruct(int device, uint64_t out, int out_dtype, uint64_t weight, int weight_dtype, int64_t numel,
                      const std::vector<uint64_t>& terms, const std::vector<int>& dtypes,
