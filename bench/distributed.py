@@ -3,8 +3,9 @@
     python -m bench.distributed
 
 GPipe and 1F1B of :mod:`torch.distributed.pipelining` run in one process per stage over gloo, each minibatch cut into 8
-microbatches, one intra-op thread per process, torch's fused SGD; ours in one process with a thread per stage. The
-variants take turns within a round while the others' processes wait; ratios are formed within a round.
+microbatches, one intra-op thread per process, torch's fused SGD. Ours runs once in one process with a thread per stage
+and once as they do, in one process per stage over gloo. The variants take turns within a round while the others'
+processes wait; ratios are formed within a round.
 
 The two train differently: theirs is ordinary training whose BatchNorm sees microbatches, ours is asynchronous. This
 compares how fast they get through the same data, nothing else.
@@ -13,8 +14,10 @@ compares how fast they get through the same data, nothing else.
 from __future__ import annotations
 
 import argparse
+import functools
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,35 +35,72 @@ SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 MICROBATCHES = 8
 
 
-def rank_main(
-    rank: int, ranks: int, name: str, case: Case, cuts: list[torch.nn.Module], store: str, commands: Any, answers: Any
-) -> None:
-    """One stage of torch's pipeline: trains as many steps as it is told, and says how long each took."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+def theirs(rank: int, cuts: list[torch.nn.Module], case: Case, name: str) -> Callable[[], object]:
+    """A step of one stage of torch's pipeline."""
     x, y = case.minibatch()
-    module = cuts[rank]
-    stage = PipelineStage(module, rank, ranks, torch.device("cpu"))
+    stage = PipelineStage(cuts[rank], rank, len(cuts), torch.device("cpu"))
     schedule = SCHEDULES[name](stage, n_microbatches=MICROBATCHES, loss_fn=loss_fn)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9, fused=True)
-    last = rank == ranks - 1
+    optimizer = torch.optim.SGD(cuts[rank].parameters(), lr=0.01, momentum=0.9, fused=True)
+    last = rank == len(cuts) - 1
+
+    def step() -> None:
+        optimizer.zero_grad()
+        schedule.step(*([x] if rank == 0 else []), **({"target": y} if last else {}))
+        optimizer.step()
+
+    return step
+
+
+def pipeline(cuts: list[torch.nn.Module], schedule: str, executor: str) -> layerpipe.Pipeline:
+    return layerpipe.Pipeline(
+        cuts,
+        loss_fn,
+        lambda params, **past: layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past),
+        schedule=schedule,
+        executor=executor,
+        threads_per_stage=1,
+    )
+
+
+def rank_main(
+    rank: int,
+    kind: str,
+    name: str,
+    case: Case,
+    cuts: list[torch.nn.Module],
+    store: str,
+    commands: Any,
+    answers: Any,
+) -> None:
+    """One stage, of torch's pipeline or of ours: trains as many steps as it is told, and says how long each took."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(cuts))
+    if kind == "torch":
+        step = theirs(rank, cuts, case, name)
+    else:
+        step = functools.partial(pipeline(cuts, name, "distributed").step, *case.minibatch())
+        for _ in range(2 * len(cuts) + 1):  # fill
+            step()
     while steps := commands.get():
         dist.barrier()
         start = time.perf_counter()
         for _ in range(steps):
-            optimizer.zero_grad()
-            schedule.step(*([x] if rank == 0 else []), **({"target": y} if last else {}))
-            optimizer.step()
+            step()
         dist.barrier()
-        if last:
+        if rank == len(cuts) - 1:
             answers.put((time.perf_counter() - start) / steps)
     dist.destroy_process_group()
 
 
-class Theirs:
-    """Processes that wait to be told how many steps to train."""
+class Processes:
+    """Processes that wait to be told how many steps to train.
 
-    def __init__(self, name: str, case: Case, cuts: list[torch.nn.Module]) -> None:
+    Args:
+        kind: ``"torch"`` or ``"layerpipe"``.
+        name: of its schedule.
+    """
+
+    def __init__(self, kind: str, name: str, case: Case, cuts: list[torch.nn.Module]) -> None:
         context = mp.get_context("spawn")
         self._answers = context.Queue()
         self._commands = [context.Queue() for _ in cuts]
@@ -69,7 +109,7 @@ class Theirs:
         self._processes = [
             context.Process(
                 target=rank_main,
-                args=(rank, len(cuts), name, case, cuts, store, self._commands[rank], self._answers),
+                args=(rank, kind, name, case, cuts, store, self._commands[rank], self._answers),
                 daemon=True,
             )
             for rank in range(len(cuts))
@@ -85,7 +125,7 @@ class Theirs:
                 return float(self._answers.get(timeout=5))
             except Exception as error:  # queue.Empty: nobody has answered yet
                 if not all(process.is_alive() for process in self._processes):
-                    raise RuntimeError("a process of torch.distributed.pipelining has died; see above") from error
+                    raise RuntimeError("a process has died; see above") from error
 
     def close(self) -> None:
         for commands in self._commands:
@@ -100,14 +140,7 @@ class Theirs:
 def measure(case: Case, stages: int, schedule: str, rounds: int, steps: int) -> dict[str, list[float]]:
     """Seconds per minibatch of every variant and round."""
     cuts = case.stages(stages)
-    pipe = layerpipe.Pipeline(
-        cuts,
-        loss_fn,
-        lambda params, **past: layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past),
-        schedule=schedule,
-        executor="threads",
-        threads_per_stage=1,
-    )
+    pipe = pipeline(cuts, schedule, "threads")
     x, y = case.minibatch()
 
     def ours(count: int) -> float:
@@ -118,8 +151,9 @@ def measure(case: Case, stages: int, schedule: str, rounds: int, steps: int) -> 
             pipe.step(x, y)
         return (time.perf_counter() - start) / count
 
-    theirs = {f"torch {name}": Theirs(name, case, cuts) for name in SCHEDULES}
-    variants = {f"layerpipe {schedule}": ours, **theirs}
+    processes = {f"torch {name}": Processes("torch", name, case, cuts) for name in SCHEDULES}
+    processes[f"layerpipe {schedule}, processes"] = Processes("layerpipe", schedule, case, cuts)
+    variants = {f"layerpipe {schedule}": ours, **processes}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     try:
         for run in variants.values():
@@ -130,7 +164,7 @@ def measure(case: Case, stages: int, schedule: str, rounds: int, steps: int) -> 
             pipe.drain()
     finally:
         pipe.close()
-        for each in theirs.values():
+        for each in processes.values():
             each.close()
     return seconds
 

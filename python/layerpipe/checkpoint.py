@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from layerpipe.errors import CheckpointError
+from layerpipe.optimizer import joined, part
 
 if TYPE_CHECKING:
     from layerpipe.pipeline import Pipeline
@@ -62,20 +63,36 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def of(pipe: Pipeline) -> dict[str, Any]:
-    """Everything that a drained pipeline goes on from."""
-    return {
+def save(pipe: Pipeline, path: Path, extra: dict[str, Any]) -> None:
+    """Write everything that a drained pipeline goes on from. Of several processes, the first one writes.
+
+    Raises:
+        OSError, CheckpointError: the file cannot be written; in the processes that do not write it, the latter.
+    """
+    ranks = pipe.ranks
+    random = ranks.gather(random_state())
+    content = {
         "schedule": pipe.schedule.name,
         "model": pipe.state_dict(),
-        "optimizer": without_functions(pipe.optimizer.state_dict()),
-        "versions": [stage.version for stage in pipe.stages],
+        "optimizer": joined(ranks.gather(without_functions(pipe.optimizer.state_dict()))),
+        "versions": ranks.by_stage([stage.version for stage in pipe.stages]),
         "measured": pipe.measured_delays(),
-        "random": random_state(),
+        "random": random[0],
+        "extra": extra,
     }
+    if len(random) > 1:
+        content["random_of_ranks"] = random
+    error = None
+    if ranks.rank == 0:
+        try:
+            write(path, content)
+        except Exception as caught:
+            error = caught
+    ranks.agree(error, CheckpointError)
 
 
 def load(pipe: Pipeline, path: Path) -> dict[str, Any]:
-    """Put a file's content into a drained pipeline.
+    """Put a file's content into a drained pipeline, whatever processes it was written from.
 
     Returns:
         What else the file holds, its ``extra``.
@@ -84,31 +101,49 @@ def load(pipe: Pipeline, path: Path) -> dict[str, Any]:
         FileNotFoundError: it is not there.
         CheckpointError: it is no checkpoint, or one of another pipeline. Nothing has been loaded then.
     """
-    content = read(path)
+    content: dict[str, Any] = {}
+    error: Exception | None = None
     try:
-        _fill(pipe, content)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        content = read(path)
+    except Exception as caught:
+        error = caught
+    pipe.ranks.agree(error, CheckpointError)
+    shapes = {name: shape for own in pipe.ranks.gather(_shapes(pipe.own_state())) for name, shape in own.items()}
+    counts = pipe.ranks.gather(sum(stage.optimizer is not None for stage in pipe.stages))
+    before = sum(counts[: pipe.ranks.rank])
+    own = range(before, before + counts[pipe.ranks.rank])
+    try:
+        _check(pipe, content, shapes, own)
+    except ValueError as caught:
+        error = CheckpointError(f"{path}: {caught}")
+        error.__cause__ = caught
+    pipe.ranks.agree(error, CheckpointError)
+    _fill(pipe, content, own)
     extra: dict[str, Any] = content["extra"]
     return extra
 
 
-def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:
-    theirs, ours = (content["schedule"], len(content["versions"])), (pipe.schedule.name, len(pipe.stages))
+def _check(pipe: Pipeline, content: dict[str, Any], wanted: dict[str, tuple[int, ...]], own: range) -> None:
+    theirs, ours = (content["schedule"], len(content["versions"])), (pipe.schedule.name, len(pipe.delays))
     if theirs != ours:
         raise ValueError(
             f"of {theirs[1]} stages and schedule {theirs[0]!r}, this pipeline has {ours[1]} and {ours[0]!r}"
         )
-    shapes, wanted = _shapes(content["model"]), _shapes(pipe.state_dict())
+    shapes = _shapes(content["model"])
     if shapes != wanted:
         other = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
         raise ValueError(f"of another model, it differs in {', '.join(other)}")
-    pipe.optimizer.load_state_dict(content["optimizer"])  # refuses another past before it changes anything
+    pipe.optimizer.check(part(content["optimizer"], own))
+
+
+def _fill(pipe: Pipeline, content: dict[str, Any], own: range) -> None:
+    pipe.optimizer.load_state_dict(part(content["optimizer"], own))
     pipe.load_state_dict(content["model"])
-    for stage, version, measured in zip(pipe.stages, content["versions"], content["measured"], strict=True):
-        stage.version = version
-        stage.measured = collections.Counter(measured)
-    set_random_state(content["random"])
+    for stage in pipe.stages:
+        stage.version = content["versions"][stage.index]
+        stage.measured = collections.Counter(content["measured"][stage.index])
+    random = content.get("random_of_ranks", [])
+    set_random_state(random[pipe.ranks.rank] if len(random) == pipe.ranks.size else content["random"])
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:

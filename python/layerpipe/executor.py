@@ -7,7 +7,7 @@ import queue
 import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from layerpipe.channels import Channel, ChannelClosed
 from layerpipe.errors import StageError
 from layerpipe.interrupts import Held
-from layerpipe.schedule import Action
+from layerpipe.schedule import Action, Schedule
 from layerpipe.spans import Clock, HostClock
 
 
@@ -25,7 +25,7 @@ class Tick(NamedTuple):
 
     number: int
     actions: Sequence[Action]
-    options: Sequence[list[dict[str, Any]]]
+    options: Mapping[int, list[dict[str, Any]]]
 
 
 Run = Callable[[Action, Tick], None]
@@ -80,6 +80,16 @@ class Executor(ABC):
     def acting(self, stages: Sequence[Any]) -> Sequence[Any]:
         """What does the stages' work: they themselves, or others in their place."""
         return stages
+
+    def latency(self, schedule: Schedule) -> int:
+        """Calls of ``step`` before the first that returns a loss."""
+        return schedule.latency + self.lookahead
+
+    def computed(self, loss: Tensor) -> None:  # noqa: B027
+        """Called with each minibatch's loss where its stage has computed it."""
+
+    def drained(self, fed: int) -> None:  # noqa: B027
+        """Called when the pipe is empty after ``fed`` minibatches."""
 
     def before_update(self, stage: int) -> None:  # noqa: B027
         """Called in a backward's action, before the optimizer changes the stage's weights."""

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from layerpipe.distributed import Distributed, Losses
 from layerpipe.executor import Executor, Run, Serial, Threads
 from layerpipe.graphs import Graphs
+from layerpipe.ranks import Ranks
 from layerpipe.stage import Stage
 from layerpipe.streams import Streams
 
-NAMES = ("serial", "threads", "streams", "graphs")
+NAMES = ("serial", "threads", "streams", "graphs", "distributed")
 
 
 def check(name: str) -> None:
@@ -37,9 +39,12 @@ def per_stage(threads: int | Sequence[int] | None, stages: int) -> list[int] | N
 def make(
     name: str,
     run: Run,
+    names: Sequence[str],
     stages: Sequence[Stage],
     devices: Sequence[torch.device],
     *,
+    ranks: Ranks,
+    losses: Losses,
     close_channels: Callable[[], None],
     threads_per_stage: Sequence[int],
 ) -> Executor:
@@ -47,21 +52,25 @@ def make(
 
     Args:
         run: does the work of one action.
-        stages: whose work.
-        devices: where they are.
+        names: of all stages.
+        stages: those of this process.
+        devices: one for each of all stages.
+        ranks: which process holds which stages.
+        losses: where the caller finds them.
         close_channels, threads_per_stage: as :class:`layerpipe.executor.Threads` takes them.
 
     Raises:
         ValueError: it needs another device.
     """
-    names = [stage.name for stage in stages]
     executor: Executor
     if name in ("streams", "graphs"):
         return (Streams if name == "streams" else Graphs)(names, run, stages, devices)
     if name == "threads":
         executor = Threads(names, run, close_channels=close_channels, threads_per_stage=threads_per_stage)
+    elif name == "distributed":
+        executor = Distributed(names, run, ranks=ranks, losses=losses)
     else:
         executor = Serial(names, run)
-    if len(set(devices)) > 1:
+    if len(set(devices)) > 1 or (ranks.size > 1 and devices[0].type != "cpu"):
         executor.devices = devices
     return executor

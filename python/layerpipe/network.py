@@ -11,6 +11,8 @@ from torch import nn
 from layerpipe import placement
 from layerpipe.channels import moved
 from layerpipe.partition import refuse_shared
+from layerpipe.ranks import Ranks
+from layerpipe.remote import Evaluation
 from layerpipe.split_stage import is_split, label, uncompiled
 
 if TYPE_CHECKING:
@@ -23,19 +25,25 @@ class Network(abc.ABC):
     Args:
         stages: modules, from input to output.
         devices: one per stage, which is moved there; ``None`` leaves them where they are.
+        ranks: which process holds which stages. The others' modules are let go of. Every process calls what runs the
+            network, or reads or writes its state.
 
     Raises:
         ValueError: a parameter is in two stages, or the devices are not one per stage.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], devices: Sequence[Any] | None) -> None:
+    def __init__(self, stages: Sequence[nn.Module], devices: Sequence[Any] | None, ranks: Ranks) -> None:
         refuse_shared(stages)
-        self.modules = list(stages)
-        self._devices = placement.place(stages, devices)
+        self.ranks = ranks
+        own = slice(ranks.own.start, ranks.own.stop)
+        self.names = [label(m) for m in stages]  # what each stage holds, for people
+        self.modules = list(stages[own])
+        self._devices = placement.place(stages, devices, ranks.own)
         self._several = len(set(self._devices)) > 1
-        self._named = [uncompiled(stage) for stage in stages]
-        split = all(map(is_split, self._named))
-        self._prefixes = ["" if split else str(i) for i in range(len(stages))]
+        split = all(is_split(uncompiled(stage)) for stage in stages)
+        self._named = [uncompiled(stage) for stage in self.modules]
+        self._prefixes = ["" if split else str(i) for i in ranks.own]
+        self._evaluation = Evaluation(ranks, self.names, self._devices[ranks.own.start])
 
     @abc.abstractmethod
     def _synchronize(self) -> None:
@@ -43,12 +51,15 @@ class Network(abc.ABC):
 
     def __call__(self, *inputs: Any) -> Any:
         """The network's output with its current weights; disturbs no minibatch in the pipe. As with any module, call
-        :meth:`eval` first, or BatchNorm's running statistics move."""
+        :meth:`eval` first, or BatchNorm's running statistics move.
+
+        Of several processes, the first one's inputs count; each gets the output, without a graph."""
         self._synchronize()
-        values = inputs
-        for module, device in zip(self.modules, self._devices, strict=True):
-            result = module(*(moved(values, device) if self._several else values))
+        values = self._evaluation.inputs(inputs)
+        for module, stage in zip(self.modules, self.ranks.own, strict=True):
+            result = module(*(moved(values, self._devices[stage]) if self._several else values))
             values = result if isinstance(result, tuple) else (result,)
+        values = self._evaluation.output(values)
         return values if len(values) > 1 else values[0]
 
     def train(self, mode: bool = True) -> Self:
@@ -60,12 +71,8 @@ class Network(abc.ABC):
     def eval(self) -> Self:
         return self.train(False)
 
-    @property
-    def names(self) -> list[str]:
-        """What each stage holds, for people."""
-        return [label(m) for m in self.modules]
-
     def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the stages in this process."""
         for module in self.modules:
             yield from module.parameters()
 
@@ -75,8 +82,13 @@ class Network(abc.ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and buffers under the model's own names where :func:`layerpipe.split` made the stages, and under
-        those of ``nn.Sequential(*stages)`` where they were given by hand. References, as in torch."""
+        those of ``nn.Sequential(*stages)`` where they were given by hand. References, as in torch; of other
+        processes' stages, copies."""
         self._synchronize()
+        return {name: value for state in self.ranks.gather(self.own_state()) for name, value in state.items()}
+
+    def own_state(self) -> dict[str, Any]:
+        """:meth:`state_dict` of this process's stages."""
         state: dict[str, Any] = {}
         for prefix, module in zip(self._prefixes, self._named, strict=True):
             state.update(module.state_dict(prefix=f"{prefix}." if prefix else ""))
@@ -88,8 +100,9 @@ class Network(abc.ABC):
         Raises:
             RuntimeError: names or shapes do not fit.
         """
-        own = self.state_dict()
-        missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        self._synchronize()
+        own = {name for names in self.ranks.gather(list(self.own_state())) for name in names}
+        missing, unexpected = sorted(own - state.keys()), sorted(state.keys() - own)
         if strict and (missing or unexpected):
             raise RuntimeError(f"state_dict does not fit: missing {missing}, unexpected {unexpected}")
         for prefix, module in zip(self._prefixes, self._named, strict=True):

@@ -94,6 +94,20 @@ class PipelineOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: another number of stages or groups.
         """
+        self.check(state_dict)
+        self._synchronize()
+        self._values = None  # the stages' own options are about to change
+        for optimizer, state in zip(self._optimizers, state_dict["stages"], strict=True):
+            optimizer.load_state_dict(state)
+        for group, values in zip(self.param_groups, state_dict["options"], strict=True):
+            group.update(values)
+
+    def check(self, state_dict: dict[str, Any]) -> None:
+        """Refuse what :meth:`load_state_dict` would refuse, and load nothing.
+
+        Raises:
+            ValueError: another number of stages or groups, or other past weights.
+        """
         stages, options = state_dict["stages"], state_dict["options"]
         if len(stages) != len(self._optimizers) or len(options) != len(self.param_groups):
             raise ValueError(
@@ -109,12 +123,18 @@ class PipelineOptimizer(torch.optim.Optimizer):
                         f"the state's parameter group {i} was trained with {key}={values.get(key)!r}, this pipeline "
                         f"has {key}={group.get(key)!r}; make the pipeline with the same stages, schedule and past"
                     )
-        self._synchronize()
-        self._values = None  # the stages' own options are about to change
-        for optimizer, state in zip(self._optimizers, stages, strict=True):
-            optimizer.load_state_dict(state)
-        for group, values in zip(self.param_groups, options, strict=True):
-            group.update(values)
+
+
+def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state of :class:`PipelineOptimizer` from those of neighbouring stages' pipelines, in their order."""
+    return {key: [value for state in states for value in state[key]] for key in ("stages", "options")}
+
+
+def part(state: dict[str, Any], stages: range) -> dict[str, Any]:
+    """What :func:`joined` had from these stages, counted among those with parameters."""
+    groups = [len(stage["param_groups"]) for stage in state["stages"]]
+    start, stop = sum(groups[: stages.start]), sum(groups[: stages.stop])
+    return {"stages": state["stages"][stages.start : stages.stop], "options": state["options"][start:stop]}
 
 
 def set_options(group: dict[str, Any], values: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerpipe import checkpoint, executors
+from layerpipe import checkpoint, executors, ranks
 from layerpipe import schedule as schedules
 from layerpipe.channels import Channel
 from layerpipe.errors import divergence_advice
@@ -23,7 +23,6 @@ from layerpipe.optimizer import PipelineOptimizer
 from layerpipe.partition import share_threads
 from layerpipe.schedule import Action
 from layerpipe.spans import CHANNEL, Recorder, Span
-from layerpipe.split_stage import label
 from layerpipe.stage import Stage
 from layerpipe.tracing import Trace
 
@@ -45,8 +44,9 @@ class Pipeline(Network):
         ema_decay: decay rule; by default what suits ``past``.
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
             :mod:`layerpipe.schedule`.
-        executor: ``"serial"``, ``"threads"``, or on CUDA devices ``"streams"`` or ``"graphs"``; see
-            :mod:`layerpipe.streams` and :mod:`layerpipe.graphs`.
+        executor: ``"serial"``, ``"threads"``, on CUDA devices ``"streams"`` or ``"graphs"``, or ``"distributed"``
+            with the stages in several processes; see :mod:`layerpipe.streams`, :mod:`layerpipe.graphs` and
+            :mod:`layerpipe.distributed`.
         devices: one per stage, which is moved there before its optimizer is made; by default the stages stay where they
             are. Tensors are copied from stage to stage and from the caller to the first and last.
         threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage; by
@@ -59,6 +59,9 @@ class Pipeline(Network):
     Raises:
         ValueError: no stages, an unknown name, options that contradict each other.
         TypeError: an optimizer that does not know its past weights where a delay needs them.
+
+    Where there are several processes, all of them make the same pipeline and call the same methods in the same order:
+    each trains its own :attr:`stages`, the first takes the inputs of :meth:`step`, the last the targets.
 
     Weights do not depend on the executor: a stage's work is done in the same order by the same kernels. Two things can
     break that: a different number of intra-op threads, and random layers such as dropout, which draw from one generator
@@ -91,13 +94,16 @@ class Pipeline(Network):
         threads = executors.per_stage(threads_per_stage, len(stages))
         self.schedule = schedules.make(schedule, len(stages), executor)
         self.delays = self.schedule.delays()
-        super().__init__(stages, devices)
+        super().__init__(stages, devices, ranks.make(executor, len(stages)))
+        self.ranks.check_trained(stages)
         self.stages: list[Stage] = []
         self.loss_fn = loss_fn
         self.losses: collections.deque[Tensor] = collections.deque()
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
         self._watched: Trace | None = None
-        for i, (module, delay) in enumerate(zip(stages, self.delays, strict=True)):
+        names = [f"stage {i} ({name})" for i, name in enumerate(self.names)]
+        for i in self.ranks.own:
+            module, delay = stages[i], self.delays[i]
             options = {"delay": delay, "past": past, "order": order, "ema_decay": ema_decay}
             params = [p for p in module.parameters() if p.requires_grad]
             self.stages.append(
@@ -106,7 +112,7 @@ class Pipeline(Network):
                     optimizer(params, **options) if params else None,
                     index=i,
                     delay=delay,
-                    name=f"stage {i} ({label(module)})",
+                    name=names[i],
                     advice=divergence_advice(past, order, max(self.delays)),
                     max_norm=max_norm,
                     check_finite=check_finite,
@@ -119,13 +125,17 @@ class Pipeline(Network):
         self._executor = executors.make(
             executor,
             self._run,
+            names,
             self.stages,
             self._devices,
+            ranks=self.ranks,
+            losses=self.losses,
             close_channels=self._close_channels,
             threads_per_stage=threads or share_threads(torch.get_num_threads(), stages),
         )
-        self._acting = self._executor.acting(self.stages)
+        self._acting = dict(zip(self.ranks.own, self._executor.acting(self.stages), strict=True))
         channel, last = self._executor.channel, len(stages) - 1
+        self._last = last
         self._input, self._target = channel("input", 0, 0), channel("target", last, last)
         self._activations = [channel(f"activations {i} -> {i + 1}", i, i + 1) for i in range(last)]
         self._gradients = [channel(f"gradients {i + 1} -> {i}", i + 1, i) for i in range(last)]
@@ -175,8 +185,13 @@ class Pipeline(Network):
         while self.tick < self.schedule.ticks(self.fed):
             self._submit()
         self._synchronize()
-        for stage in self.stages:
-            stage.check_weights()
+        try:
+            for stage in self.stages:
+                stage.check_weights()
+            self._executor.drained(self.fed)
+        except BaseException as error:
+            self._executor.abort(error)  # other processes' stages may wait for this one's
+            raise
         rest = self._executor.hand_over(self.losses)
         self._restart()
         return rest
@@ -184,7 +199,7 @@ class Pipeline(Network):
     @property
     def latency(self) -> int:
         """Calls of :meth:`step` that return ``None`` before the first loss."""
-        return self.schedule.latency + self._executor.lookahead
+        return self._executor.latency(self.schedule)
 
     @property
     def phase(self) -> str:
@@ -195,7 +210,7 @@ class Pipeline(Network):
     def in_flight(self) -> int:
         """Minibatches that have entered and not yet been trained on by every stage."""
         self._executor.synchronize()
-        return max(stage.in_flight for stage in self.stages)
+        return max(self.ranks.by_stage([stage.in_flight for stage in self.stages]))
 
     def _restart(self) -> None:
         self.tick = self.fed = self._returned = 0
@@ -207,11 +222,13 @@ class Pipeline(Network):
         """Run the next tick, with a new minibatch unless the pipe is being drained."""
         try:
             if minibatch is not None:
-                self._input.put(minibatch[0])
-                self._target.put(minibatch[1])
+                if 0 in self.ranks.own:
+                    self._input.put(minibatch[0])
+                if self._last in self.ranks.own:
+                    self._target.put(minibatch[1])
                 self.fed += 1
             by_stage = iter(self.optimizer.options_by_stage())
-            options = [next(by_stage) if s.optimizer is not None else [] for s in self.stages]
+            options = {s.index: next(by_stage) if s.optimizer is not None else [] for s in self.stages}
             tick = Tick(self.tick, self.schedule.tick(self.tick, self.fed), options)
             start = time.perf_counter()
             self._executor.submit(tick)
@@ -225,14 +242,15 @@ class Pipeline(Network):
     def _run(self, action: Action, tick: Tick) -> None:
         issued = time.perf_counter()
         at, _, minibatch = action
-        stage, last = self._acting[at], at == len(self.stages) - 1
+        stage, last = self._acting[at], at == self._last
         spans: Recorder | None = stage.spans
         start = None if spans is None else spans.now()
         if action.kind == "F":
             inputs = self._receive(spans, self._activations[at - 1] if at else self._input)
             outputs = stage.forward(minibatch, inputs)
             if last:
-                self.losses.append(stage.loss(minibatch, self.loss_fn, self._target.get()))
+                self.losses.append(loss := stage.loss(minibatch, self.loss_fn, self._target.get()))
+                self._executor.computed(loss)
             else:
                 self._activations[at].put(outputs)
         else:
@@ -265,11 +283,12 @@ class Pipeline(Network):
         """
         self._executor.settle()
         if self._watched is not None:
-            self._watched.add([stage.spans.spans() for stage in self.stages if stage.spans is not None])
+            own = [stage.spans.spans() for stage in self.stages if stage.spans is not None]
+            self._watched.add(self.ranks.by_stage(own))
         self._watched = trace
         recorders = [Recorder(clock) for clock in self._executor.clocks()] if trace is not None else []
-        for i, stage in enumerate(self.stages):
-            stage.watch(recorders[i] if recorders else None)
+        for stage in self.stages:
+            stage.watch(recorders[stage.index] if recorders else None)
 
     # -- between runs --------------------------------------------------------------------------------------------
 
@@ -296,7 +315,7 @@ class Pipeline(Network):
             The losses that :meth:`step` had still to return, as :meth:`drain` does.
         """
         losses = self.drain()
-        checkpoint.write(Path(path), {**checkpoint.of(self), "extra": extra})
+        checkpoint.save(self, Path(path), extra)
         return losses
 
     def resume(self, path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -323,12 +342,12 @@ class Pipeline(Network):
     def measured_delays(self) -> list[dict[int, int]]:
         """Per stage: how many backwards found their weights how many updates old."""
         self._executor.synchronize()
-        return [dict(stage.measured) for stage in self.stages]
+        return self.ranks.by_stage([dict(stage.measured) for stage in self.stages])
 
     def memory(self) -> list[StageMemory]:
         """What each stage has kept so far, measured from the tensors themselves."""
         self._executor.synchronize()
-        return [stage_memory(stage) for stage in self.stages]
+        return self.ranks.by_stage([stage_memory(stage) for stage in self.stages])
 
     # -- end -----------------------------------------------------------------------------------------------------
 

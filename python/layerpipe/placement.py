@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 
-def place(stages: Sequence[nn.Module], devices: Sequence[Any] | None) -> list[torch.device]:
+def place(stages: Sequence[nn.Module], devices: Sequence[Any] | None, own: range | None = None) -> list[torch.device]:
     """Move every stage to its device, or find out where they are; the devices, one per stage.
 
     Args:
         stages: modules.
         devices: one per stage, or ``None`` to leave them where they are. A stage without weights is then where the one
             before it is.
+        own: the stages of this process, by default all; the others' devices are theirs to check.
 
     Raises:
         ValueError: another number of devices, or one that is not there. Nothing has been moved then.
@@ -27,9 +28,10 @@ def place(stages: Sequence[nn.Module], devices: Sequence[Any] | None) -> list[to
         return [last := device or last for device in found]
     if isinstance(devices, str) or len(devices) != len(stages):
         raise ValueError(f"devices must be one per stage, {len(stages)} in all, got {devices!r}")
-    known = [_check(i, device) for i, device in enumerate(devices)]
-    for module, device in zip(stages, known, strict=True):
-        module.to(device)
+    own = range(len(stages)) if own is None else own
+    known = [_check(i, device) if i in own else torch.device(device) for i, device in enumerate(devices)]
+    for i in own:
+        stages[i].to(known[i])
     return known
 
 

@@ -140,7 +140,13 @@ class Sequential(Schedule):
 
 SCHEDULES: dict[str, type[Schedule]] = {kind.name: kind for kind in (Lockstep, OneFOneB, Sequential)}
 #: What ``auto`` stands for, by the executor's name.
-AUTO = {"serial": OneFOneB.name, "threads": OneFOneB.name, "streams": Lockstep.name, "graphs": Lockstep.name}
+AUTO = {
+    "serial": OneFOneB.name,
+    "threads": OneFOneB.name,
+    "distributed": OneFOneB.name,
+    "streams": Lockstep.name,
+    "graphs": Lockstep.name,
+}
 NAMES = (*SCHEDULES, "auto")
 
 

@@ -1,0 +1,98 @@
+"""Which process holds which stages, and how the processes tell each other what only one of them knows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from torch import nn
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """The processes of a pipeline; one alone unless ``group`` is given. Each holds neighbouring stages.
+
+    Args:
+        stages: in all.
+        group: of all processes, used by nothing else; whatever one of them calls here, all of them call.
+
+    Raises:
+        ValueError: fewer stages than processes.
+    """
+
+    def __init__(self, stages: int, group: Any = None) -> None:
+        self.group = group
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.size = dist.get_world_size(group) if group is not None else 1
+        if stages < self.size:
+            raise ValueError(f"{self.size} processes need at least as many stages, got {stages}")
+        self._stages = stages
+        self.own = self.held_by(self.rank)
+
+    def of(self, stage: int) -> int:
+        """The process that holds a stage."""
+        return stage * self.size // self._stages
+
+    def held_by(self, rank: int) -> range:
+        """The stages of a process."""
+        held = [stage for stage in range(self._stages) if self.of(stage) == rank]
+        return range(held[0], held[-1] + 1)
+
+    def check_trained(self, stages: Sequence[nn.Module]) -> None:
+        """Refuse a process that has nothing to train, in all processes alike.
+
+        Raises:
+            ValueError: it has no parameters that require gradients.
+        """
+        for rank in range(self.size):
+            held = self.held_by(rank)
+            if not any(p.requires_grad for stage in held for p in stages[stage].parameters()):
+                where = f" in process {rank}: its stages are {held.start} to {held.stop - 1}" if self.size > 1 else ""
+                raise ValueError(f"no stage has parameters to train{where}")
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in their order."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def agree(self, error: Exception | None, kind: type[Exception]) -> None:
+        """Raise where any process has an error: its own, or ``kind`` with the message of the first one's."""
+        others = [e for e in self.gather(None if error is None else f"{type(error).__name__}: {error}") if e]
+        if error is not None:
+            raise error
+        if others:
+            raise kind(others[0])
+
+    def by_stage(self, own: Sequence[T]) -> list[T]:
+        """One value per stage from every process's own."""
+        return [value for values in self.gather(list(own)) for value in values]
+
+    def from_last(self, value: Any) -> Any:
+        """What the process of the last stage has."""
+        if self.group is None:
+            return value
+        box = [value if self.rank == self.size - 1 else None]
+        dist.broadcast_object_list(box, src=self.size - 1, group=self.group)
+        return box[0]
+
+
+def make(executor: str, stages: int) -> Ranks:
+    """The processes of this executor: one, or for ``"distributed"`` all of torch's default group.
+
+    Raises:
+        RuntimeError: ``"distributed"``, and there is no default group.
+        ValueError: fewer stages than processes.
+    """
+    if executor != "distributed":
+        return Ranks(stages)
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "executor='distributed' has a process for each stage: start them with torchrun, and call "
+            "torch.distributed.init_process_group() in each before the pipeline is made"
+        )
+    return Ranks(stages, dist.new_group(backend="gloo"))

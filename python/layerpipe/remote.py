@@ -1,0 +1,257 @@
+"""Channels between processes: tensors as messages of a gloo group.
+
+A receiver always has a buffer waiting for the next message, of the layout of the last one, so that tensors cross while
+both processes compute. A message is one buffer: a header, then the tensors, each at a multiple of 64 bytes. Where the
+layout changes, a message without tensors says so, the new layout follows, and then the tensors.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import functools
+import json
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from layerpipe.channels import Channel
+from layerpipe.errors import DivergenceError, StageError
+from layerpipe.ranks import Ranks
+
+_HEADER = 4096  # bytes: what follows, a number that depends on it, and room for what an error says
+_TENSORS, _LAYOUT, _EMPTY, _END = range(4)
+_UNSENT = 4  # messages that may be on their way at once
+_LAST_WORDS = datetime.timedelta(seconds=5)  # for a message that nobody may be there to take
+
+
+class _Layout:
+    """Where the tensors of a message lie."""
+
+    def __init__(self, kinds: Sequence[tuple[torch.dtype, tuple[int, ...]] | None]) -> None:
+        self.kinds = list(kinds)
+        self.starts, at = [], _HEADER
+        for kind in self.kinds:
+            self.starts.append(at)
+            if kind is not None:
+                at += -(-kind[0].itemsize * math.prod(kind[1]) // 64) * 64
+        self.bytes = at
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None]) -> list[tuple[torch.dtype, tuple[int, ...]] | None]:
+        return [None if t is None else (t.dtype, tuple(t.shape)) for t in tensors]
+
+    def view(self, buffer: Tensor, i: int) -> Tensor | None:
+        kind = self.kinds[i]
+        if kind is None:
+            return None
+        dtype, shape = kind
+        start = self.starts[i]
+        return buffer[start : start + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps([k and (str(k[0]).removeprefix("torch."), k[1]) for k in self.kinds]).encode()
+
+    @classmethod
+    def from_bytes(cls, text: bytes) -> _Layout:
+        return cls([k and (getattr(torch, k[0]), tuple(k[1])) for k in json.loads(text)])
+
+
+class Peer(NamedTuple):
+    """The other end of a channel."""
+
+    group: Any
+    rank: int
+    tag: int  # of the channel, one for each direction
+    name: str  # the stage there, for messages
+
+
+class Outgoing(Channel):
+    """The sending end. Tensors may be changed once :meth:`put` has returned; those of a device come by the host."""
+
+    def __init__(self, name: str, peer: Peer) -> None:
+        super().__init__(name, blocking=True)
+        self.peer, self._layout = peer, _Layout([])
+        self._unsent: collections.deque[tuple[Any, Tensor]] = collections.deque()
+
+    def put(self, item: Any) -> None:
+        """Send tensors; does not wait for them to arrive, unless several messages are still under way.
+
+        Raises:
+            StageError: the other process is gone.
+        """
+        if (kinds := _Layout.of(item)) != self._layout.kinds:
+            layout = _Layout(kinds)
+            text = _bytes(layout.to_bytes())
+            self._send(self._buffer(_LAYOUT, len(text)))
+            self._send(text)
+            self._layout = layout
+        buffer = self._buffer(_TENSORS)
+        for i, tensor in enumerate(item):
+            if tensor is not None:
+                view = self._layout.view(buffer, i)
+                assert view is not None
+                view.copy_(tensor.detach())
+        self._send(buffer)
+
+    def finish(self, fed: int) -> None:
+        """Say that the pipe is empty after so many minibatches."""
+        self._send(self._buffer(_EMPTY, fed))
+
+    def end(self, error: BaseException | None) -> None:
+        """Tell the other process that nothing will follow, and why if that is an error; that waits seconds at most."""
+        if isinstance(error, StageError):
+            stage, message = error.stage, error.message
+        else:
+            stage, message = "", "closed its pipeline" if error is None else f"{type(error).__name__}: {error}"
+        # A character is 6 bytes of JSON at worst.
+        content = {"diverged": isinstance(error, DivergenceError), "stage": stage[:150], "message": message[:500]}
+        text = json.dumps(content).encode()
+        buffer = self._buffer(_END, len(text), wait=False)
+        buffer[16 : 16 + len(text)] = _bytes(text)
+        with contextlib.suppress(StageError):
+            self._send(buffer)
+            for work, _ in self._unsent if error is not None else ():
+                _reached(self.peer, functools.partial(work.wait, _LAST_WORDS))
+
+    def _buffer(self, kind: int, number: int = 0, *, wait: bool = True) -> Tensor:
+        buffer = None
+        while wait and len(self._unsent) >= _UNSENT:
+            work, buffer = self._unsent.popleft()
+            _reached(self.peer, work.wait)
+        if buffer is None or len(buffer) != self._layout.bytes:
+            buffer = torch.empty(self._layout.bytes, dtype=torch.uint8)
+        buffer[:16].view(torch.int64).copy_(torch.tensor((kind, number)))
+        return buffer
+
+    def _send(self, buffer: Tensor) -> None:
+        group, rank, tag, _ = self.peer
+        work = _reached(self.peer, lambda: dist.isend(buffer, rank, group=group, tag=tag))
+        self._unsent.append((work, buffer))
+
+
+class Incoming(Channel):
+    """The receiving end.
+
+    Args:
+        name: what messages call it.
+        peer: who sends.
+        device: where the tensors are wanted.
+    """
+
+    def __init__(self, name: str, peer: Peer, device: torch.device | None = None) -> None:
+        super().__init__(name, blocking=True, device=device)
+        self.ended = False  # whether the other process has said that nothing will follow, or is gone
+        self.peer, self._layout = peer, _Layout([])
+        self._post()
+
+    def get(self) -> tuple[Tensor | None, ...]:
+        """The next message's tensors, once they are there.
+
+        Raises:
+            StageError: the other process failed, with its error's message; or it is gone, or has fewer minibatches.
+        """
+        buffer, layout = self._next(_TENSORS), self._layout
+        self._post()
+        tensors = tuple([layout.view(buffer, i) for i in range(len(layout.kinds))])
+        if self.device is None:
+            return tensors
+        return tuple([None if t is None else t.to(self.device) for t in tensors])
+
+    def finish(self, fed: int) -> None:
+        """Make sure that the other side's pipe is empty after as many minibatches.
+
+        Raises:
+            StageError: it is not.
+        """
+        theirs = int(self._next(_EMPTY)[8:16].view(torch.int64))
+        self._post()
+        if theirs != fed:
+            raise self._differ(f"was drained after {theirs} minibatches, this process's after {fed}")
+
+    def _next(self, wanted: int) -> Tensor:
+        while True:
+            self._wait()
+            kind, number = self._buffer[:16].view(torch.int64).tolist()
+            if kind == wanted:
+                return self._buffer
+            if kind == _LAYOUT:
+                text = torch.empty(number, dtype=torch.uint8)
+                self._receive(text)
+                self._wait()
+                self._layout = _Layout.from_bytes(bytes(text.tolist()))
+                self._post()
+            elif kind == _END:
+                raise self._ended(json.loads(bytes(self._buffer[16 : 16 + number].tolist())))
+            elif kind == _EMPTY:
+                raise self._differ(f"was drained after {number} minibatches, this process was fed more")
+            else:
+                raise self._differ("got more minibatches than this process was drained after")
+
+    def _differ(self, what: str) -> StageError:
+        return StageError(self.peer.name, f"{what}: every process must be given the same number of minibatches")
+
+    def _ended(self, content: dict[str, Any]) -> StageError:
+        self.ended = True
+        kind = DivergenceError if content["diverged"] else StageError
+        return kind(content["stage"] or self.peer.name, content["message"])
+
+    def _wait(self) -> None:
+        try:
+            _reached(self.peer, self._work.wait)
+        except StageError:
+            self.ended = True
+            raise
+
+    def _post(self) -> None:
+        self._buffer = torch.empty(self._layout.bytes, dtype=torch.uint8)
+        self._receive(self._buffer)
+
+    def _receive(self, buffer: Tensor) -> None:
+        group, rank, tag, _ = self.peer
+        self._work = _reached(self.peer, lambda: dist.irecv(buffer, rank, group=group, tag=tag))
+
+
+class Evaluation:
+    """How a network's inputs and output cross processes outside training; nothing to do where there is one."""
+
+    def __init__(self, ranks: Ranks, names: Sequence[str], device: torch.device) -> None:
+        self._ranks, self._device = ranks, device
+        self._from: Incoming | None = None
+        self._to: Outgoing | None = None
+        start, stop = ranks.own.start, ranks.own.stop
+        if start:
+            peer = Peer(ranks.group, ranks.rank - 1, 2 * len(names) + start, names[start - 1])
+            self._from = Incoming("evaluation", peer, device)
+        if stop < len(names):
+            self._to = Outgoing("evaluation", Peer(ranks.group, ranks.rank + 1, 2 * len(names) + stop, names[stop]))
+
+    def inputs(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What this process's stages take, where the network takes ``given``."""
+        return given if self._from is None else self._from.get()
+
+    def output(self, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The network's, where this process's stages returned ``values``."""
+        if self._ranks.size == 1:
+            return values
+        if self._to is not None:
+            self._to.put(values)
+        values = self._ranks.from_last(tuple([value.detach().cpu() for value in values]) if self._to is None else None)
+        return tuple([value.to(self._device) for value in values])
+
+
+def _bytes(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def _reached(peer: Peer, call: Any) -> Any:
+    try:
+        return call()
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        raise StageError(peer.name, f"its process cannot be reached any more ({reason})") from error

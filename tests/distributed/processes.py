@@ -1,0 +1,106 @@
+"""Processes that tests run functions in, as ranks of a process group; started once, because importing torch is slow."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+#: No task takes that long: whoever is not done then hangs.
+SECONDS = 60
+
+
+class Failure(NamedTuple):
+    """What a function raised."""
+
+    kind: str
+    message: str
+    where: str
+
+
+class Processes:
+    """``run(function, ...)`` calls it in every process, with the rank first, and returns what each returned or raised.
+
+    A process that has died is ``None`` among the results, and all are started anew for the next call.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._directory = tempfile.TemporaryDirectory(prefix="layerpipe-test-")
+        self._runs = 0
+        self._workers: list[Any] = []
+        self._pipes: list[Any] = []
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        self._start()
+        self._runs += 1
+        store = os.path.join(self._directory.name, f"store{self._runs}")
+        for pipe in self._pipes:
+            pipe.send((function.__module__, function.__name__, args, store))
+        results: list[Any] = []
+        died = False
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(SECONDS):
+                self.close()
+                raise AssertionError(f"rank {rank} hangs in {function.__name__}")
+            try:
+                results.append(pipe.recv())
+            except (EOFError, ConnectionResetError):
+                results.append(None)
+                died = True
+        if died:
+            self.close()
+        return results
+
+    def all(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """As :meth:`run`, where none may fail."""
+        results = self.run(function, *args)
+        for rank, result in enumerate(results):
+            assert not isinstance(result, Failure), f"rank {rank}: {result.where}"
+            assert result is not None, f"rank {rank} died"
+        return results
+
+    def _start(self) -> None:
+        if self._workers:
+            return
+        context = multiprocessing.get_context("spawn")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_work, args=(rank, self.size, theirs), daemon=True)
+            worker.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._workers.append(worker)
+
+    def close(self) -> None:
+        for worker, pipe in zip(self._workers, self._pipes, strict=True):
+            pipe.close()
+            worker.kill()
+            worker.join()
+        self._workers, self._pipes = [], []
+
+
+def _work(rank: int, size: int, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError):
+        while True:
+            module, name, args, store = pipe.recv()
+            function = getattr(importlib.import_module(module), name)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+            )
+            try:
+                result = function(rank, *args)
+            except BaseException as error:
+                result = Failure(type(error).__name__, str(error), traceback.format_exc())
+            pipe.send(result)
+            dist.destroy_process_group()

@@ -1,0 +1,230 @@
+"""What the processes of a test run; each is what a user's training script does."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import layerpipe
+from layerpipe.tracing import Trace
+from tests.engine.models import chain, minibatches
+from tests.engine.pipelines import pipeline, sgd
+
+State = dict[str, Any]
+
+
+def train(rank: int, executor: str, stages: int, options: State, rounds: list[int], sizes: list[int]) -> State:
+    """Train, drain and train again, with a learning-rate schedule; everything a pipeline can tell."""
+    with pipeline(chain(stages), executor=executor, **options) as pipe:
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(pipe.optimizer, 0.97)
+        losses: list[Any] = []
+        fed = 0
+        for count in rounds:
+            for _ in range(count):
+                x, y = minibatches(1, size=sizes[fed % len(sizes)], seed=fed)[0]
+                first, last = 0 in pipe.ranks.own, stages - 1 in pipe.ranks.own
+                loss = pipe.step(x if first else None, y if last else None)
+                losses.append(None if loss is None else loss.item())
+                scheduler.step()
+                fed += 1
+            losses.append([loss.item() for loss in pipe.drain()])
+        pipe.eval()
+        return {
+            "losses": losses,
+            "latency": pipe.latency,
+            "state": {name: value.clone() for name, value in pipe.state_dict().items()},
+            "output": pipe(minibatches(1)[0][0]).detach(),
+            "measured": pipe.measured_delays(),
+            "memory": pipe.memory(),
+            "in_flight": pipe.in_flight,
+            "own": [stage.index for stage in pipe.stages],
+        }
+
+
+class _Pair(nn.Module):
+    """Hands on a tensor, its positions as integers, and a third that nobody uses."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6, dtype=dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = self.linear(x.to(self.dtype))
+        return y, y.detach().argsort(1), y * 2
+
+
+class _Sorted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, y: Tensor, order: Tensor, unused: Tensor) -> Tensor:
+        return self.linear(y.float().gather(1, order))
+
+
+def exchange(rank: int, executor: str) -> State:
+    torch.manual_seed(0)
+    with pipeline([_Pair(torch.bfloat16), _Sorted()], executor=executor) as pipe:
+        losses = [pipe.step(x, y) for x, y in [*minibatches(6), *minibatches(3, size=1), *minibatches(4)]]
+        found = [loss for loss in [*losses, *pipe.drain()] if loss is not None]
+        return {"losses": [loss.item() for loss in found], "state": pipe.state_dict()}
+
+
+def loss_bytes(rank: int) -> int:
+    with pipeline(chain(2), executor="distributed") as pipe:
+        losses = [pipe.step(x, y) for x, y in minibatches(4)]
+        pipe.drain()
+        return max(loss.untyped_storage().nbytes() for loss in losses if loss is not None)
+
+
+def drained_once(rank: int, executor: str) -> State:
+    """What :func:`write` and :func:`go_on` do together, without a file."""
+    with pipeline(chain(4), executor=executor) as pipe:
+        for i, (x, y) in enumerate(minibatches(18)):
+            pipe.step(x, y)
+            if i == 9:
+                pipe.drain()
+        pipe.drain()
+        return {"state": pipe.state_dict()}
+
+
+def write(rank: int, executor: str, path: str) -> bool:
+    with pipeline(chain(4), executor=executor) as pipe:
+        for x, y in minibatches(10):
+            pipe.step(x, y)
+        pipe.checkpoint(Path(path), note="half")
+        return True
+
+
+def go_on(rank: int, executor: str, path: str, past: str = "blend") -> State:
+    with pipeline(chain(4, seed=7), executor=executor, past=past) as pipe:
+        extra = pipe.resume(Path(path))
+        for x, y in minibatches(18)[10:]:
+            pipe.step(x, y)
+        pipe.drain()
+        return {"state": pipe.state_dict(), "extra": extra}
+
+
+def draw(rank: int, path: str, resume: bool) -> list[float]:
+    """Random numbers after a checkpoint, or after resuming from it."""
+    torch.manual_seed(rank if not resume else 17)
+    with pipeline(chain(2), executor="distributed") as pipe:
+        if resume:
+            pipe.resume(path)
+        else:
+            pipe.checkpoint(path)
+    return torch.rand(3).tolist()
+
+
+class _Raises(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(context: Any, grad: Tensor) -> Tensor:
+        raise ArithmeticError("on purpose")
+
+
+class _Fails(nn.Module):
+    def __init__(self, where: str, calls: int) -> None:
+        super().__init__()
+        self.linear, self.where, self.calls = nn.Linear(6, 6), where, calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls -= 1
+        if self.calls < 0 and self.where == "forward":
+            raise ArithmeticError("on purpose")
+        y = self.linear(x)
+        return _Raises.apply(y) if self.calls < 0 and self.where == "backward" else y  # type: ignore[no-any-return,no-untyped-call]
+
+
+def fails(rank: int, where: str, calls: int) -> None:
+    """Stage 1 or the loss raises at some time; the others would train on for long."""
+    count = iter(range(calls))
+
+    def loss_fn(output: Tensor, target: Tensor) -> Tensor:
+        if where == "loss" and next(count, None) is None:
+            raise ArithmeticError("on purpose")
+        return F.cross_entropy(output, target)
+
+    stages = [chain(2)[0], _Fails(where, calls), nn.Linear(6, 3)]
+    with layerpipe.Pipeline(stages, loss_fn, sgd, executor="distributed") as pipe:
+        for x, y in minibatches(200):
+            pipe.step(x, y)
+
+
+def diverges(rank: int) -> None:
+    with pipeline(chain(3), executor="distributed") as pipe:
+        for i, (x, y) in enumerate(minibatches(200)):
+            if i == 9 and rank == 2:
+                with torch.no_grad():
+                    next(pipe.parameters()).fill_(float("nan"))
+            pipe.step(x, y)
+
+
+def interrupted(rank: int, victim: int) -> None:
+    with pipeline(chain(3), executor="distributed") as pipe:
+        for i, (x, y) in enumerate(minibatches(200)):
+            if i == 9 and rank == victim:
+                os.kill(os.getpid(), signal.SIGINT)
+            pipe.step(x, y)
+
+
+def dies(rank: int, victim: int, after: int) -> None:
+    with pipeline(chain(3), executor="distributed") as pipe:
+        for i, (x, y) in enumerate(minibatches(200)):
+            if i == after and rank == victim:
+                os._exit(1)
+            pipe.step(x, y)
+
+
+def uneven(rank: int, counts: list[int]) -> None:
+    with pipeline(chain(2), executor="distributed") as pipe:
+        for x, y in minibatches(counts[rank]):
+            pipe.step(x, y)
+        pipe.drain()
+
+
+def closes(rank: int, who: int) -> str:
+    pipe = pipeline(chain(2), executor="distributed")
+    for i, (x, y) in enumerate(minibatches(200)):
+        if rank == who and i == 5:
+            pipe.close()
+            return "closed"
+        pipe.step(x, y)
+    return "trained"
+
+
+def interleaved(rank: int, executor: str) -> list[State]:
+    with pipeline(chain(2), executor=executor) as one, pipeline(chain(4, seed=3), executor=executor) as other:
+        for x, y in minibatches(9):
+            one.step(x, y)
+            one(x)  # in train mode, to have BatchNorm's statistics move too
+            other.step(x, y)
+        one.drain()
+        other.drain()
+        return [one.state_dict(), other.state_dict()]
+
+
+def traced(rank: int) -> list[list[str]]:
+    with pipeline(chain(4), executor="distributed") as pipe:
+        data = minibatches(12)
+        for x, y in data[:8]:
+            pipe.step(x, y)
+        pipe.watch(trace := Trace(pipe.names))
+        for x, y in data[8:]:
+            pipe.step(x, y)
+        pipe.watch(None)
+        return [[span.name for span in row] for row in trace.stages]
+
+
+def untrained(rank: int) -> None:
+    pipeline([*chain(2), nn.Tanh(), nn.Tanh()], executor="distributed")
