@@ -363,7 +363,9 @@ class Pipeline(Network):
     def __enter__(self) -> Pipeline:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None:
+            self._executor.abort(error)  # other processes are told why
         self.close()
 
     def __del__(self) -> None:
