@@ -309,7 +309,8 @@ class Pipeline(Network):
 
         Args:
             path: replaced in one move when the new content is on the disk.
-            extra: what :meth:`resume` shall return: tensors, numbers, strings, lists and dicts of them.
+            extra: what :meth:`resume` shall return: tensors, numbers, strings, lists and dicts of them. Of several
+                processes, the first one's.
 
         Returns:
             The losses that :meth:`step` had still to return, as :meth:`drain` does.

@@ -252,6 +252,6 @@ def _bytes(text: bytes) -> Tensor:
 def _reached(peer: Peer, call: Any) -> Any:
     try:
         return call()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # the latter of a group that was destroyed
         reason = next(iter(str(error).splitlines()), "")
         raise StageError(peer.name, f"its process cannot be reached any more ({reason})") from error

@@ -13,8 +13,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"{error}; the command line needs more than the library: pip install 'layerpipe[cli]'")
     from layerpipe.errors import CheckpointError, DataError, UsageError
 
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        status = app(args=arguments, standalone_mode=False, prog_name="layerpipe")
+        status = app(args=arguments, standalone_mode=False, prog_name="layerpipe", obj=arguments)
     except (CheckpointError, DataError, UsageError) as error:
         _fail(str(error))
     except KeyboardInterrupt:

@@ -13,11 +13,12 @@ from rich.console import Console
 from layerpipe.cli import compare as comparison
 from layerpipe.cli import options as o
 from layerpipe.cli import plan as planning
-from layerpipe.cli import plots, report
+from layerpipe.cli import plots, processes, report
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory, default_path
-from layerpipe.cli.runs import INTERRUPTED, prepare, run, sequential
+from layerpipe.cli.runs import INTERRUPTED, follow, prepare, run, sequential
 from layerpipe.cli.training import Result
+from layerpipe.data import Images
 from layerpipe.errors import UsageError
 
 app = typer.Typer(
@@ -78,13 +79,21 @@ def train(
     )  # fmt: skip
     if resume is not None:
         config, baseline = _of_run(context, resume)
-    console = Console()
     images = prepare(config)
+    if config.executor == "distributed":
+        processes.start(config.stages, context.obj)
+    with processes.joined(config.executor) as reports:
+        if not reports:
+            return _status(Console(quiet=True), [follow(config, images, profile=profile)])
+        return _train(config, images, resume or out or default_path(model, data, past), baseline, resume, profile)
+
+
+def _train(config: TrainConfig, images: Images, path: Path, baseline: bool, resume: Path | None, profile: bool) -> int:
+    console = Console()
     runs = {"pipeline": config}
     if baseline and (config.stages > 1 or config.schedule != "sequential"):
         runs["sequential"] = sequential(config)
     results: dict[str, Result] = {}
-    path = resume or out or default_path(model, data, past)
     with RunDirectory(path, resume=resume is not None) as directory:
         if resume is None:
             directory.config(config, baseline=baseline)
@@ -94,6 +103,8 @@ def train(
             f"{config.batch_size}. Writing {directory.path}/"
         )
         for name, each in runs.items():
+            if name == "sequential":
+                processes.alone(config.executor)
             results[name] = run(console, directory, name, each, images, profile=profile and name == "pipeline")
             if results[name].diverged or results[name].interrupted:
                 break

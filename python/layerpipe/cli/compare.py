@@ -59,6 +59,8 @@ def compare(
     out: o.Out = None,
 ) -> int:
     """Train the same network under several kinds of past weights and seeds: one table, one plot."""
+    if executor == "distributed":
+        raise UsageError("compare trains in this process alone; leave --executor distributed to layerpipe train")
     base = TrainConfig(
         model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, order=order,
         executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay, lr_schedule=lr_schedule, warmup=warmup,

@@ -69,10 +69,10 @@ Schedule = Annotated[
     ),
 ]
 ExecutorName = Annotated[
-    Literal["serial", "threads", "streams", "graphs"],
+    Literal["serial", "threads", "streams", "graphs", "distributed"],
     _option(
         "All stages in one thread, or a worker thread per stage. On a CUDA device: streams per stage, or replayed CUDA "
-        "graphs.",
+        "graphs. distributed: a process per stage, started here, or by torchrun with as many as you like.",
         METHOD,
     ),
 ]

@@ -9,8 +9,9 @@ from rich.console import Console
 from layerpipe import data as datasets
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory
+from layerpipe.cli.processes import told
 from layerpipe.cli.progress import TrainingBar
-from layerpipe.cli.training import Result, Step, make_pipeline, train
+from layerpipe.cli.training import Earlier, Result, Step, make_pipeline, train
 from layerpipe.data import Images
 from layerpipe.errors import UsageError
 
@@ -26,12 +27,20 @@ def prepare(config: TrainConfig) -> Images:
     """The data, once everything that could be wrong with the options has been found out."""
     images = datasets.load(config.data, config.data_dir)
     next(images.batches(config.batch_size, config.seed))
-    quiet = dataclasses.replace(config, executor="serial") if config.executor == "threads" else config
+    alone = config.executor in ("threads", "distributed")
+    quiet = dataclasses.replace(config, executor="serial") if alone else config
     try:
         make_pipeline(quiet, images, lambda output, target: output.sum()).close()
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     return images
+
+
+def follow(config: TrainConfig, images: Images, *, profile: bool) -> Result:
+    """A process's part of a run that another one reports, see :func:`run`."""
+    checkpoint, resume = told(config.executor, None)
+    earlier = Earlier(checkpoint, [], []) if resume else None
+    return train(config, images, checkpoint=checkpoint, resume=earlier, profile=profile)
 
 
 def run(
@@ -56,6 +65,7 @@ def run(
 
         checkpoint = directory.checkpoint(name) if config.checkpoint_every else None
         earlier = directory.earlier(name, config.total_steps(len(images.train_x)))
+        told(config.executor, (checkpoint, earlier is not None))
         result = train(
             config, images, on_step=on_step, on_test=on_test,
             checkpoint=checkpoint, resume=earlier, profile=profile,

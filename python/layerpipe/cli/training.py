@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,8 +104,9 @@ class _LossAndAccuracy:
         return F.cross_entropy(output, target)
 
     def accuracy(self) -> float:
-        """Of the next minibatch, whose loss is there."""
-        assert self._hits is not None
+        """Of the next minibatch, whose loss is there; not known where another process computes it."""
+        if self._hits is None:
+            return math.nan
         value = self._hits[self._read % self._size].item()
         self._read += 1
         return value
@@ -177,7 +179,7 @@ def train(
         DataError: a batch larger than the data.
         ValueError: options that do not fit together.
     """
-    loss_fn = _LossAndAccuracy(config.stages + 2)
+    loss_fn = _LossAndAccuracy(2 * config.stages + 2)
     total = config.total_steps(len(images.train_x))
     with make_pipeline(config, images, loss_fn) as pipe:
         device = _device(config.device)
@@ -188,11 +190,13 @@ def train(
         if resume is not None:
             state = pipe.resume(resume.checkpoint)
             done, start = state["step"], start - state["seconds"]
-            scheduler.load_state_dict(state["scheduler"])
+            theirs, groups = state["scheduler"], len(pipe.optimizer.param_groups)  # of the process that wrote
+            lists = {k: [v[0]] * groups for k, v in theirs.items() if isinstance(v, list)}  # all groups have one rate
+            scheduler.load_state_dict({**theirs, **lists})
             result.steps, result.tests = [s for s in resume.steps if s.step <= done], list(resume.tests)
-            for probe, readings in zip(probes, state["readings"], strict=True):
+            for stage, probe in zip(pipe.stages, probes, strict=True):
                 if probe is not None:
-                    probe.readings = [Reading(*reading) for reading in readings]
+                    probe.readings = [Reading(*reading) for reading in state["readings"][stage.index]]
         batches = images.batches(config.batch_size, config.seed, done)
         minibatch = next(batches)
         paused = 0.0  # in evaluations
@@ -217,7 +221,7 @@ def train(
                 report(loss, "drain")  # before the file says so: what it counts is in the metrics
             pipe.checkpoint(
                 checkpoint, step=step, seconds=time.perf_counter() - start - paused, scheduler=scheduler.state_dict(),
-                readings=[[tuple(r) for r in probe.readings] if probe else [] for probe in probes],
+                readings=pipe.ranks.by_stage([[tuple(r) for r in p.readings] if p else [] for p in probes]),
             )  # fmt: skip
 
         try:
@@ -252,18 +256,23 @@ def train(
         except DivergenceError as error:
             result.diverged = str(error)
         except KeyboardInterrupt:
+            if pipe.ranks.size > 1:
+                raise  # the other processes have no part left in what follows
             result.interrupted = True
         result.seconds = result.seconds or time.perf_counter() - start - paused
         if result.profile:
             pipe.watch(None)
         pipe.close()
+        result.trace = [event for events in pipe.ranks.gather(pipe.trace) for event in events]
+        found = pipe.ranks.by_stage(
+            [(p.relative_error(), p.readings) if p else (None, list[Reading]()) for p in probes]
+        )
         result.stages = [
-            StageResult(name, delay, measured, probe.relative_error() if probe else None,
-                        probe.readings if probe else [], memory)
-            for name, delay, measured, probe, memory in zip(
-                pipe.names, pipe.delays, pipe.measured_delays(), probes, pipe.memory(), strict=True
+            StageResult(name, delay, measured, error, readings, memory)
+            for name, delay, measured, (error, readings), memory in zip(
+                pipe.names, pipe.delays, pipe.measured_delays(), found, pipe.memory(), strict=True
             )
-        ]  # fmt: skip
+        ]
     return result
 
 

@@ -1,0 +1,3 @@
+from layerpipe.cli import main
+
+main()

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("tensorboard")
+
+from layerpipe.cli import main
+
+OPTIONS = "--model mlp --width 16 --stages 3 --steps 12 --checkpoint-every 5 --warmup 3 --no-baseline".split()
+
+
+def lines(path: Path, event: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    timeless = [{k: v for k, v in line.items() if k not in ("samples_per_s", "phase", "seconds")} for line in found]
+    return [line for line in timeless if line["event"] == event]
+
+
+def in_processes(*arguments: str) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("RANK", None)
+    command = [sys.executable, "-m", "layerpipe.cli", "train", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_in_processes_reports_what_one_in_this_process_does(tmp_path: Path) -> None:
+    """The same losses, accuracies, errors of the past weights and memory; and so from its last checkpoint on."""
+    torch.set_num_threads(1)
+    expected, found = tmp_path / "serial", tmp_path / "distributed"
+    with pytest.raises(SystemExit) as status:
+        main(["train", *OPTIONS, "--executor", "serial", "--out", str(expected)])
+    assert status.value.code == 0
+    said = in_processes(*OPTIONS, "--executor", "distributed", "--out", str(found))
+    assert said.count("Kept for past weights") == 1
+    for event in ("step", "test", "past weights", "stage", "end"):  # whose order differs: losses come later
+        assert lines(found, event) == lines(expected, event)
+    assert {p.name for p in found.iterdir()} >= {"loss.png", "past_weights.png", "timeline.png"}
+
+    in_processes("--resume", str(found))
+    for event in ("step", "test"):
+        assert lines(found, event) == lines(expected, event)
+
+
+def test_mistakes_are_named_once_and_before_processes_start(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "layerpipe.cli", "train", "--executor", "distributed", "--model", "mlp"]
+    done = subprocess.run([*command, "--stages", "99"], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_compare_refuses_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["compare", "--executor", "distributed", "--out", str(tmp_path / "run")])
+    assert "--executor distributed" in capsys.readouterr().err
