@@ -17,7 +17,8 @@ pytest.importorskip("tensorboard")
 
 from layerpipe.cli import main
 
-OPTIONS = "--model mlp --width 16 --stages 3 --steps 12 --checkpoint-every 5 --warmup 3 --no-baseline".split()
+SIZES = ["--width", "16", "--stages", "2", "--steps", "12", "--warmup", "3", "--checkpoint-every", "5"]
+OPTIONS = ["--model", "mlp", "--no-baseline", *SIZES]
 
 
 def lines(path: Path, event: str) -> list[dict[str, Any]]:
