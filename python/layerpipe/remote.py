@@ -42,10 +42,6 @@ class _Layout:
                 at += -(-kind[0].itemsize * math.prod(kind[1]) // 64) * 64
         self.bytes = at
 
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor | None]) -> list[tuple[torch.dtype, tuple[int, ...]] | None]:
-        return [None if t is None else (t.dtype, tuple(t.shape)) for t in tensors]
-
     def view(self, buffer: Tensor, i: int) -> Tensor | None:
         kind = self.kinds[i]
         if kind is None:
@@ -85,7 +81,8 @@ class Outgoing(Channel):
         Raises:
             StageError: the other process is gone.
         """
-        if (kinds := _Layout.of(item)) != self._layout.kinds:
+        kinds = [None if t is None else (t.dtype, tuple(t.shape)) for t in item]
+        if kinds != self._layout.kinds:
             layout = _Layout(kinds)
             text = _bytes(layout.to_bytes())
             self._send(self._buffer(_LAYOUT, len(text)))
