@@ -16,8 +16,7 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ import layerpipe
 import layerpipe_kernels
 from bench.networks import Case, add_cases, loss_fn
 from bench.report import console, save, spread
+from layerpipe.profile import intraop_threads
 
 Run = Callable[[int], float]
 
@@ -44,16 +44,6 @@ class Options:
     split_backward: bool
 
 
-@contextmanager
-def intraop(threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
     """Seconds per step of an ordinary loop with torch's fused SGD."""
     network: Any = case.model()
@@ -63,7 +53,7 @@ def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
         network = torch.compile(network)
 
     def run(steps: int) -> float:
-        with intraop(threads):
+        with intraop_threads(threads):
             start = time.perf_counter()
             for _ in range(steps):
                 optimizer.zero_grad()

@@ -82,7 +82,7 @@ class Distributed(Serial):
         for outgoing in self._outgoing:
             outgoing.finish(fed)
         for incoming in self._incoming:
-            incoming.finish(fed)
+            incoming.finish()
 
     def close(self) -> None:
         first, self._closed = not self._closed, True

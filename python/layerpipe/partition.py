@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from layerpipe.balance import refine
 from layerpipe.cuts import Piece, find_cuts, hindrances, pieces
 from layerpipe.forward import Forward, trace
 from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph
-from layerpipe.profile import profile_units, seconds
+from layerpipe.profile import intraop_threads, profile_units, seconds
 from layerpipe.split_stage import SplitStage, label, uncompiled
 
 BALANCES = ("flops", "time", "params", "bytes")
@@ -78,7 +77,7 @@ def split(
         cuts = [0, *find_cuts(forward, parts, at), len(parts)]
     else:
         units, inputs = between(range(len(parts) + 1)), example_inputs or ()
-        with _threads_of_a_worker(stages):
+        with intraop_threads(max(1, torch.get_num_threads() // stages)):  # as a worker will have
             costs = _costs(parts, units, inputs, balance)
             if wrap is not None and balance == "time":
                 cuts, taken = refine(costs, stages, lambda cuts: seconds(between(cuts), inputs, wrap))
@@ -91,16 +90,6 @@ def split(
     for stage, cost in zip(made, taken or (), strict=False):
         stage.meta["cost"] = cost
     return [wrap(stage) for stage in made] if wrap is not None else list(made)
-
-
-@contextmanager
-def _threads_of_a_worker(stages: int) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // stages))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _costs(parts: list[Piece], units: Sequence[nn.Module], inputs: Sequence[Any], balance: str) -> list[float]:

@@ -134,8 +134,8 @@ class Pipeline(Network):
             threads_per_stage=threads or share_threads(torch.get_num_threads(), stages),
         )
         self._acting = dict(zip(self.ranks.own, self._executor.acting(self.stages), strict=True))
-        channel, last = self._executor.channel, len(stages) - 1
-        self._last = last
+        channel = self._executor.channel
+        self._last = last = len(stages) - 1
         self._input, self._target = channel("input", 0, 0), channel("target", last, last)
         self._activations = [channel(f"activations {i} -> {i + 1}", i, i + 1) for i in range(last)]
         self._gradients = [channel(f"gradients {i + 1} -> {i}", i + 1, i) for i in range(last)]

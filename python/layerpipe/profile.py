@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ from layerpipe.layers import Flow, Layer, LayerGraph
 from layerpipe.split_stage import SplitStage
 
 Tensors = tuple[Any, ...]
+
+
+@contextmanager
+def intraop_threads(count: int) -> Iterator[None]:
+    """Measure with so many of torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def profile(model: nn.Module, example_inputs: Sequence[Any], *, measure: bool = False) -> LayerGraph:

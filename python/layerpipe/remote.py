@@ -160,16 +160,14 @@ class Incoming(Channel):
             return tensors
         return tuple([None if t is None else t.to(self.device) for t in tensors])
 
-    def finish(self, fed: int) -> None:
-        """Make sure that the other side's pipe is empty after as many minibatches.
+    def finish(self) -> None:
+        """Make sure that the other side's pipe is empty, too, now that every message that was due has come.
 
         Raises:
             StageError: it is not.
         """
-        theirs = int(self._next(_EMPTY)[8:16].view(torch.int64))
+        self._next(_EMPTY)
         self._post()
-        if theirs != fed:
-            raise self._differ(f"was drained after {theirs} minibatches, this process's after {fed}")
 
     def _next(self, wanted: int) -> Tensor:
         while True:
