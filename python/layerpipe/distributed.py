@@ -65,7 +65,7 @@ class Distributed(Serial):
         peer = Peer(
             self._ranks.group,
             rank=theirs[1] if sends else theirs[0],
-            tag=2 * min(sender, receiver) + backward,
+            tag=max(sender, receiver),
             name=self.names[receiver if sends else sender],
         )
         if sends:

@@ -63,7 +63,7 @@ class Peer(NamedTuple):
 
     group: Any
     rank: int
-    tag: int  # of the channel, one for each direction
+    tag: int  # of messages across this boundary, for training or not
     name: str  # the stage there, for messages
 
 
@@ -221,10 +221,10 @@ class Evaluation:
         self._to: Outgoing | None = None
         start, stop = ranks.own.start, ranks.own.stop
         if start:
-            peer = Peer(ranks.group, ranks.rank - 1, 2 * len(names) + start, names[start - 1])
+            peer = Peer(ranks.group, ranks.rank - 1, len(names) + start, names[start - 1])
             self._from = Incoming("evaluation", peer, device)
         if stop < len(names):
-            self._to = Outgoing("evaluation", Peer(ranks.group, ranks.rank + 1, 2 * len(names) + stop, names[stop]))
+            self._to = Outgoing("evaluation", Peer(ranks.group, ranks.rank + 1, len(names) + stop, names[stop]))
 
     def inputs(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
         """What this process's stages take, where the network takes ``given``."""

@@ -114,8 +114,8 @@ def go_on(rank: int, executor: str, path: str, past: str = "blend") -> State:
 
 def draw(rank: int, path: str, resume: bool) -> list[float]:
     """Random numbers after a checkpoint, or after resuming from it."""
-    torch.manual_seed(rank if not resume else 17)
     with pipeline(chain(2), executor="distributed") as pipe:
+        torch.manual_seed(17 if resume else rank)
         if resume:
             pipe.resume(path)
         else:
