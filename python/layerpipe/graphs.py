@@ -11,11 +11,11 @@ The graphs run on the streams of :mod:`layerpipe.streams` and wait as there. A s
 filled up, and runs like any other until then, after every :meth:`layerpipe.Pipeline.drain` too: the same kernels on the
 same values give the same bits. What a forward or a loss does besides work on tensors is done in the capture only.
 
-Memory comes from pools, in which a graph is given what an earlier one has freed, and writes over it again at every replay:
+Memory comes from pools, in which a graph is given what an earlier one has freed, and each replay writes over it again:
 
-* a pool per slot for its forward and loss, because what autograd keeps there waits for the backward while the forwards of
-  the other slots run;
-* one pool per stage for all backwards and updates, which run one after the other, and leave nothing behind: upstream
+* a pool per slot for its forward and loss: what autograd keeps there waits for the backward while the forwards of other
+  slots run;
+* one pool per stage for all backwards and updates, which run one after the other and leave nothing behind: upstream
   gradients are copied out of it.
 """
 

@@ -30,8 +30,8 @@ from tests.kernels.triton_checks import (
     RUNNABLE,
     SGD,
     SIZES,
-    check,
     arrays_of_one_element_are_numbers,  # noqa: F401 - a fixture
+    check,
     claims_of_alignment_are_checked,  # noqa: F401 - another
     design_of,
     duplicate,
