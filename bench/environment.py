@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
 import shlex
@@ -31,6 +32,7 @@ def describe() -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {}

@@ -46,7 +46,7 @@ def plain(case: Case, kind: str, device: torch.device) -> Step:
     lr = torch.tensor(0.01, device=device) if kind == "plain graph" else 0.01
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, fused=on_gpu)
     if kind == "plain compiled":
-        network = torch.compile(network)
+        network = torch.compile(network, dynamic=False)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -170,10 +170,10 @@ def main() -> None:
                 budget=given.seconds,
             )
         )  # fmt: skip
+        save(given.json, results=results)  # after each, for whoever stops it here
         if device.type == "cuda":
             torch.cuda.empty_cache()
     console().print(table(results))
-    save(given.json, results=results)
 
 
 if __name__ == "__main__":

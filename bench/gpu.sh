@@ -5,13 +5,15 @@
 #     OUT=/tmp/results bench/gpu.sh
 #     bench/gpu.sh tests executors     # only these steps; the build stays from call to call
 #
-# Needs torch with CUDA, Triton, nvcc, cmake, ninja, pybind11 and pytest; no network. PYTHON names the interpreter.
+# Needs torch with CUDA, Triton, nvcc, g++, cmake, ninja, pybind11 and pytest; no network. PYTHON names the interpreter.
+# What a step lacks besides is said at the beginning, and the others run.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 out=${OUT:-bench/results}
 python=${PYTHON:-python3}
 mkdir -p "$out"
-export PYTHONPATH="$PWD:$PWD/python"
+export PYTHONPATH="$PWD:$PWD/python" PYTHONUNBUFFERED=1
+command -v nvcc >/dev/null || PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 failed=()
 chosen=" $* "
 ran=" "
@@ -23,35 +25,52 @@ run() { # name, seconds, command...
     [[ $chosen == "  " || $chosen == *" $name "* ]] || return 0
     ran+="$name "
     echo "==> $name"
-    timeout "$seconds" "$@" >"$out/gpu-$name.log" 2>&1
+    timeout -k 10 "$seconds" "$@" >"$out/gpu-$name.log" 2>&1
     local status=$?
     ((status)) && failed+=("$name ($status)")
     tail -n "${TAIL:-12}" "$out/gpu-$name.log"
     echo "    $name: exit $status, $((SECONDS - begin)) s"
 }
 
+has() {
+    "$python" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec(sys.argv[1]))' "$1"
+}
+
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' || exit 1
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee "$out/gpu-device.csv"
+for module in setuptools cmake ninja pybind11 triton pytest hypothesis networkx numpy rich matplotlib; do
+    has "$module" || echo "==> $python has no $module"
+done
+pytest=("$python" -m pytest -q)
+has pytest_timeout && pytest+=(--timeout=150)
+parallel=()
+has xdist && parallel=(-n 8)
 
 arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 LAYERPIPE_CUDA_ARCHS="$arch" run build 180 "$python" setup.py -q build_ext --inplace
 "$python" -c 'import layerpipe_kernels as lk; print(lk.build_info())' || exit 1
+"$python" -c 'import layerpipe_kernels as lk; assert "cuda" in lk.available_backends()' 2>/dev/null || failed+=("no CUDA kernels")
 
 device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
-run tests 180 "$python" -m pytest -q --timeout=120 tests/gpu
-run triton 120 "$python" -m pytest -q --timeout=100 tests/kernels/triton_*_cases.py
-TAIL=60 run bench 240 "$python" -m bench.step --device cuda --rounds 7 --seconds 0.1 \
+run tests-executors 180 "${pytest[@]}" tests/gpu/test_executors_gpu.py
+run tests 300 "${pytest[@]}" ${parallel[@]+"${parallel[@]}"} tests/gpu --ignore=tests/gpu/test_executors_gpu.py
+run triton 240 "${pytest[@]}" ${parallel[@]+"${parallel[@]}"} tests/kernels/triton_*_cases.py
+TAIL=40 run executors 300 "$python" -m bench.executors --json "$out/$device-executors.json"
+TAIL=60 run bench 300 "$python" -m bench.step --device cuda --no-compile --rounds 7 --seconds 0.05 \
     --json "$out/$device-step.json" --plot "$out/$device-step.png"
-TAIL=40 run executors 200 "$python" -m bench.executors --json "$out/$device-executors.json"
-TAIL=40 run executors-gpt 120 "$python" -m bench.executors --network gpt:256 --size 128 --batch 8 32 \
+TAIL=40 run bench-compiled 240 "$python" -m bench.step --device cuda --networks resnet18 --optimizers sgd --max-bytes 1e8 \
+    --rounds 5 --seconds 0.05 --json "$out/$device-step-compiled.json"
+TAIL=40 run executors-gpt 200 "$python" -m bench.executors --network gpt:256 --size 128 --batch 8 32 \
     --json "$out/$device-executors-gpt.json"
 for chunk in 4096 16384 32768; do
     run "chunk-$chunk" 60 "$python" -m bench.step --device cuda --chunk "$chunk" --no-compile --networks '' --optimizers sgd \
-        --dtypes fp32 --rounds 5 --seconds 0.1 --json "$out/$device-step-chunk-$chunk.json"
+        --dtypes fp32 --rounds 5 --seconds 0.05 --json "$out/$device-step-chunk-$chunk.json"
 done
 if command -v compute-sanitizer >/dev/null; then
+    # Every tensor in an allocation of its own: beyond its end lies nothing that may be touched.
+    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     for tool in memcheck racecheck; do
-        run "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.gpu.sanitize
+        run "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.gpu.sanitize
     done
 else
     echo "==> no compute-sanitizer on the PATH"

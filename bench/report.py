@@ -35,4 +35,6 @@ def save(path: Path | None, **results: Any) -> None:
     """Results and the environment as JSON; nothing without a path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"environment": environment.describe(), **results}, indent=1) + "\n")
+        part = path.with_suffix(".part")  # so that the file is whole whenever the process dies
+        part.write_text(json.dumps({"environment": environment.describe(), **results}, indent=1) + "\n")
+        part.replace(path)

@@ -41,6 +41,7 @@ def fits(case: Case) -> bool:
     """Whether all variants of a case have room beside each other."""
     needed = case.numel * 4 * 6 * 4
     if case.device == "cuda":
+        torch.cuda.empty_cache()  # of the case before
         return needed < 0.9 * torch.cuda.mem_get_info()[0]
     try:
         available = int(
@@ -96,6 +97,7 @@ def main() -> None:
             progress.update(task, description=f"{case.name}, {case.optimizer}, {case.dtype}")
             if fits(case):
                 rows += measure(case, args.rounds, not args.no_compile, args.seconds)
+                save(args.json, rows=rows)  # for whoever stops it here
             else:
                 out.print(f"{case.name}, {case.optimizer}: left out, not enough memory for all variants")
             progress.advance(task)

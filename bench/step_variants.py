@@ -107,7 +107,11 @@ class Chain(Variant):
         mean = (self.t - 1) / self.t
         decay = mean if self.t <= DELAY else min(self.decay, mean)
         updates = [self.optimizer.state[p][self.key] for p in self.params]
-        torch._foreach_lerp_(self.emas, updates, 1 - decay)
+        if updates[0].dtype == self.emas[0].dtype:
+            torch._foreach_lerp_(self.emas, updates, 1 - decay)
+        else:  # of 16 bits, which torch does not take beside averages in float32
+            torch._foreach_mul_(self.emas, decay)
+            torch._foreach_add_(self.emas, updates, alpha=1 - decay)
         scale = LR * min(self.t, DELAY)
         if self.case.device == "cuda":  # one launch for all; on the CPU a loop without allocations is faster
             self.out = torch._foreach_add(self.params, self.emas, alpha=scale)
@@ -136,6 +140,7 @@ class Compiled(Variant):
             for w, g, v, e, past in zip(weights, grads, velocities, emas, pasts, strict=True):
                 reference.sgd_step_(w, g, v, e, past, options, design)
 
+        torch.compiler.reset()  # earlier cases count against how often one function may be compiled
         self.compiled = torch.compile(all_tensors, dynamic=False)
         self.scalars: dict[float, Tensor] = {}  # as tensors, so that another value is not another program
         self.t = 0

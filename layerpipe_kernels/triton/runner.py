@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from layerpipe_kernels.plan import Arrays
 
 CHUNK = 1 << 13  # elements per program
+GRAPHS = 64  # that may capture a group's step before it is made outside of a capture again
 
 
 class _Slot(NamedTuple):
@@ -53,7 +54,8 @@ class TritonRunner:
         self._grads_aligned = True
         self._none_first = [0] * len(weights)
         self._captured: list[_Slot] = []
-        self._spare = self._slot()
+        self._spare: list[_Slot] = []
+        self._spare = self._slots()
         self._streams = {self._stream()}
         pieces = _device.elements_per_piece(weights[0].dtype, grad_dtype, average)
         tensors = (*weights, *(t for state in arrays.states for t in state), *arrays.masters, *arrays.pasts)
@@ -147,17 +149,18 @@ class TritonRunner:
         """
         values = addresses + first
         if _device.capturing(self.device):
-            if self._spare is None:
+            if not self._spare:
                 raise RuntimeError(
-                    "a second CUDA graph of one parameter group: make a step outside of a capture between the two"
+                    f"more than {GRAPHS} CUDA graphs of one parameter group: make a step outside of a capture between "
+                    "them"
                 )
-            slot, self._spare = self._spare, None
+            slot = self._spare.pop()
             self._captured.append(slot)
             slot.host.copy_(torch.tensor(values).view_as(slot.host))
             slot.device.copy_(slot.host, non_blocking=True)
             return slot.device, _aligned(addresses)
-        if self._spare is None:
-            self._spare = self._slot()
+        if len(self._spare) < GRAPHS:
+            self._spare += self._slots()
         if values != self._uploaded:
             # The allocator of pinned memory gives it away again only when the copy is done, so the next step may come.
             host = torch.tensor(values, dtype=torch.int64, pin_memory=self.device.type == "cuda")
@@ -165,14 +168,11 @@ class TritonRunner:
             self._uploaded, self._grads_aligned = values, _aligned(addresses)
         return self._grads, self._grads_aligned
 
-    def _slot(self) -> _Slot | None:
-        if self.device.type != "cuda":
-            return None
-        shape = (2, self.tensors)
-        return _Slot(
-            torch.empty(shape, dtype=torch.int64, pin_memory=True),
-            torch.empty(shape, dtype=torch.int64, device=self.device),
-        )
+    def _slots(self) -> list[_Slot]:
+        """As many as are missing: a capture can allocate no pinned memory."""
+        shape = (GRAPHS - len(self._spare), 2, self.tensors)
+        host = torch.empty(shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
+        return [*map(_Slot, host, torch.empty(shape, dtype=torch.int64, device=self.device))]
 
     def _upload(self, table: Tensor) -> Tensor:
         if _device.capturing(self.device):

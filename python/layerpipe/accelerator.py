@@ -56,6 +56,15 @@ class Accelerator:
         """Memory that several graphs share: those whose runs never overlap."""
         return self._module.graph_pool_handle()
 
+    def forget_workspaces(self) -> None:
+        """Let cuBLAS ask for new workspaces; the old ones stay in their pools.
+
+        It keeps one per thread and stream, and torch has 32 streams per device, which it gives out again and again: one
+        from before a capture may lie in another graph's memory, and one of a graph be taken for other work.
+        """
+        if self.device.type == "cuda" and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
+            torch._C._cuda_clearCublasWorkspaces()
+
     def capture(self, pool: Any, stream: Any, work: Callable[[], None]) -> Any:
         """A graph of what ``work`` launches, and nothing of it is run; ``graph.replay()`` runs it.
 

@@ -47,6 +47,11 @@ class Buffers:
         if isinstance(item, Lent):
             item.was_read(stream)
 
+    def copied(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Copies of tensors like these, in their place; ``None`` where there is none."""
+        pairs = zip(self._leaves, tensors, strict=True)
+        return tuple([None if theirs is None else mine.copy_(theirs) for mine, theirs in pairs])
+
 
 def plain(item: Any) -> Any:
     """A tuple of the tensors that a neighbour lends, else the item itself."""

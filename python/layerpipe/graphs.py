@@ -11,10 +11,12 @@ The graphs run on the streams of :mod:`layerpipe.streams` and wait as there. A s
 filled up, and runs like any other until then, after every :meth:`layerpipe.Pipeline.drain` too: the same kernels on the
 same values give the same bits. What a forward or a loss does besides work on tensors is done in the capture only.
 
-Memory comes from two pools per stage: one for the forwards of all slots, one for the backwards and updates. In a pool a
-graph may use again what an earlier one has freed, and may: a stage runs one forward after the other, and one backward
-after the other. A forward and a backward run at once, and so share none. All forwards are captured before the first
-backward: what autograd keeps is freed by a backward, and no forward of another slot may be given it.
+Memory comes from pools, in which a graph is given what an earlier one has freed, and each replay writes over it again:
+
+* a pool per slot for its forward and loss: what autograd keeps there waits for the backward while the forwards of other
+  slots run;
+* one pool per stage for all backwards and updates, which run one after the other and leave nothing behind: upstream
+  gradients are copied out of it.
 """
 
 from __future__ import annotations
@@ -38,12 +40,15 @@ from layerpipe.streams import Lane, Streams
 class _Slot:
     """One minibatch in flight: its tensors, and the graphs that work on them."""
 
-    def __init__(self, inputs: Buffers, target: Buffers | None, grads: Buffers | None, read: Any) -> None:
+    def __init__(
+        self, inputs: Buffers, target: Buffers | None, grads: Buffers | None, upstream: Buffers | None, read: Any
+    ) -> None:
         self.inputs, self.target, self.grads = inputs, target, grads
         self.outputs: Tensors = ()
         self.loss: Tensor | None = None
+        self.room = upstream  # for the upstream gradients, outside of the graphs' memory
         self.upstream: tuple[Tensor | None, ...] = ()
-        self.read = read  # the event that a neighbour has read the upstream gradients
+        self.read = read  # the event that a neighbour has read them
         self.graphs: dict[str, Any] = {}
 
 
@@ -189,10 +194,12 @@ class CapturedStage:
         version, measured, probe, spans = stage.version, stage.measured.copy(), stage.probe, stage.spans
         stage.probe = None
         stage.watch(None)  # an event in a graph has no time of its own
-        activations, updates, keys = device.pool(), device.pool(), range(-stage.delay - 1, 0)
+        updates, keys = device.pool(), range(-stage.delay - 1, 0)
         slots = [self._make_slot() for _ in keys]
+        device.forget_workspaces()
         try:
             for key, slot in zip(keys, slots, strict=True):
+                activations = device.pool()
                 self._graph(slot, "forward", activations, functools.partial(_forward, stage, slot, key))
                 if slot.target is not None:
                     self._graph(slot, "loss", activations, functools.partial(self._loss, slot, key))
@@ -204,6 +211,7 @@ class CapturedStage:
                     self._graph(slot, "weights", updates, stage.backward_weights)
                 self._graph(slot, "update", updates, lambda: stage.update(self._options))
         finally:
+            device.forget_workspaces()
             for key in keys:
                 stage._flights.pop(key, None)
             stage.version, stage.measured, stage.probe = version, measured, probe
@@ -218,6 +226,7 @@ class CapturedStage:
             Buffers("inputs", plain(seen["inputs"])),
             Buffers("targets", seen["target"]) if last else None,
             None if last else Buffers("gradients", seen["grads"]),
+            Buffers("upstream gradients", plain(seen["inputs"])) if self.stage.index else None,
             self._device.event(),
         )
 
@@ -243,7 +252,9 @@ def _forward(stage: Stage, slot: _Slot, key: int) -> None:
 
 
 def _backward(stage: Stage, slot: _Slot, key: int) -> None:
-    slot.upstream = stage.backward(key, slot.grads.content if slot.grads is not None else None)
+    upstream = stage.backward(key, slot.grads.content if slot.grads is not None else None)
+    if slot.room is not None:
+        slot.upstream = slot.room.copied(upstream)
 
 
 class Graphs(Streams):

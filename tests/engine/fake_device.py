@@ -13,6 +13,7 @@ backward of a minibatch share a stream, so both are the same.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 import weakref
@@ -76,13 +77,20 @@ class FakeEvent:
 
 
 class FakeGraph(TorchDispatchMode):
-    """Ops and the tensors that they were called with; a replay calls them again and copies what they return."""
+    """Ops and the tensors that they were called with; a replay calls them again and copies what they return.
 
-    def __init__(self, device: FakeDevice) -> None:
+    What a capture has freed, the pool gives to the next ones: a replay overwrites all that graphs captured later into
+    the same pool have made.
+
+    Args:
+        pool: the graphs that are in it already.
+    """
+
+    def __init__(self, device: FakeDevice, pool: list[FakeGraph]) -> None:
         super().__init__()
-        self._device = device
+        self._device, self._pool = device, pool
         self._ops: list[tuple[Any, Any, Any, Any]] = []
-        self._made: set[int] = set()  # storages
+        self._made: dict[int, Any] = {}  # storages
         self._before: dict[int, tuple[Any, Any]] = {}  # memory that a capture must not have changed, and a copy
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -98,9 +106,9 @@ class FakeGraph(TorchDispatchMode):
                         self._before[memory._cdata] = memory, memory.clone()
         result = func(*args, **kwargs)
         self._ops.append((func, args, kwargs, result))
-        self._made |= {t.untyped_storage()._cdata for t in _tensors(result)} - {
-            t.untyped_storage()._cdata for t in _tensors((args, kwargs))
-        }
+        given = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+        made = [t.untyped_storage() for t in _tensors(result)]
+        self._made |= {memory._cdata: memory for memory in made if memory._cdata not in given}
         return result
 
     def undo(self) -> None:
@@ -111,6 +119,9 @@ class FakeGraph(TorchDispatchMode):
     @torch.no_grad()
     def replay(self) -> None:
         self._device.replays += 1
+        for graph in self._pool[self._pool.index(self) + 1 :]:
+            for memory in graph._made.values():
+                ctypes.memset(memory.data_ptr(), 0xFF, memory.nbytes())  # NaN or -1
         for func, args, kwargs, result in self._ops:
             if func is torch.ops.aten._local_scalar_dense.default:
                 continue
@@ -150,6 +161,8 @@ class FakeDevice(TorchDispatchMode):
         self._made: dict[int, int | None] = {}  # storage -> the stream that it was made on; None for a graph's own
         self.replays = 0
         self.captured: list[tuple[int, int]] = []  # (pool, stream)
+        self._pools: dict[int, list[FakeGraph]] = {}  # in the order of their capture
+        self.forgot: list[int] = []  # workspaces, after so many captures
         self.capturing = False
         self._kept: dict[int, set[int]] = {}  # storage -> streams that its memory waits for
 
@@ -193,8 +206,13 @@ class FakeDevice(TorchDispatchMode):
     def pool(self) -> int:
         return next(self._numbers)
 
+    def forget_workspaces(self) -> None:
+        self.forgot.append(len(self.captured))
+
     def capture(self, pool: int, stream: FakeStream, work: Any) -> FakeGraph:
-        graph = FakeGraph(self)
+        of_pool = self._pools.setdefault(pool, [])
+        graph = FakeGraph(self, of_pool)
+        of_pool.append(graph)
         self.capturing = True
         try:
             with self.use(stream), graph:

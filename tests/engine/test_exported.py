@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,8 +36,20 @@ def through(parts: Sequence[nn.Module], *values: Any) -> Any:
     return values[0]
 
 
+@functools.cache
+def attention_is_the_same_in_both_modes() -> bool:
+    """torch 2.11 exports it with other operations where it may drop something."""
+    attention, x = nn.MultiheadAttention(8, 2, dropout=0.2, batch_first=True), torch.zeros(2, 3, 8)
+    alone = {"need_weights": False}
+    graphs = [torch.export.export(attention.train(mode), (x, x, x), alone).graph for mode in (False, True)]
+    first, second = ([node.target for node in graph.nodes if node.op == "call_function"] for graph in graphs)
+    return first == second
+
+
 def make(case: str, stages: int | None = None) -> tuple[nn.Module, nn.Module, list[nn.Module], Callable[[int], Tensor]]:
     """A model, a copy of it, and its stages."""
+    if case == "layers" and not attention_is_the_same_in_both_modes():
+        pytest.skip("this torch exports attention with other operations in training")
     torch.manual_seed(0)
     factory, inputs, most = CASES[case]
     model = factory()

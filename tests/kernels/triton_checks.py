@@ -41,6 +41,22 @@ def claims_of_alignment_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(access, "_at", checked_at)
 
 
+@pytest.fixture(autouse=True)
+def arrays_of_one_element_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter of Triton 3.6 takes them for such, NumPy 2.5 no longer does."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
 def array(*shape: int, dtype: torch.dtype = F32, offset: int = 0) -> Tensor:
     """Random, starting ``offset`` elements behind a multiple of 16 bytes."""
     size = torch.Size(shape).numel()

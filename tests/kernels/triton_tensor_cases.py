@@ -18,7 +18,8 @@ from tests.kernels.triton_checks import (
     PRECISION,
     RUNNABLE,
     array,
-    claims_of_alignment_are_checked,  # noqa: F401 - a fixture
+    arrays_of_one_element_are_numbers,  # noqa: F401 - a fixture
+    claims_of_alignment_are_checked,  # noqa: F401 - another
 )
 
 pytestmark = RUNNABLE
