@@ -21,6 +21,7 @@ The host only issues; it waits for nothing. What waits is a stream, for an event
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -196,6 +197,12 @@ class Streams(Serial):
     def settle(self) -> None:
         for device in self._devices:
             device.wait()
+
+    def close(self) -> None:
+        if not self._closed:
+            with contextlib.suppress(RuntimeError):  # of a device that has failed, which was or will be reported
+                self.settle()  # what has been issued still uses memory that goes with the pipeline
+        super().close()
 
     def clocks(self) -> Sequence[Clock]:
         """The devices'. Each has an origin of its own, recorded while all of them are idle."""

@@ -148,6 +148,18 @@ def test_a_tick_waits_for_nothing_on_the_host() -> None:
         assert not device.host_waits
 
 
+def test_closing_waits_for_what_has_been_issued() -> None:
+    """It uses memory that goes with the pipeline."""
+    with fake_device() as device:
+        pipe = pipeline(chain(), "streams")
+        for x, y in minibatches(3):
+            pipe.step(x, y)
+        pipe.close()
+        assert device.waits == 1
+        pipe.close()
+        assert device.waits == 1
+
+
 def sites() -> dict[Site, str]:
     """Every place of the engine that makes a stream wait or keeps memory for it."""
     found: dict[Site, str] = {}
