@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+_BALANCED = 1.02  # what the slowest part may take, in what they take on average
 
 
 class CapError(ValueError):
@@ -68,7 +69,8 @@ def refine(
     """Cuts by what whole parts take, where that is not the sum of their layers: compiled together, say.
 
     Begins with :func:`balance`; whatever a part takes more or less than its layers is shared out among them, and the
-    parts are balanced anew, until that gives cuts that have been measured.
+    parts are balanced anew. Where that gives cuts that have been measured and do not balance, others are tried that
+    differ from the best in one place: a cut within what would have been compiled into one costs what no layer does.
 
     Args:
         costs: of each layer, in any unit.
@@ -83,13 +85,27 @@ def refine(
     while len(seen) < rounds:
         cuts = tuple(balance(current, parts))
         if cuts in seen:
-            break
+            best = min(seen, key=lambda cuts: max(seen[cuts]))
+            cuts = min((c for c in _moved(best) if c not in seen), key=lambda c: _slowest(current, c), default=cuts)
+            if cuts in seen or max(seen[best]) * parts <= _BALANCED * sum(seen[best]):
+                break
         seen[cuts] = [float(taken) for taken in measure(cuts)]
         for (a, b), taken in zip(itertools.pairwise(cuts), seen[cuts], strict=True):
-            expected = sum(current[a:b])
-            current[a:b] = [cost * taken / expected if expected else taken / (b - a) for cost in current[a:b]]
+            layers = sum(current[a:b])
+            current[a:b] = [cost * taken / layers if layers else taken / (b - a) for cost in current[a:b]]
     best = min(seen, key=lambda cuts: max(seen[cuts]))
     return list(best), seen[best]
+
+
+def _slowest(costs: Sequence[float], cuts: Sequence[int]) -> float:
+    return max(sum(costs[a:b]) for a, b in itertools.pairwise(cuts))
+
+
+def _moved(cuts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """All cuts that differ in one place."""
+    for i in range(1, len(cuts) - 1):
+        for at in range(cuts[i - 1] + 1, cuts[i + 1]):
+            yield (*cuts[:i], at, *cuts[i + 1 :])
 
 
 def _spans(values: Array) -> Array:

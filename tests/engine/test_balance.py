@@ -121,3 +121,25 @@ def test_refining_measures_no_more_often_than_it_may() -> None:
         measured.clear()
         refine([1.0] * 12, 3, measure, rounds=rounds)
         assert len(measured) == rounds
+
+
+def test_a_cut_that_no_sum_of_layers_predicts_is_found_beside_the_best() -> None:
+    """As where a residual block is compiled into one: cuts within it cost both parts, those around it nothing."""
+    costs, block = [2.0] * 13, range(6, 8)
+
+    def measure(cuts: Sequence[int]) -> list[float]:
+        return [sum(costs[a:b]) + 9.0 * (cuts[1] in block) for a, b in itertools.pairwise(cuts)]
+
+    _, taken = refine(costs, 2, measure)
+    assert max(taken) == min(max(measure(c)) for c in every_cut(13, 2)) == 16.0
+
+
+def test_balanced_parts_are_measured_once() -> None:
+    measured: list[Sequence[int]] = []
+
+    def measure(cuts: Sequence[int]) -> list[float]:
+        measured.append(cuts)
+        return [2.01 * (b - a) for a, b in itertools.pairwise(cuts)]
+
+    refine([2.0] * 12, 2, measure)
+    assert measured == [(0, 6, 12)]
