@@ -64,11 +64,16 @@ def balance(
 
 
 def refine(
-    costs: Sequence[float], parts: int, measure: Callable[[Sequence[int]], Sequence[float]], *, rounds: int = 4
+    costs: Sequence[float],
+    parts: int,
+    measure: Callable[[Sequence[int]], Sequence[float]],
+    *,
+    begin: Sequence[int] | None = None,
+    rounds: int = 4,
 ) -> tuple[list[int], list[float]]:
     """Cuts by what whole parts take, where that is not the sum of their layers: compiled together, say.
 
-    Begins with :func:`balance`; whatever a part takes more or less than its layers is shared out among them, and the
+    Whatever a part takes more or less than its layers is shared out among them, and the
     parts are balanced anew. Where that gives cuts that have been measured and do not balance, others are tried that
     differ from the best in one place: a cut within what would have been compiled into one costs what no layer does.
 
@@ -76,6 +81,7 @@ def refine(
         costs: of each layer, in any unit.
         parts: how many.
         measure: what each part takes between cuts.
+        begin: the first cuts to measure, by default those of :func:`balance`.
         rounds: measurements at most.
 
     Returns:
@@ -83,7 +89,7 @@ def refine(
     """
     current, seen = [float(cost) for cost in costs], dict[tuple[int, ...], list[float]]()
     while len(seen) < rounds:
-        cuts = tuple(balance(current, parts))
+        cuts = tuple(balance(current, parts) if begin is None or seen else begin)
         if cuts in seen:
             best = min(seen, key=lambda cuts: max(seen[cuts]))
             cuts = min((c for c in _moved(best) if c not in seen), key=lambda c: _slowest(current, c), default=cuts)

@@ -80,7 +80,8 @@ def split(
         with intraop_threads(max(1, torch.get_num_threads() // stages)):  # as a worker will have
             costs = _costs(parts, units, inputs, balance)
             if wrap is not None and balance == "time":
-                cuts, taken = refine(costs, stages, lambda cuts: seconds(between(cuts), inputs, wrap))
+                whole = _between_blocks(parts, costs, stages)
+                cuts, taken = refine(costs, stages, lambda cuts: seconds(between(cuts), inputs, wrap), begin=whole)
             else:
                 cuts = balanced(costs, stages)
                 taken = [sum(costs[a:b]) for a, b in itertools.pairwise(cuts)]
@@ -90,6 +91,15 @@ def split(
     for stage, cost in zip(made, taken or (), strict=False):
         stage.meta["cost"] = cost
     return [wrap(stage) for stage in made] if wrap is not None else list(made)
+
+
+def _between_blocks(parts: Sequence[Piece], costs: Sequence[float], stages: int) -> list[int] | None:
+    """The best cuts where one tensor crosses: within a residual block, a cut is paid for with what it keeps apart."""
+    starts = [i for i, piece in enumerate(parts) if not i or len(piece.inputs) == 1]
+    if len(starts) < stages:
+        return None
+    blocks = [sum(costs[a:b]) for a, b in itertools.pairwise([*starts, len(parts)])]
+    return [[*starts, len(parts)][i] for i in balanced(blocks, stages)]
 
 
 def _costs(parts: list[Piece], units: Sequence[nn.Module], inputs: Sequence[Any], balance: str) -> list[float]:

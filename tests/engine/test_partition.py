@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerpipe import partition, split
+from layerpipe import models, partition, split
 from layerpipe.balance import balance as balanced
 from layerpipe.partition import share_threads
 from layerpipe.split_stage import is_split, label
@@ -339,3 +339,20 @@ def test_nothing_is_measured_where_no_time_is_asked_for(how: dict[str, Any], mon
     monkeypatch.setattr(partition, "seconds", None)
     stages = split(sequential(), 2, (torch.randn(5, 4),), wrap=Wrapped, **how)
     assert all(isinstance(stage, Wrapped) for stage in stages)
+
+
+def test_wrapped_stages_are_first_measured_with_residual_blocks_left_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cut within a block keeps apart what a compiler would make one; one beside it is found if it is better."""
+    pytest.importorskip("torchvision")
+    measured: list[list[int]] = []
+
+    def seconds(stages: list[nn.Module], *_: object) -> list[float]:
+        layers = [sum(isinstance(m, nn.Conv2d) for m in stage.modules()) for stage in stages]
+        measured.append(layers)
+        return [1.0 + abs(count - layers[0]) for count in layers]
+
+    monkeypatch.setattr(partition, "seconds", seconds)
+    model = models.make("resnet18", width=4, channels=1, size=8, classes=3)
+    split(model, 2, (torch.randn(2, 1, 8, 8),), balance="time", wrap=nn.Sequential)
+    assert measured[0][0] in {1, 3, 5, 8, 10, 13, 15, 18}  # of 20, after the stem or a whole block
+    assert len(measured) == 4
