@@ -73,9 +73,9 @@ def refine(
 ) -> tuple[list[int], list[float]]:
     """Cuts by what whole parts take, where that is not the sum of their layers: compiled together, say.
 
-    Whatever a part takes more or less than its layers is shared out among them, and the
-    parts are balanced anew. Where that gives cuts that have been measured and do not balance, others are tried that
-    differ from the best in one place: a cut within what would have been compiled into one costs what no layer does.
+    Whatever a part takes more or less than its layers is shared out among them, and the parts are balanced anew. Where
+    that gives cuts that have been measured and do not balance, others are tried that differ from the best in one place:
+    a cut within what would have been compiled into one costs what no layer does.
 
     Args:
         costs: of each layer, in any unit.
@@ -88,18 +88,24 @@ def refine(
         The cuts whose slowest part is fastest, of those measured, and what their parts take.
     """
     current, seen = [float(cost) for cost in costs], dict[tuple[int, ...], list[float]]()
+
+    def fastest() -> tuple[int, ...]:
+        return min(seen, key=lambda cuts: max(seen[cuts]))
+
     while len(seen) < rounds:
         cuts = tuple(balance(current, parts) if begin is None or seen else begin)
         if cuts in seen:
-            best = min(seen, key=lambda cuts: max(seen[cuts]))
+            best = fastest()
+            if max(seen[best]) * parts <= _BALANCED * sum(seen[best]):
+                break
             cuts = min((c for c in _moved(best) if c not in seen), key=lambda c: _slowest(current, c), default=cuts)
-            if cuts in seen or max(seen[best]) * parts <= _BALANCED * sum(seen[best]):
+            if cuts in seen:
                 break
         seen[cuts] = [float(taken) for taken in measure(cuts)]
         for (a, b), taken in zip(itertools.pairwise(cuts), seen[cuts], strict=True):
             layers = sum(current[a:b])
             current[a:b] = [cost * taken / layers if layers else taken / (b - a) for cost in current[a:b]]
-    best = min(seen, key=lambda cuts: max(seen[cuts]))
+    best = fastest()
     return list(best), seen[best]
 
 

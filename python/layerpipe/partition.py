@@ -95,11 +95,11 @@ def split(
 
 def _between_blocks(parts: Sequence[Piece], costs: Sequence[float], stages: int) -> list[int] | None:
     """The best cuts where one tensor crosses: within a residual block, a cut is paid for with what it keeps apart."""
-    starts = [i for i, piece in enumerate(parts) if not i or len(piece.inputs) == 1]
-    if len(starts) < stages:
+    ends = [0, *(i for i, piece in enumerate(parts) if i and len(piece.inputs) == 1), len(parts)]
+    if len(ends) <= stages:
         return None
-    blocks = [sum(costs[a:b]) for a, b in itertools.pairwise([*starts, len(parts)])]
-    return [[*starts, len(parts)][i] for i in balanced(blocks, stages)]
+    blocks = [sum(costs[a:b]) for a, b in itertools.pairwise(ends)]
+    return [ends[i] for i in balanced(blocks, stages)]
 
 
 def _costs(parts: list[Piece], units: Sequence[nn.Module], inputs: Sequence[Any], balance: str) -> list[float]:

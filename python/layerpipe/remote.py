@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerpipe.channels import Channel
+from layerpipe.channels import Channel, moved
 from layerpipe.errors import DivergenceError, StageError
 from layerpipe.ranks import Ranks
 
@@ -155,10 +155,8 @@ class Incoming(Channel):
         """
         buffer, layout = self._next(_TENSORS), self._layout
         self._post()
-        tensors = tuple([layout.view(buffer, i) for i in range(len(layout.kinds))])
-        if self.device is None:
-            return tensors
-        return tuple([None if t is None else t.to(self.device) for t in tensors])
+        tensors: tuple[Tensor | None, ...] = tuple([layout.view(buffer, i) for i in range(len(layout.kinds))])
+        return tensors if self.device is None else moved(tensors, self.device)
 
     def finish(self) -> None:
         """Make sure that the other side's pipe is empty, too, now that every message that was due has come.
