@@ -42,12 +42,12 @@ def split(
         stages: how many.
         example_inputs: arguments of a forward, needed to balance by all but ``params``, and by ``torch.export``.
         balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine),
-            ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have),
+            ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have: of every
+            layer, then of whole stages, at most :func:`four times <layerpipe.balance.refine>`),
             ``"bytes"`` (weights and what the backward needs) or ``"params"``.
         at: instead of balancing, the layers that begin the second stage, the third, ..., by name.
-        wrap: what every stage is returned as, such as ``torch.compile``. ``balance="time"`` then measures whole stages,
-            wrapped, on copies, at most :func:`four times <layerpipe.balance.refine>`: a compiled stage takes less than
-            its layers do one by one.
+        wrap: what every stage is returned as, such as ``torch.compile``. ``balance="time"`` then measures stages
+            wrapped, on copies: a compiled stage takes less than its layers do one by one.
 
     Raises:
         ValueError: the model cannot be traced, has fewer places to cut than stages are wanted, or uses tied weights on
@@ -79,9 +79,9 @@ def split(
         units, inputs = between(range(len(parts) + 1)), example_inputs or ()
         with intraop_threads(max(1, torch.get_num_threads() // stages)):  # as a worker will have
             costs = _costs(parts, units, inputs, balance)
-            if wrap is not None and balance == "time":
-                whole = _between_blocks(parts, costs, stages)
-                cuts, taken = refine(costs, stages, lambda cuts: seconds(between(cuts), inputs, wrap), begin=whole)
+            if balance == "time":
+                begin = _between_blocks(parts, costs, stages) if wrap is not None else None
+                cuts, taken = refine(costs, stages, lambda cuts: seconds(between(cuts), inputs, wrap), begin=begin)
             else:
                 cuts = balanced(costs, stages)
                 taken = [sum(costs[a:b]) for a, b in itertools.pairwise(cuts)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -157,44 +156,48 @@ def _backward_flops(outputs: Tensors, wanted: list[Tensor]) -> float:
 
 
 def seconds(
-    stages: Sequence[nn.Module], example_inputs: Sequence[Any], wrap: Callable[[nn.Module], Any]
+    stages: Sequence[nn.Module], example_inputs: Sequence[Any], wrap: Callable[[nn.Module], Any] | None = None
 ) -> list[float]:
-    """Of each stage's forward and backward, run as ``wrap(stage)``; on copies, which alone change."""
+    """Of each stage's forward and backward; or of copies, run as ``wrap(stage)``, which alone change."""
+    if wrap is None:
+        return [sum(times) for times in _measure(stages, example_inputs)]
     copies = [wrap(copy.deepcopy(stage)) for stage in stages]
     return [sum(times) for times in _measure(copies, example_inputs, keep_buffers=False)]
 
 
 def _measure(
-    units: Sequence[nn.Module], example_inputs: Sequence[Any], *, keep_buffers: bool = True
+    units: Sequence[nn.Module], example_inputs: Sequence[Any], *, keep_buffers: bool = True, repeats: int = 8
 ) -> list[tuple[float, float]]:
-    """Seconds of each unit's forward and backward, on what the one before puts out. No random numbers are used up."""
-    times, values = [], tuple(example_inputs)
+    """Seconds of each unit's forward and backward, on what the one before puts out. No random numbers are used up.
+
+    The least of several, since what else the machine does can only add. All units take turns, as in training: none
+    finds its weights still in a cache, and a slow moment of the machine meets all of them.
+    """
+    runs, values = list[tuple[nn.Module, dict[str, Tensor], Tensors]](), tuple(example_inputs)
     devices = {p.device for unit in units for p in unit.parameters() if p.device.type != "cpu"}
     with torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cuda"):
         for i, unit in enumerate(units):
             buffers = {name: b.clone() for name, b in unit.named_buffers()} if keep_buffers else {}
-            times.append(_seconds(unit, buffers, tuple(_like(x, requires_grad=i > 0) for x in values)))
+            runs.append((unit, buffers, tuple(_like(x, requires_grad=i > 0) for x in values)))
             with torch.no_grad():
                 result = torch.func.functional_call(unit, buffers, values)
             values = result if isinstance(result, tuple) else (result,)
-    return times
+        taken = [[_seconds(*run) for run in runs] for _ in range(repeats)][
+            1:
+        ]  # the first also builds and tunes kernels
+    return [(min(f for f, _ in times), min(b for _, b in times)) for times in zip(*taken, strict=True)]
 
 
-def _seconds(unit: nn.Module, buffers: dict[str, Tensor], inputs: Tensors, repeats: int = 8) -> tuple[float, float]:
-    """The least of several forwards and backwards: what else the machine does can only add."""
+def _seconds(unit: nn.Module, buffers: dict[str, Tensor], inputs: Tensors) -> tuple[float, float]:
+    """Of one forward and its backward."""
     wanted = [x for x in (*inputs, *unit.parameters()) if isinstance(x, Tensor) and x.requires_grad]
-    best = (math.inf, math.inf)
-    for repeat in range(repeats):
-        start = time.perf_counter()
-        out = torch.func.functional_call(unit, buffers, inputs)
-        middle = time.perf_counter()
-        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
-        if outputs:
-            torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
-        end = time.perf_counter()
-        if repeat:  # the first one also builds and tunes kernels
-            best = min(best[0], middle - start), min(best[1], end - middle)
-    return best
+    start = time.perf_counter()
+    out = torch.func.functional_call(unit, buffers, inputs)
+    middle = time.perf_counter()
+    outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+    if outputs:
+        torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
+    return middle - start, time.perf_counter() - middle
 
 
 def _split_backward(measured: tuple[float, float], layer: Layer) -> tuple[float, float, float]:

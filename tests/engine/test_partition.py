@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from layerpipe import models, partition, split
 from layerpipe.balance import balance as balanced
 from layerpipe.partition import share_threads
+from layerpipe.profile import seconds
 from layerpipe.split_stage import is_split, label
 
 
@@ -295,6 +296,22 @@ def noisy() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
+@pytest.mark.parametrize("wrap", [None, nn.Sequential])
+def test_stages_take_turns_when_they_are_measured(wrap: Any) -> None:
+    """So that a slow moment of the machine meets all of them alike, and no weight is still in a cache."""
+    order = list[int]()
+
+    class Watched(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            order.append(self.out_features)
+            return super().forward(x)
+
+    taken = seconds([Watched(4, 5), Watched(5, 6), Watched(6, 7)], (torch.randn(2, 4),), wrap)
+    assert len(taken) == 3
+    assert all(0 < t < float("inf") for t in taken)
+    assert order == [5, 6, 7] * (len(order) // 3)
+
+
 def test_wrapped_stages_are_measured_on_copies_and_returned_untouched() -> None:
     model, made = noisy(), list[Wrapped]()
 
@@ -320,18 +337,19 @@ def test_wrapped_stages_are_measured_on_copies_and_returned_untouched() -> None:
     assert not any(id(p) in owned for stage in made[:2] for p in stage.parameters())
 
 
-def test_the_cut_follows_what_wrapped_stages_take(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrap", [None, nn.Sequential])
+def test_the_cut_follows_what_whole_stages_take(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here a stage takes as long as it has Linear layers, whatever these cost alone."""
 
-    def seconds(stages: list[nn.Module], *_: object) -> list[float]:
+    def fake_seconds(stages: list[nn.Module], *_: object) -> list[float]:
         return [0.01 + sum(isinstance(m, nn.Linear) for m in stage.modules()) for stage in stages]
 
-    monkeypatch.setattr(partition, "seconds", seconds)
+    monkeypatch.setattr(partition, "seconds", fake_seconds)
     model = nn.Sequential(nn.Linear(64, 64), *[nn.Linear(2**i, 2 ** (i - 1)) for i in range(6, 0, -1)], nn.Tanh())
-    stages = split(model, 2, (torch.randn(8, 64),), balance="time", wrap=nn.Sequential)
+    stages: list[Any] = split(model, 2, (torch.randn(8, 64),), balance="time", wrap=wrap)
     counts = [sum(isinstance(m, nn.Linear) for m in stage.modules()) for stage in stages]
     assert max(counts) == 4
-    assert [round(stage[0].meta["cost"]) for stage in stages] == counts  # type: ignore[index,union-attr]
+    assert [round((stage[0] if wrap else stage).meta["cost"]) for stage in stages] == counts
 
 
 @pytest.mark.parametrize("how", [{"balance": "flops"}, {"balance": "params"}, {"at": ["4"], "balance": "time"}])
@@ -346,11 +364,11 @@ def test_wrapped_stages_are_first_measured_with_residual_blocks_left_whole(monke
     pytest.importorskip("torchvision")
     measured: list[list[int]] = []
 
-    def seconds(stages: list[nn.Module], *_: object) -> list[float]:
+    def fake_seconds(stages: list[nn.Module], *_: object) -> list[float]:
         measured.append([sum(isinstance(m, nn.Conv2d) for m in stage.modules()) for stage in stages])
         return [1.0, 2.0]
 
-    monkeypatch.setattr(partition, "seconds", seconds)
+    monkeypatch.setattr(partition, "seconds", fake_seconds)
     model = models.make("resnet18", width=4, channels=1, size=8, classes=3)
     split(model, 2, (torch.randn(2, 1, 8, 8),), balance="time", wrap=nn.Sequential)
     assert measured[0][0] in {1, 3, 5, 8, 10, 13, 15, 18}  # of 20, after the stem or a whole block
