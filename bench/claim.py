@@ -18,10 +18,10 @@ from pathlib import Path
 from rich.table import Table
 
 from bench.report import console, save
-from layerpipe.balance import balance
-from layerpipe.layers import LayerGraph
 from layerpipe.models import catalog
-from layerpipe.profile import profile
+from layerpipe.partition.balance import balance
+from layerpipe.partition.layers import LayerGraph
+from layerpipe.partition.profile import profile
 from layerpipe.simulate import StageCost, layerpipe, one_f_one_b, report, run, together
 
 CLAIMED = (7, 8, 9)

@@ -29,7 +29,7 @@ import layerpipe
 import layerpipe_kernels
 from bench.networks import Case, add_cases, loss_fn
 from bench.report import console, save, spread
-from layerpipe.profile import intraop_threads
+from layerpipe.partition.profile import intraop_threads
 
 Run = Callable[[int], float]
 

@@ -35,8 +35,8 @@ import layerpipe_kernels
 from bench.others import Others
 from bench.report import console, save, spread, summary
 from layerpipe import models
-from layerpipe.plan import plan
-from layerpipe.profile import profile
+from layerpipe.partition.profile import profile
+from layerpipe.planning.plan import plan
 from layerpipe.simulate import BUILDERS, StageCost, report, run
 
 WARM_UP = 6  # minibatches through a stage before its times count

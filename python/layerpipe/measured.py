@@ -1,4 +1,4 @@
-"""What the stages of a pipeline did and keep, as measured; :mod:`layerpipe.memory` predicts it."""
+"""What the stages of a pipeline did and keep, as measured; :mod:`layerpipe.planning.memory` predicts it."""
 
 from __future__ import annotations
 

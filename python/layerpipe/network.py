@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from layerpipe import placement
-from layerpipe.channels import moved
+from layerpipe.executors import placement
+from layerpipe.executors.channels import moved
+from layerpipe.executors.ranks import Ranks
+from layerpipe.executors.remote import Evaluation
 from layerpipe.partition import refuse_shared
-from layerpipe.ranks import Ranks
-from layerpipe.remote import Evaluation
-from layerpipe.split_stage import is_split, label, uncompiled
+from layerpipe.partition.split_stage import is_split, label, uncompiled
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerpipe import checkpoint, executors, ranks
+from layerpipe import checkpoint, executors
 from layerpipe import schedule as schedules
-from layerpipe.channels import Channel
 from layerpipe.errors import divergence_advice
-from layerpipe.executor import Tick
+from layerpipe.executors import ranks
+from layerpipe.executors.base import Tick
+from layerpipe.executors.channels import Channel
 from layerpipe.measured import Event, StageMemory, stage_memory
 from layerpipe.network import Network
 from layerpipe.optimizer import PipelineOptimizer
 from layerpipe.partition import share_threads
 from layerpipe.schedule import Action
-from layerpipe.spans import CHANNEL, Recorder, Span
 from layerpipe.stage import Stage
 from layerpipe.tracing import Trace
+from layerpipe.tracing.spans import CHANNEL, Recorder, Span
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -45,8 +46,7 @@ class Pipeline(Network):
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
             :mod:`layerpipe.schedule`.
         executor: ``"serial"``, ``"threads"``, on CUDA devices ``"streams"`` or ``"graphs"``, or ``"distributed"``
-            with the stages in several processes; see :mod:`layerpipe.streams`, :mod:`layerpipe.graphs` and
-            :mod:`layerpipe.distributed`.
+            with the stages in several processes; see :mod:`layerpipe.executors`.
         devices: one per stage, which is moved there before its optimizer is made; by default the stages stay where they
             are. Tensors are copied from stage to stage and from the caller to the first and last.
         threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage; by

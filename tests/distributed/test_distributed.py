@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from layerpipe.ranks import Ranks
+from layerpipe.executors.ranks import Ranks
 from tests.distributed import programs
 from tests.distributed.processes import Failure, Processes
 from tests.engine.pipelines import pipeline

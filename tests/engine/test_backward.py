@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe.split_backward import SplitBackward
+from layerpipe.stage.split_backward import SplitBackward
 from tests.engine.models import chain, images, minibatches
 from tests.engine.pipelines import EXECUTORS, sgd
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from layerpipe.balance import CapError, balance, refine
+from layerpipe.partition.balance import CapError, balance, refine
 
 
 def every_cut(count: int, parts: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from layerpipe.channels import Channel, ChannelClosed
+from layerpipe.executors.channels import Channel, ChannelClosed
 
 
 def test_first_in_first_out() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 import layerpipe
 import layerpipe_kernels
 from layerpipe import split
-from layerpipe.plan import plan
-from layerpipe.profile import profile
-from layerpipe.split_stage import label
+from layerpipe.partition.profile import profile
+from layerpipe.partition.split_stage import label
+from layerpipe.planning.plan import plan
 from tests.engine.exported_models import ShapedBranches, ShapedConv, ShapedGPT, ShapedLayers
 
 CASES: dict[str, tuple[type[nn.Module], Callable[[int], Tensor], int]] = {

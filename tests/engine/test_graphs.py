@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe.channels import Lent
+from layerpipe.executors.channels import Lent
 from tests.engine import test_streams
 from tests.engine.fake_device import FakeDevice, fake_device
 from tests.engine.models import chain, minibatches

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels as lk
 from layerpipe import schedule as schedules
-from layerpipe.probe import ReconstructionProbe
+from layerpipe.stage.probe import ReconstructionProbe
 from tests.engine.models import chain, images, minibatches
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from layerpipe import split
 from layerpipe.models.gpt import GPT
-from layerpipe.profile import profile
+from layerpipe.partition.profile import profile
 from layerpipe.retiming import Node, derive, registers
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from layerpipe import models, partition, split
-from layerpipe.balance import balance as balanced
-from layerpipe.partition import share_threads
-from layerpipe.profile import seconds
-from layerpipe.split_stage import is_split, label
+from layerpipe import models, split
+from layerpipe.partition import partition, share_threads
+from layerpipe.partition.balance import balance as balanced
+from layerpipe.partition.profile import seconds
+from layerpipe.partition.split_stage import is_split, label
 
 
 def sequential() -> nn.Sequential:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerpipe
-from layerpipe import placement
-from layerpipe.channels import Channel, moved, tensors_in
-from layerpipe.streams import StreamChannel
+from layerpipe.executors import placement
+from layerpipe.executors.channels import Channel, moved, tensors_in
+from layerpipe.executors.streams import StreamChannel
 from tests.engine.fake_device import FakeDevice
 from tests.engine.models import chain, minibatches
 from tests.engine.pipelines import pipeline, sgd

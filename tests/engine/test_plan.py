@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe.layers import LayerGraph
-from layerpipe.machine import Machine
-from layerpipe.memory import history_copies, stage_memory
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
 from layerpipe.models.gpt import GPT
-from layerpipe.plan import SCHEDULES, plan
-from layerpipe.profile import profile
+from layerpipe.partition.layers import LayerGraph
+from layerpipe.partition.profile import profile
+from layerpipe.planning.machine import Machine
+from layerpipe.planning.memory import history_copies, stage_memory
+from layerpipe.planning.plan import SCHEDULES, plan
 
 
 def chain(layers: int = 8, width: int = 16, batch: int = 4) -> tuple[nn.Sequential, tuple[Tensor, ...]]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import layerpipe
-from layerpipe.spans import INNER, Span
 from layerpipe.tracing import Trace
+from layerpipe.tracing.spans import INNER, Span
 from tests.engine.fake_device import FakeDevice, fake_device
 from tests.engine.models import chain, minibatches
 from tests.engine.test_graphs import pipeline
@@ -186,7 +186,7 @@ def test_a_row_for_each_stage_and_stream_and_one_for_the_host(executor: str, tmp
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     rows = {e["tid"]: e["args"]["name"] for e in events if e["name"] == "thread_name"}
     assert list(rows) == list(range(len(rows)))
-    streams = {0: 4, 1: 3, 2: 3, 3: 1}  # as layerpipe.streams.ring has them
+    streams = {0: 4, 1: 3, 2: 3, 3: 1}  # as layerpipe.executors.streams.ring has them
     names = [f"stage {s}: {trace.names[s]}, stream {k}" for s, count in streams.items() for k in range(count)]
     assert list(rows.values()) == ["host", *names]
     spans = [e for e in events if e["ph"] == "X"]

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 import layerpipe
 import layerpipe_kernels as lk
+from layerpipe.executors.streams import Lane, ring
 from layerpipe.stage import Stage
-from layerpipe.streams import Lane, ring
 from tests.engine.fake_device import FakeDevice, Site, fake_device
 from tests.engine.models import chain, minibatches
 

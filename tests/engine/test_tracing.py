@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from layerpipe.spans import Span
 from layerpipe.tracing import Trace
+from layerpipe.tracing.spans import Span
 from tests.engine.models import minibatches
 from tests.engine.pipelines import EXECUTORS, pipeline
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe.spans import INNER, Span
 from layerpipe.tracing import Trace
+from layerpipe.tracing.spans import INNER, Span
 from tests.engine.models import chain, minibatches
 from tests.engine.test_streams import network
 

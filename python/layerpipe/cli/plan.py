@@ -13,14 +13,14 @@ import torch
 import typer
 from rich.console import Console
 
-from layerpipe import plan as planning
 from layerpipe.cli import options as o
 from layerpipe.cli import plan_plots, plan_report
 from layerpipe.errors import UsageError
-from layerpipe.machine import Machine
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
-from layerpipe.profile import profile
+from layerpipe.partition.profile import profile
+from layerpipe.planning import plan as planning
+from layerpipe.planning.machine import Machine
 from layerpipe.simulate import Link, to_chrome
 
 CUT, MACHINE, OUTPUT = "Cut and schedule", "Machine", "Output"

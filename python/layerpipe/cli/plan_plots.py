@@ -11,8 +11,8 @@ import networkx as nx
 
 from layerpipe import retiming
 from layerpipe.cli.plots import new_figure, save
-from layerpipe.memory import Memory
-from layerpipe.plan import Plan
+from layerpipe.planning.memory import Memory
+from layerpipe.planning.plan import Plan
 from layerpipe.retiming import Derivation, Node
 from layerpipe.simulate import Timeline
 

@@ -22,7 +22,7 @@ from layerpipe.errors import DivergenceError, UsageError
 from layerpipe.measured import Event, StageMemory
 from layerpipe.partition import split
 from layerpipe.pipeline import Pipeline
-from layerpipe.probe import Reading, ReconstructionProbe
+from layerpipe.stage.probe import Reading, ReconstructionProbe
 from layerpipe.tracing import Trace
 
 #: Ticks in a profile.

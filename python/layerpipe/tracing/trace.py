@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from layerpipe.spans import CHANNEL, INNER, LAYERS, PAST, STEP, WAIT, WEIGHTS, Span
+from layerpipe.tracing.spans import CHANNEL, INNER, LAYERS, PAST, STEP, WAIT, WEIGHTS, Span
 
 
 class StageTime(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from layerpipe.exported import exported
+from layerpipe.partition.exported import exported
 
 
 class Forward(NamedTuple):

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from layerpipe.engine import backward
+from layerpipe.stage.autograd import backward
 
 #: Nodes whose weight gradient is work of its own.
 _SEPARABLE = ("ConvolutionBackward", "AddmmBackward", "MmBackward", "LinearBackward", "MkldnnConvolutionBackward")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from layerpipe.spans import PAST, Recorder
+from layerpipe.tracing.spans import PAST, Recorder
 
 
 class _Use:

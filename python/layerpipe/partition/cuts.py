@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from layerpipe.aliasing import overwritten
-from layerpipe.exported import is_tensor
-from layerpipe.forward import Forward, constants
-from layerpipe.received import derivable
+from layerpipe.partition.aliasing import overwritten
+from layerpipe.partition.exported import is_tensor
+from layerpipe.partition.forward import Forward, constants
+from layerpipe.partition.received import derivable
 
 
 class Piece(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from layerpipe.split_stage import is_split, uncompiled
+from layerpipe.partition.split_stage import is_split, uncompiled
 
 #: Layers that are linear in their weights, or look them up.
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.EmbeddingBag)

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from layerpipe.channels import Channel, moved
 from layerpipe.errors import DivergenceError, StageError
-from layerpipe.ranks import Ranks
+from layerpipe.executors.channels import Channel, moved
+from layerpipe.executors.ranks import Ranks
 
 _HEADER = 4096  # bytes: what follows, a number that depends on it, and room for what an error says
 _TENSORS, _LAYOUT, _EMPTY, _END = range(4)

@@ -32,11 +32,12 @@ from torch.autograd.graph import get_gradient_edge
 
 from layerpipe import accelerator
 from layerpipe.accelerator import Accelerator
-from layerpipe.channels import Channel, Lent, moved, tensors_in
-from layerpipe.executor import Run, Serial, Tick
+from layerpipe.executors.base import Run, Tick
+from layerpipe.executors.channels import Channel, Lent, moved, tensors_in
+from layerpipe.executors.serial import Serial
 from layerpipe.schedule import Action
-from layerpipe.spans import WAIT, Clock, DeviceClock
 from layerpipe.stage import Stage
+from layerpipe.tracing.spans import WAIT, Clock, DeviceClock
 
 
 class Lane:

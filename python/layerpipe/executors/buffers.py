@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from layerpipe.channels import Lent
+from layerpipe.executors.channels import Lent
 
 
 class Buffers:

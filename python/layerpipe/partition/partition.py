@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from layerpipe.balance import balance as balanced
-from layerpipe.balance import refine
-from layerpipe.cuts import Piece, find_cuts, hindrances, pieces
-from layerpipe.forward import Forward, trace
-from layerpipe.layers import FLOPS_PER_ELEMENT, LayerGraph
-from layerpipe.profile import intraop_threads, profile_units, seconds
-from layerpipe.split_stage import SplitStage, label, uncompiled
+from layerpipe.partition.balance import balance as balanced
+from layerpipe.partition.balance import refine
+from layerpipe.partition.cuts import Piece, find_cuts, hindrances, pieces
+from layerpipe.partition.forward import Forward, trace
+from layerpipe.partition.layers import FLOPS_PER_ELEMENT, LayerGraph
+from layerpipe.partition.profile import intraop_threads, profile_units, seconds
+from layerpipe.partition.split_stage import SplitStage, label, uncompiled
 
 BALANCES = ("flops", "time", "params", "bytes")
 
@@ -34,8 +34,8 @@ def split(
 
     The model's ``forward`` is traced (:mod:`torch.fx`) down to torch's own layers, or, where a block's code does not
     allow that, down to the blocks of its ``nn.Sequential`` parts, or else by :mod:`torch.export` with the example
-    inputs (:func:`layerpipe.forward.trace`). It is cut between layers wherever only tensors pass: skip connections and
-    branches are carried along through the stages that they cross.
+    inputs (:func:`layerpipe.partition.forward.trace`). It is cut between layers wherever only tensors pass: skip
+    connections and branches are carried along through the stages that they cross.
 
     Args:
         model: shared with the stages, not copied.
@@ -43,7 +43,7 @@ def split(
         example_inputs: arguments of a forward, needed to balance by all but ``params``, and by ``torch.export``.
         balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine),
             ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have: of every
-            layer, then of whole stages, at most :func:`four times <layerpipe.balance.refine>`),
+            layer, then of whole stages, at most :func:`four times <layerpipe.partition.balance.refine>`),
             ``"bytes"`` (weights and what the backward needs) or ``"params"``.
         at: instead of balancing, the layers that begin the second stage, the third, ..., by name.
         wrap: what every stage is returned as, such as ``torch.compile``. ``balance="time"`` then measures stages

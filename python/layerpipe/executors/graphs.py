@@ -7,9 +7,10 @@ that its inputs and incoming gradients are copied into, and graphs of its forwar
     backward   grads  -> upstream gradients, gradients of the weights
     update     gradients of the weights, learning rate -> weights, history, the clock of the updates
 
-The graphs run on the streams of :mod:`layerpipe.streams` and wait as there. A stage is captured once its delay has
-filled up, and runs like any other until then, after every :meth:`layerpipe.Pipeline.drain` too: the same kernels on the
-same values give the same bits. What a forward or a loss does besides work on tensors is done in the capture only.
+The graphs run on the streams of :mod:`layerpipe.executors.streams` and wait as there. A stage is captured once its
+delay has filled up, and runs like any other until then, after every :meth:`layerpipe.Pipeline.drain` too: the same
+kernels on the same values give the same bits. What a forward or a loss does besides work on tensors is done in the
+capture only.
 
 Memory comes from pools, in which a graph is given what an earlier one has freed, and each replay writes over it again:
 
@@ -27,14 +28,14 @@ from typing import Any
 
 from torch import Tensor
 
-from layerpipe.buffers import Buffers, owned, plain
-from layerpipe.capturable import addresses, check_optimizer, groups, own_learning_rates
-from layerpipe.channels import Lent
-from layerpipe.executor import Tick
+from layerpipe.executors.base import Tick
+from layerpipe.executors.buffers import Buffers, owned, plain
+from layerpipe.executors.capturable import addresses, check_optimizer, groups, own_learning_rates
+from layerpipe.executors.channels import Lent
+from layerpipe.executors.streams import Lane, Streams
 from layerpipe.optimizer import Options, set_options
-from layerpipe.spans import LAYERS, STEP, WEIGHTS, Recorder
-from layerpipe.stage import Stage, Tensors, _Flight
-from layerpipe.streams import Lane, Streams
+from layerpipe.stage.stage import Stage, Tensors, _Flight
+from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 
 
 class _Slot:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from layerpipe.layers import Layer
+from layerpipe.partition.layers import Layer
 from layerpipe.simulate import Link, StageCost
 
 #: PCIe 4.0 x16, each way.

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from layerpipe import retiming
-from layerpipe.balance import CapError
-from layerpipe.balance import balance as balanced
-from layerpipe.layers import Layer, LayerGraph
-from layerpipe.machine import A100, Machine
-from layerpipe.memory import Memory, history_copies, stage_memory
 from layerpipe.partition import costs_by
+from layerpipe.partition.balance import CapError
+from layerpipe.partition.balance import balance as balanced
+from layerpipe.partition.layers import Layer, LayerGraph
+from layerpipe.planning.machine import A100, Machine
+from layerpipe.planning.memory import Memory, history_copies, stage_memory
 from layerpipe.retiming import Derivation
 from layerpipe.simulate import BUILDERS, Report, StageCost, Timeline, layerpipe, report, run, together
 
@@ -119,7 +119,7 @@ def plan(
     """Cut a network into stages and predict what comes of it.
 
     Args:
-        layers: from :func:`layerpipe.profile.profile`.
+        layers: from :func:`layerpipe.partition.profile.profile`.
         stages: how many; without it, the fewest that keep to ``memory_per_stage``, or 4.
         memory_per_stage: bytes that no stage may need, under ``schedule`` and ``past``.
         schedule: ``"lockstep"``, ``"1f1b"`` or ``"sequential"``.

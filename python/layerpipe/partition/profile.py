@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from layerpipe.cuts import Piece, pieces, unique_names
-from layerpipe.forward import trace
-from layerpipe.layers import Flow, Layer, LayerGraph
-from layerpipe.split_stage import SplitStage
+from layerpipe.partition.cuts import Piece, pieces, unique_names
+from layerpipe.partition.forward import trace
+from layerpipe.partition.layers import Flow, Layer, LayerGraph
+from layerpipe.partition.split_stage import SplitStage
 
 Tensors = tuple[Any, ...]
 
@@ -40,7 +40,7 @@ def profile(model: nn.Module, example_inputs: Sequence[Any], *, measure: bool = 
     meta device (``with torch.device("meta"): model = ...``).
 
     Args:
-        model: traced, see :func:`layerpipe.forward.trace`.
+        model: traced, see :func:`layerpipe.partition.forward.trace`.
         example_inputs: arguments of a forward, one minibatch.
         measure: also time every layer here, forward and backward, with torch's current intra-op threads.
 

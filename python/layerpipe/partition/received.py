@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from layerpipe.forward import constants
+from layerpipe.partition.forward import constants
 
 
 def derivable(node: fx.Node, tensors: Sequence[fx.Node]) -> bool:

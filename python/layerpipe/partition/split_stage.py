@@ -6,17 +6,17 @@ from typing import Any, TypeGuard
 
 from torch import fx, nn
 
-from layerpipe.cuts import Piece
-from layerpipe.exported import Unflatten
-from layerpipe.forward import ByMode
-from layerpipe.received import made_again
+from layerpipe.partition.cuts import Piece
+from layerpipe.partition.exported import Unflatten
+from layerpipe.partition.forward import ByMode
+from layerpipe.partition.received import made_again
 
 
 class SplitStage(fx.GraphModule):
     """Consecutive pieces of a traced model as a module of its own, with the model's own parameter names.
 
     Args:
-        root: of the traced model, :class:`layerpipe.forward.Forward`.
+        root: of the traced model, :class:`layerpipe.partition.forward.Forward`.
     """
 
     def __init__(self, root: nn.Module, pieces: list[Piece]) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from layerpipe.exported import written
+from layerpipe.partition.exported import written
 
 _IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.ipow)
 #: Methods and functions whose result may lie in the memory of their first argument.

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerpipe.stage import Stage
+from layerpipe.stage.stage import Stage
 
 
 class Reading(NamedTuple):

@@ -9,14 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerpipe import engine, first_layer
-from layerpipe.copies import warn_of_copies
 from layerpipe.errors import DivergenceError
 from layerpipe.optimizer import Options, check_stage, set_options
-from layerpipe.recompute import Recomputation, past_in_place
-from layerpipe.saved import SavedTensors
-from layerpipe.spans import LAYERS, STEP, WEIGHTS, Recorder
-from layerpipe.split_backward import SplitBackward
+from layerpipe.stage import autograd, first_layer
+from layerpipe.stage.copies import warn_of_copies
+from layerpipe.stage.recompute import Recomputation, past_in_place
+from layerpipe.stage.saved import SavedTensors
+from layerpipe.stage.split_backward import SplitBackward
+from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 from layerpipe_kernels.native import all_finite
 from layerpipe_kernels.optim import PastOptimizer
 
@@ -38,8 +38,8 @@ class _Flight:
 class Stage:
     """A part of the network with its own optimizer and its own count of updates.
 
-    Its backward sees the past weights ``What(t - n)``, see :mod:`layerpipe.saved`; with a delay of 0 the parameters
-    themselves are the past weights.
+    Its backward sees the past weights ``What(t - n)``, see :mod:`layerpipe.stage.saved`; with a delay of 0 the
+    parameters themselves are the past weights.
 
     Args:
         module: the layers.
@@ -189,21 +189,21 @@ class Stage:
     def _differentiate(self, inputs: Tensors, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
         if self._recomputes is None:  # the first minibatch, whose past weights are the present ones
             with Recomputation(self._params) as recomputation:
-                engine.backward(outputs, grads)
+                autograd.backward(outputs, grads)
             self._recomputes = recomputation.seen
         elif self._recomputes:
             assert self.optimizer is not None
             self._saved.as_they_are = True
             try:
                 with past_in_place(self._params, self.optimizer.past_view) if self.delay else contextlib.nullcontext():
-                    engine.backward(outputs, grads)
+                    autograd.backward(outputs, grads)
             finally:
                 self._saved.as_they_are = False
         elif self._split_backward and (leaves := [x for x in inputs if x.requires_grad]):
             self._rest = SplitBackward(outputs, leaves)
             self._rest.activations(grads)
         else:
-            engine.backward(outputs, grads)
+            autograd.backward(outputs, grads)
 
     def backward_weights(self) -> None:
         """What a split backward has left to do; nothing otherwise."""

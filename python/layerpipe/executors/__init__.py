@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from layerpipe.distributed import Distributed, Losses
-from layerpipe.executor import Executor, Run, Serial, Threads
-from layerpipe.graphs import Graphs
-from layerpipe.ranks import Ranks
+from layerpipe.executors.base import Executor, Run
+from layerpipe.executors.distributed import Distributed, Losses
+from layerpipe.executors.graphs import Graphs
+from layerpipe.executors.ranks import Ranks
+from layerpipe.executors.serial import Serial
+from layerpipe.executors.streams import Streams
+from layerpipe.executors.threads import Threads
 from layerpipe.stage import Stage
-from layerpipe.streams import Streams
 
 NAMES = ("serial", "threads", "streams", "graphs", "distributed")
 
@@ -57,7 +59,7 @@ def make(
         devices: one for each of all stages.
         ranks: which process holds which stages.
         losses: where the caller finds them.
-        close_channels, threads_per_stage: as :class:`layerpipe.executor.Threads` takes them.
+        close_channels, threads_per_stage: as :class:`layerpipe.executors.threads.Threads` takes them.
 
     Raises:
         ValueError: it needs another device.

@@ -1,9 +1,9 @@
 """A process for every stage, or for a few neighbouring ones, under ``torch.distributed``.
 
 Every process runs the same program and makes the same pipeline; each does its own stages' work in the caller's thread.
-Tensors cross while the processes compute (:mod:`layerpipe.remote`), so a stage waits for its neighbours only where the
-schedule has no register left. A loss travels with the gradients that come of it: every process gets every loss, once
-its backward has reached the first stage.
+Tensors cross while the processes compute (:mod:`layerpipe.executors.remote`), so a stage waits for its neighbours only
+where the schedule has no register left. A loss travels with the gradients that come of it: every process gets every
+loss, once its backward has reached the first stage.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerpipe.channels import Channel
-from layerpipe.executor import Run, Serial, Tick
-from layerpipe.ranks import Ranks
-from layerpipe.remote import Incoming, Outgoing, Peer
+from layerpipe.executors.base import Run, Tick
+from layerpipe.executors.channels import Channel
+from layerpipe.executors.ranks import Ranks
+from layerpipe.executors.remote import Incoming, Outgoing, Peer
+from layerpipe.executors.serial import Serial
 from layerpipe.schedule import Schedule
 
 Losses = collections.deque[Tensor]

@@ -1,0 +1,35 @@
+"""All stages in the caller's thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from layerpipe.executors.base import Executor, Tick
+from layerpipe.executors.interrupts import Held
+
+
+class Serial(Executor):
+    """All stages in the caller's thread, one after the other. Easy to follow and to debug."""
+
+    name = "serial"
+    blocking = False
+    lookahead = 0
+
+    def submit(self, tick: Tick) -> None:
+        self.check()
+        with Held() as interrupt:
+            for action in tick.actions:
+                try:
+                    self._run(action, tick)
+                    if interrupt.came:
+                        interrupt.release()
+                except BaseException as error:
+                    self._failure = self._named(action.stage, error)
+                    raise self._failure from self._failure.__cause__
+
+    def wait(self, done: Callable[[], bool]) -> None:
+        if not done():
+            raise RuntimeError("the schedule promised a result that no stage produced")
+
+    def synchronize(self) -> None:
+        pass  # a tick is done when submit returns

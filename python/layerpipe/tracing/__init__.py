@@ -1,0 +1,5 @@
+"""What took how long: spans of every stage's work, read from the host's or a device's clock."""
+
+from layerpipe.tracing.trace import StageTime, Trace
+
+__all__ = ["StageTime", "Trace"]
