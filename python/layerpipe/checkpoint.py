@@ -74,7 +74,9 @@ def save(pipe: Pipeline, path: Path, extra: dict[str, Any]) -> None:
     content = {
         "schedule": pipe.schedule.name,
         "model": pipe.state_dict(),
-        "optimizer": joined(ranks.gather(without_functions(pipe.optimizer.state_dict()))),
+        "optimizer": joined(
+            ranks.gather(without_functions(pipe.optimizer.state_dict())), ranks.gather(pipe.optimizer.own)
+        ),
         "versions": ranks.by_stage([stage.version for stage in pipe.stages]),
         "measured": pipe.measured_delays(),
         "random": random[0],

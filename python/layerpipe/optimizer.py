@@ -18,19 +18,34 @@ class PipelineOptimizer(torch.optim.Optimizer):
 
     Options set here, such as a scheduler's learning rate, reach a stage with the next tick that is submitted; a tick
     that already runs keeps those it was submitted with. The stages step themselves: :meth:`step` refuses to.
+
+    Args:
+        optimizers: of the stages of this process that have parameters.
+        synchronize: called before their states are read.
+        before, after: :func:`options_of` the stages of other processes. Their groups are in the list, too, without
+            parameters: a scheduler is the same in all processes, and so is its state.
     """
 
     def __init__(
-        self, optimizers: Sequence[torch.optim.Optimizer], synchronize: Callable[[], None] = lambda: None
+        self,
+        optimizers: Sequence[torch.optim.Optimizer],
+        synchronize: Callable[[], None] = lambda: None,
+        *,
+        before: Sequence[Options] = (),
+        after: Sequence[Options] = (),
     ) -> None:
         if not optimizers:
             raise ValueError("no stage has parameters to train")
         self._optimizers, self._synchronize = list(optimizers), synchronize
-        groups = [
+        own = [
             {key: _on_host(value) for key, value in group.items() if key not in _CLOCK}
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]
+        first = sum(map(len, before))
+        self.own = range(first, first + len(own))  # the groups of this process's stages
+        others = ([{"params": [], **options} for stage in stages for options in stage] for stages in (before, after))
+        groups = [*next(others), *own, *next(others)]
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 if isinstance(group.get("lr"), torch.Tensor):
@@ -46,7 +61,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._opt_called = True  # what torch's schedulers look at before they warn that nobody stepped
         values = [tuple(group.values()) for group in self.param_groups]
         if values != self._values:
-            groups = iter(self.param_groups)
+            groups = iter([self.param_groups[i] for i in self.own])
             self._options = [
                 [{k: _frozen(v) for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
                 for optimizer in self._optimizers
@@ -81,7 +96,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         """Nothing to do: every stage clears its gradients before each backward."""
 
     def state_dict(self) -> dict[str, Any]:
-        """One state_dict per stage with parameters, and the options as they are now. Of a drained pipe."""
+        """One state_dict per stage with parameters, and all groups' options as they are now. Of a drained pipe."""
         self._synchronize()
         return {
             "stages": [optimizer.state_dict() for optimizer in self._optimizers],
@@ -114,7 +129,8 @@ class PipelineOptimizer(torch.optim.Optimizer):
                 f"the state is of {len(stages)} stages with {len(options)} groups, this pipeline has "
                 f"{len(self._optimizers)} with {len(self.param_groups)}"
             )
-        for i, (group, values) in enumerate(zip(self.param_groups, options, strict=True)):
+        for i in self.own:
+            group, values = self.param_groups[i], options[i]
             for key in _PAST:
                 if callable(group.get(key)) and key not in values:
                     continue  # a file holds no function
@@ -125,16 +141,25 @@ class PipelineOptimizer(torch.optim.Optimizer):
                     )
 
 
-def joined(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state of :class:`PipelineOptimizer` from those of neighbouring stages' pipelines, in their order."""
-    return {key: [value for state in states for value in state[key]] for key in ("stages", "options")}
+def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[Options]:
+    """What other processes see of these stages' parameter groups: no parameters, and nothing that no message holds."""
+    return [
+        [{k: _frozen(v) for k, v in group.items() if k not in _OWN and not callable(v)} for group in o.param_groups]
+        for o in optimizers
+    ]
+
+
+def joined(states: Sequence[dict[str, Any]], own: Sequence[range]) -> dict[str, Any]:
+    """One state of :class:`PipelineOptimizer` from those of all processes, each of which has its ``own`` groups."""
+    return {
+        "stages": [stage for state in states for stage in state["stages"]],
+        "options": [state["options"][i] for state, groups in zip(states, own, strict=True) for i in groups],
+    }
 
 
 def part(state: dict[str, Any], stages: range) -> dict[str, Any]:
-    """What :func:`joined` had from these stages, counted among those with parameters."""
-    groups = [len(stage["param_groups"]) for stage in state["stages"]]
-    start, stop = sum(groups[: stages.start]), sum(groups[: stages.stop])
-    return {"stages": state["stages"][stages.start : stages.stop], "options": state["options"][start:stop]}
+    """What a process with these stages, counted among those with parameters, has of what :func:`joined` made."""
+    return {"stages": state["stages"][stages.start : stages.stop], "options": state["options"]}
 
 
 def set_options(group: dict[str, Any], values: dict[str, Any]) -> None:

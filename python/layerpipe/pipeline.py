@@ -20,7 +20,7 @@ from layerpipe.executors.base import Tick
 from layerpipe.executors.channels import Channel
 from layerpipe.measured import Event, StageMemory, stage_memory
 from layerpipe.network import Network
-from layerpipe.optimizer import PipelineOptimizer
+from layerpipe.optimizer import PipelineOptimizer, options_of
 from layerpipe.partition import share_threads
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
@@ -102,25 +102,36 @@ class Pipeline(Network):
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
         self._watched: Trace | None = None
         names = [f"stage {i} ({name})" for i, name in enumerate(self.names)]
-        for i in self.ranks.own:
+
+        def make_stage(i: int) -> Stage:
             module, delay = stages[i], self.delays[i]
             options = {"delay": delay, "past": past, "order": order, "ema_decay": ema_decay}
             params = [p for p in module.parameters() if p.requires_grad]
-            self.stages.append(
-                Stage(
-                    module,
-                    optimizer(params, **options) if params else None,
-                    index=i,
-                    delay=delay,
-                    name=names[i],
-                    advice=divergence_advice(past, order, max(self.delays)),
-                    max_norm=max_norm,
-                    check_finite=check_finite,
-                    split_backward=split_backward,
-                )
+            return Stage(
+                module,
+                optimizer(params, **options) if params else None,
+                index=i,
+                delay=delay,
+                name=names[i],
+                advice=divergence_advice(past, order, max(self.delays)),
+                max_norm=max_norm,
+                check_finite=check_finite,
+                split_backward=split_backward,
             )
+
+        error: Exception | None = None
+        try:
+            self.stages += [make_stage(i) for i in self.ranks.own]
+        except Exception as caught:
+            error = caught
+        self.ranks.agree(error, RuntimeError)
+        optimizers = [s.optimizer for s in self.stages if s.optimizer is not None]
+        others = self.ranks.gather(options_of(optimizers))
         self.optimizer = PipelineOptimizer(
-            [s.optimizer for s in self.stages if s.optimizer is not None], self._synchronize
+            optimizers,
+            self._synchronize,
+            before=[stage for rank in others[: self.ranks.rank] for stage in rank],
+            after=[stage for rank in others[self.ranks.rank + 1 :] for stage in rank],
         )
         self._executor = executors.make(
             executor,

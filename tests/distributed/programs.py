@@ -84,32 +84,48 @@ def loss_bytes(rank: int) -> int:
         return max(loss.untyped_storage().nbytes() for loss in losses if loss is not None)
 
 
+def cosine(pipe: layerpipe.Pipeline) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.CosineAnnealingLR(pipe.optimizer, 18)
+
+
+def shown(pipe: layerpipe.Pipeline) -> list[State]:
+    """What a logger sees of every stage's parameter groups."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in pipe.optimizer.param_groups]
+
+
 def drained_once(rank: int, executor: str) -> State:
     """What :func:`write` and :func:`go_on` do together, without a file."""
     with pipeline(chain(4), executor=executor) as pipe:
+        scheduler = cosine(pipe)
         for i, (x, y) in enumerate(minibatches(18)):
             pipe.step(x, y)
+            scheduler.step()
             if i == 9:
                 pipe.drain()
         pipe.drain()
-        return {"state": pipe.state_dict()}
+        return {"state": pipe.state_dict(), "scheduler": scheduler.state_dict(), "options": shown(pipe)}
 
 
 def write(rank: int, executor: str, path: str) -> bool:
     with pipeline(chain(4), executor=executor) as pipe:
+        scheduler = cosine(pipe)
         for x, y in minibatches(10):
             pipe.step(x, y)
-        pipe.checkpoint(Path(path), note="half")
+            scheduler.step()
+        pipe.checkpoint(Path(path), scheduler=scheduler.state_dict())
         return True
 
 
 def go_on(rank: int, executor: str, path: str, past: str = "blend") -> State:
     with pipeline(chain(4, seed=7), executor=executor, past=past) as pipe:
+        scheduler = cosine(pipe)
         extra = pipe.resume(Path(path))
+        scheduler.load_state_dict(extra["scheduler"])
         for x, y in minibatches(18)[10:]:
             pipe.step(x, y)
+            scheduler.step()
         pipe.drain()
-        return {"state": pipe.state_dict(), "extra": extra}
+        return {"state": pipe.state_dict(), "scheduler": scheduler.state_dict(), "options": shown(pipe)}
 
 
 def draw(rank: int, path: str, resume: bool) -> list[float]:
@@ -224,6 +240,17 @@ def traced(rank: int) -> list[list[str]]:
             pipe.step(x, y)
         pipe.watch(None)
         return [[span.name for span in row] for row in trace.stages]
+
+
+def refuses(rank: int, stage: int) -> None:
+    """Stages have delays of 6, 4, 2 and 0; the factory fails for one of them."""
+
+    def optimizer(params: list[Tensor], **past: Any) -> Any:
+        if past["delay"] == 6 - 2 * stage:
+            raise ArithmeticError("on purpose")
+        return sgd(params, **past)
+
+    layerpipe.Pipeline(chain(4), F.cross_entropy, optimizer, executor="distributed")
 
 
 def untrained(rank: int) -> None:

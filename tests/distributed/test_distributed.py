@@ -84,12 +84,14 @@ def test_a_checkpoint_goes_on_in_other_processes(two: Processes, three: Processe
         first.all(programs.write, "distributed", path)
         for result in then.all(programs.go_on, "distributed", path):
             assert same_state(result["state"], expected["state"])
-            assert result["extra"] == {"note": "half"}
+            assert result["scheduler"] == expected["scheduler"]
+            assert result["options"] == expected["options"]
         assert same_state(programs.go_on(0, "serial", path)["state"], expected["state"])
     path = str(tmp_path / "1.pt")
     programs.write(0, "serial", path)
     for result in three.all(programs.go_on, "distributed", path):
         assert same_state(result["state"], expected["state"])
+        assert result["scheduler"] == expected["scheduler"]
 
 
 def test_every_process_has_its_own_random_numbers_again(two: Processes, tmp_path: Any) -> None:
@@ -176,6 +178,13 @@ def test_fewer_stages_than_processes_are_refused(three: Processes) -> None:
 def test_a_process_with_nothing_to_train_is_refused_in_all(two: Processes) -> None:
     for result in two.run(programs.untrained):
         failed(result, "ValueError", "no stage has parameters to train in process 1")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_an_optimizer_that_one_process_cannot_make_is_an_error_in_all(two: Processes, stage: int) -> None:
+    own, other = ("ArithmeticError", "RuntimeError") if stage < 2 else ("RuntimeError", "ArithmeticError")
+    for result, kind in zip(two.run(programs.refuses, stage), (own, other), strict=True):
+        failed(result, kind, "on purpose")
 
 
 def test_stages_are_shared_out_in_order() -> None:

@@ -190,9 +190,7 @@ def train(
         if resume is not None:
             state = pipe.resume(resume.checkpoint)
             done, start = state["step"], start - state["seconds"]
-            theirs, groups = state["scheduler"], len(pipe.optimizer.param_groups)  # of the process that wrote
-            lists = {k: [v[0]] * groups for k, v in theirs.items() if isinstance(v, list)}  # all groups have one rate
-            scheduler.load_state_dict({**theirs, **lists})
+            scheduler.load_state_dict(state["scheduler"])
             result.steps, result.tests = [s for s in resume.steps if s.step <= done], list(resume.tests)
             for stage, probe in zip(pipe.stages, probes, strict=True):
                 if probe is not None:

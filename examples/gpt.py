@@ -1,0 +1,103 @@
+"""A small GPT learns Python from the sources of Python's own library, as a pipeline of two threads.
+
+python examples/gpt.py                 # a few minutes on two cores
+python examples/gpt.py --past stash    # the same with weights that are stored, not reconstructed
+python examples/gpt.py --stages 1      # ordinary training: one stage is bit for bit a plain loop
+"""
+
+from __future__ import annotations
+
+import argparse
+import sysconfig
+import time
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor, nn
+
+import layerpipe
+import layerpipe_kernels as lk
+from layerpipe.models.gpt import GPT
+
+CONTEXT, BATCH = 128, 16
+
+
+def sources() -> tuple[Tensor, Tensor]:
+    """Bytes of the standard library's modules, a tenth of the files to test."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    parts: tuple[bytearray, bytearray] = (bytearray(), bytearray())
+    for i, file in enumerate(files):
+        parts[i % 10 == 9].extend(file.read_bytes())
+    train, test = (torch.frombuffer(part, dtype=torch.uint8).long() for part in parts)
+    return train, test
+
+
+def minibatch(text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=generator)
+    windows = torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()])
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
+
+
+@torch.no_grad()
+def write(pipe: layerpipe.Pipeline, prompt: str, count: int) -> str:
+    text = torch.tensor([list(prompt.encode())])
+    for _ in range(count):
+        logits = pipe(text[:, -CONTEXT:])[0, -1]
+        text = torch.cat([text, torch.multinomial((logits / 0.7).softmax(0), 1)[None]], dim=1)
+    return bytes(text[0].tolist()).decode(errors="replace")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--past", default="blend", help="blend, stash, ema, latest")
+    parser.add_argument("--schedule", default="lockstep", help="lockstep, 1f1b, auto")
+    parser.add_argument("--executor", default="threads", help="threads, serial; on a GPU streams, graphs")
+    parser.add_argument("--write", type=int, default=300, help="bytes to write at the end")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    train, test = sources()
+    generator = torch.Generator().manual_seed(0)
+    x, _ = minibatch(train, generator)
+    model = GPT(layers=4, width=256, heads=4, context=CONTEXT, vocabulary=256)
+    with layerpipe.Pipeline(
+        layerpipe.split(model, options.stages, (x,)),
+        loss_fn,
+        optimizer=lambda params, **past: lk.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, **past),
+        past=options.past,
+        schedule=options.schedule,
+        executor=options.executor,
+        max_norm=1.0,
+    ) as pipe:
+        warmup = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: min(1.0, (step + 1) / 100))
+        begin = time.perf_counter()
+        with Progress() as progress:
+            task = progress.add_task("training", total=options.steps)
+            for _ in range(options.steps):
+                loss = pipe.step(*minibatch(train, generator))
+                warmup.step()
+                if loss is not None:
+                    progress.update(task, advance=1, description=f"loss {loss.item():.3f}")
+            for loss in pipe.drain():
+                progress.update(task, advance=1, description=f"loss {loss.item():.3f}")
+        rate = options.steps * BATCH / (time.perf_counter() - begin)
+        pipe.eval()
+        held_out = torch.Generator().manual_seed(1)
+        batches = [minibatch(test, held_out) for _ in range(10)]
+        with torch.no_grad():
+            loss = torch.stack([loss_fn(pipe(x), y) for x, y in batches]).mean()
+        kept = sum(memory.history for memory in pipe.memory())
+        print(f"delays {pipe.delays}, {rate:.0f} sequences/s, {kept / 1e6:.1f} MB kept for past weights")
+        print(f"loss on modules it has not seen: {loss:.3f} nats per byte. It writes:\n")
+        print(write(pipe, "def read(", options.write))
+
+
+if __name__ == "__main__":
+    main()
