@@ -59,12 +59,13 @@ def main() -> None:
     parser.add_argument("--past", default="blend", help="blend, stash, ema, latest")
     parser.add_argument("--schedule", default="lockstep", help="lockstep, 1f1b, auto")
     parser.add_argument("--executor", default="threads", help="threads, serial; on a GPU streams, graphs")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=int, default=300, help="bytes to write at the end")
     options = parser.parse_args()
 
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     train, test = sources()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(options.seed)
     x, _ = minibatch(train, generator)
     model = GPT(layers=4, width=256, heads=4, context=CONTEXT, vocabulary=256)
     with layerpipe.Pipeline(
@@ -89,7 +90,7 @@ def main() -> None:
                 progress.update(task, advance=1, description=f"loss {loss.item():.3f}")
         rate = options.steps * BATCH / (time.perf_counter() - begin)
         pipe.eval()
-        held_out = torch.Generator().manual_seed(1)
+        held_out = torch.Generator().manual_seed(-1)
         batches = [minibatch(test, held_out) for _ in range(10)]
         with torch.no_grad():
             loss = torch.stack([loss_fn(pipe(x), y) for x, y in batches]).mean()
