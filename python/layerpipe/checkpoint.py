@@ -13,6 +13,7 @@ import torch
 
 from layerpipe.errors import CheckpointError
 from layerpipe.optimizer import joined, part
+from layerpipe.partition.split_stage import uncompiled
 
 if TYPE_CHECKING:
     from layerpipe.pipeline import Pipeline
@@ -74,6 +75,7 @@ def save(pipe: Pipeline, path: Path, extra: dict[str, Any]) -> None:
     content = {
         "schedule": pipe.schedule.name,
         "model": pipe.state_dict(),
+        "stages": _stages(pipe),
         "optimizer": joined(
             ranks.gather(without_functions(pipe.optimizer.state_dict())), ranks.gather(pipe.optimizer.own)
         ),
@@ -111,11 +113,12 @@ def load(pipe: Pipeline, path: Path) -> dict[str, Any]:
         error = caught
     pipe.ranks.agree(error, CheckpointError)
     shapes = {name: shape for own in pipe.ranks.gather(_shapes(pipe.own_state())) for name, shape in own.items()}
+    stages = _stages(pipe)
     counts = pipe.ranks.gather(sum(stage.optimizer is not None for stage in pipe.stages))
     before = sum(counts[: pipe.ranks.rank])
     own = range(before, before + counts[pipe.ranks.rank])
     try:
-        _check(pipe, content, shapes, own)
+        _check(pipe, content, shapes, stages, own)
     except ValueError as caught:
         error = CheckpointError(f"{path}: {caught}")
         error.__cause__ = caught
@@ -125,7 +128,9 @@ def load(pipe: Pipeline, path: Path) -> dict[str, Any]:
     return extra
 
 
-def _check(pipe: Pipeline, content: dict[str, Any], wanted: dict[str, tuple[int, ...]], own: range) -> None:
+def _check(
+    pipe: Pipeline, content: dict[str, Any], wanted: dict[str, tuple[int, ...]], stages: list[list[str]], own: range
+) -> None:
     theirs, ours = (content["schedule"], len(content["versions"])), (pipe.schedule.name, len(pipe.delays))
     if theirs != ours:
         raise ValueError(
@@ -135,6 +140,12 @@ def _check(pipe: Pipeline, content: dict[str, Any], wanted: dict[str, tuple[int,
     if shapes != wanted:
         other = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
         raise ValueError(f"of another model, it differs in {', '.join(other)}")
+    for i, (has, wants) in enumerate(zip(content.get("stages", stages), stages, strict=True)):
+        if has != wants:
+            raise ValueError(
+                f"of the same model, cut elsewhere: stage {i} has {_shown(has)} there, here {_shown(wants)}; cut at "
+                "the same layers, layerpipe.split takes at="
+            )
     pipe.optimizer.check(part(content["optimizer"], own))
 
 
@@ -146,6 +157,15 @@ def _fill(pipe: Pipeline, content: dict[str, Any], own: range) -> None:
         stage.measured = collections.Counter(content["measured"][stage.index])
     random = content.get("random_of_ranks", [])
     set_random_state(random[pipe.ranks.rank] if len(random) == pipe.ranks.size else content["random"])
+
+
+def _stages(pipe: Pipeline) -> list[list[str]]:
+    """The parameters' names of every stage."""
+    return pipe.ranks.by_stage([[name for name, _ in uncompiled(s.module).named_parameters()] for s in pipe.stages])
+
+
+def _shown(names: list[str]) -> str:
+    return f"{len(names)} parameters, {names[0]} … {names[-1]}" if names else "no parameters"
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:

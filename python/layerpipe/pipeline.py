@@ -95,6 +95,7 @@ class Pipeline(Network):
         self.schedule = schedules.make(schedule, len(stages), executor)
         self.delays = self.schedule.delays()
         super().__init__(stages, devices, ranks.make(executor, len(stages)))
+        self.ranks.check_same(stages)
         self.ranks.check_trained(stages)
         self.stages: list[Stage] = []
         self.loss_fn = loss_fn

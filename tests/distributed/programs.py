@@ -242,6 +242,11 @@ def traced(rank: int) -> list[list[str]]:
         return [[span.name for span in row] for row in trace.stages]
 
 
+def cut_differently(rank: int) -> None:
+    model = nn.Sequential(*(nn.Linear(6, 6) for _ in range(4)))
+    pipeline(layerpipe.split(model, 2, at=["1" if rank else "2"]), executor="distributed")
+
+
 def refuses(rank: int, stage: int) -> None:
     """Stages have delays of 6, 4, 2 and 0; the factory fails for one of them."""
 

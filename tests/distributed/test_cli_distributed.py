@@ -54,6 +54,17 @@ def test_a_run_in_processes_reports_what_one_in_this_process_does(tmp_path: Path
         assert lines(found, event) == lines(expected, event)
 
 
+def test_a_cut_that_is_measured_is_the_same_in_all_processes_and_when_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    in_processes(*OPTIONS, "--balance", "time", "--executor", "distributed", "--out", str(path))
+    at = json.loads((path / "config.json").read_text())["at"]
+    assert len(at) == 1
+    begins = [line["layers"].split(" ")[0] for line in lines(path, "stage")]
+    assert begins[1] == at[0]
+    in_processes("--resume", str(path))
+    assert json.loads((path / "config.json").read_text())["at"] == at
+
+
 def test_mistakes_are_named_once_and_before_processes_start(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "layerpipe.cli", "train", "--executor", "distributed", "--model", "mlp"]
     done = subprocess.run([*command, "--stages", "99"], capture_output=True, text=True, timeout=100)

@@ -180,6 +180,11 @@ def test_a_process_with_nothing_to_train_is_refused_in_all(two: Processes) -> No
         failed(result, "ValueError", "no stage has parameters to train in process 1")
 
 
+def test_processes_with_other_cuts_are_refused_in_all(two: Processes) -> None:
+    for result in two.run(programs.cut_differently):
+        failed(result, "ValueError", "stage 0 has other parameters in process 1 than in process 0", "cut_at")
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_an_optimizer_that_one_process_cannot_make_is_an_error_in_all(two: Processes, stage: int) -> None:
     own, other = ("ArithmeticError", "RuntimeError") if stage < 2 else ("RuntimeError", "ArithmeticError")

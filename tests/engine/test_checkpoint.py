@@ -67,6 +67,28 @@ def test_a_resumed_pipeline_does_what_the_one_that_went_on_does(
             assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_checkpoint_of_the_same_model_cut_elsewhere_is_refused_whole(tmp_path: Path) -> None:
+    """Stages with as many parameters of the same shapes, so that nothing else would tell."""
+
+    def made(at: str) -> layerpipe.Pipeline:
+        torch.manual_seed(0)
+        layers = [nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)]
+        return pipeline(layerpipe.split(nn.Sequential(*layers), 2, at=[at]))
+
+    with made("1") as one, made("2") as other:
+        for x, y in minibatches(3):
+            one.step(x, y)
+        one.checkpoint(tmp_path / "c.pt")
+        before = copy.deepcopy((other.state_dict(), other.optimizer.state_dict()))
+        with pytest.raises(layerpipe.CheckpointError, match=r"cut elsewhere: stage 0 has 2 parameters, .* here 4"):
+            other.resume(tmp_path / "c.pt")
+        assert_equal(before[0], other.state_dict())
+        assert str(before[1]) == str(other.optimizer.state_dict())
+    with made("1") as again:
+        again.resume(tmp_path / "c.pt")
+        assert_equal(one.state_dict(), again.state_dict())
+
+
 def test_a_learning_rate_set_after_the_last_tick_is_the_one_that_goes_on() -> None:
     with pipeline(chain(2), schedule="sequential") as pipe:
         own: Any = pipe.stages[0].optimizer

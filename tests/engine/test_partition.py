@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe import models, split
-from layerpipe.partition import partition, share_threads
+from layerpipe.partition import cut_at, partition, share_threads
 from layerpipe.partition.balance import balance as balanced
 from layerpipe.partition.profile import seconds
 from layerpipe.partition.split_stage import is_split, label
@@ -294,6 +294,18 @@ class Wrapped(nn.Module):
 
 def noisy() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_stages_know_where_they_were_cut(copied: bool) -> None:
+    model = sequential()
+    stages: list[Any] = split(model, 3, balance="params")
+    at = cut_at(copy.deepcopy(stages) if copied else stages)
+    again = split(model, 3, at=at)
+    assert [label(stage) for stage in again] == [label(stage) for stage in stages]
+    assert cut_at([torch.compile(stage) for stage in stages]) == at == cut_at(again)
+    with pytest.raises(ValueError, match=r"layerpipe\.split"):
+        cut_at([*stages, nn.Linear(2, 2)])
 
 
 @pytest.mark.parametrize("wrap", [None, nn.Sequential])

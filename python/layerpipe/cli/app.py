@@ -16,7 +16,7 @@ from layerpipe.cli import plan as planning
 from layerpipe.cli import plots, processes, report
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory, default_path
-from layerpipe.cli.runs import INTERRUPTED, follow, prepare, run, sequential
+from layerpipe.cli.runs import INTERRUPTED, follow, prepare, run, sequential, settled
 from layerpipe.cli.training import Result
 from layerpipe.data import Images
 from layerpipe.errors import UsageError
@@ -83,6 +83,7 @@ def train(
     if config.executor == "distributed":
         processes.start(config.stages, context.obj)
     with processes.joined(config.executor) as reports:
+        config = settled(config, images, reports=reports)
         if not reports:
             return _status(Console(quiet=True), [follow(config, images, profile=profile)])
         return _train(config, images, resume or out or default_path(model, data, past), baseline, resume, profile)

@@ -13,7 +13,7 @@ from layerpipe.cli import options as o
 from layerpipe.cli import plots, report
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory, default_path
-from layerpipe.cli.runs import INTERRUPTED, prepare, run, sequential
+from layerpipe.cli.runs import INTERRUPTED, prepare, run, sequential, settled
 from layerpipe.cli.training import Result
 from layerpipe.errors import UsageError
 from layerpipe.schedule import NAMES
@@ -73,6 +73,8 @@ def compare(
     console = Console()
     for each in kinds.values():
         images = prepare(each)
+    base = settled(base, images)
+    kinds = {name: dataclasses.replace(each, at=base.at if each.stages > 1 else None) for name, each in kinds.items()}
     results: dict[str, list[Result]] = {name: [] for name in kinds}
     with RunDirectory(out or default_path("compare", model, data)) as directory:
         directory.config(base, past=list(kinds), seeds=seeds)

@@ -19,6 +19,7 @@ class TrainConfig:
     width: int = 32
     stages: int = 4
     balance: str = "flops"
+    at: tuple[str, ...] | None = None  # where the model was cut, once that has been measured
     past: str = "blend"
     order: int = 2
     ema_decay: str | None = None
@@ -80,6 +81,8 @@ class TrainConfig:
         if unknown:
             raise UsageError(f"the run's config.json has {', '.join(unknown)}, which this version does not know")
         options: dict[str, Any] = {**values, "data_dir": Path(values.get("data_dir", cls.data_dir))}
+        if options.get("at") is not None:
+            options["at"] = tuple(options["at"])
         return cls(**options)
 
     def to_json(self) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory
 from layerpipe.cli.processes import told
 from layerpipe.cli.progress import TrainingBar
-from layerpipe.cli.training import Earlier, Result, Step, make_pipeline, train
+from layerpipe.cli.training import Earlier, Result, Step, make_pipeline, make_stages, train
 from layerpipe.data import Images
 from layerpipe.errors import UsageError
+from layerpipe.partition import cut_at
 
 INTERRUPTED = 130  # the exit status
 
 
 def sequential(config: TrainConfig) -> TrainConfig:
     """Ordinary training with the same weights, data and learning rates: one stage."""
-    return dataclasses.replace(config, stages=1, schedule="sequential", executor="serial")
+    return dataclasses.replace(config, stages=1, at=None, schedule="sequential", executor="serial")
 
 
 def prepare(config: TrainConfig) -> Images:
@@ -29,11 +30,21 @@ def prepare(config: TrainConfig) -> Images:
     next(images.batches(config.batch_size, config.seed))
     alone = config.executor in ("threads", "distributed")
     quiet = dataclasses.replace(config, executor="serial") if alone else config
+    if config.balance == "time":
+        quiet = dataclasses.replace(quiet, balance="flops")  # measuring comes later, once
     try:
         make_pipeline(quiet, images, lambda output, target: output.sum()).close()
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     return images
+
+
+def settled(config: TrainConfig, images: Images, *, reports: bool = True) -> TrainConfig:
+    """The same with a cut that one process has measured: another one, or a later one, might find another."""
+    if config.balance != "time" or config.at is not None or config.stages == 1:
+        return config
+    at = tuple(cut_at(make_stages(config, images))) if reports else None
+    return dataclasses.replace(config, at=told(config.executor, at))
 
 
 def follow(config: TrainConfig, images: Images, *, profile: bool) -> Result:

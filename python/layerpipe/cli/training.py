@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerpipe_kernels
@@ -112,19 +112,28 @@ class _LossAndAccuracy:
         return value
 
 
-def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Pipeline:
-    """Model, stages and pipeline of a config; the weights depend on ``seed`` alone, not on the number of stages.
+def make_stages(config: TrainConfig, images: Images) -> list[nn.Module]:
+    """The model of a config, cut; the weights depend on ``seed`` alone, not on the number of stages.
 
     Raises:
-        ValueError: options that do not fit together or the model.
+        ValueError: more stages than the model can be cut into.
     """
     torch.manual_seed(config.seed)
     _, channels, size, _ = images.train_x.shape
     model = models.make(config.model, width=config.width, channels=channels, size=size, classes=images.classes)
     device = _device(config.device)
     model.to(device)
-    example = images.train_x[: min(8, len(images.train_x))].to(device)
-    stages = split(model, config.stages, (example,), balance=config.balance)
+    count = config.batch_size if config.balance == "time" else min(8, len(images.train_x))
+    return split(model, config.stages, (images.train_x[:count].to(device),), balance=config.balance, at=config.at)
+
+
+def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Pipeline:
+    """Model, stages and pipeline of a config.
+
+    Raises:
+        ValueError: options that do not fit together or the model.
+    """
+    stages = make_stages(config, images)
 
     def optimizer(params: list[Tensor], **past: object) -> layerpipe_kernels.SGD:
         return layerpipe_kernels.SGD(

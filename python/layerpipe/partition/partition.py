@@ -12,11 +12,11 @@ from torch import nn
 
 from layerpipe.partition.balance import balance as balanced
 from layerpipe.partition.balance import refine
-from layerpipe.partition.cuts import Piece, find_cuts, hindrances, pieces
+from layerpipe.partition.cuts import Piece, find_cuts, hindrances, pieces, unique_names
 from layerpipe.partition.forward import Forward, trace
 from layerpipe.partition.layers import FLOPS_PER_ELEMENT, LayerGraph
 from layerpipe.partition.profile import intraop_threads, profile_units, seconds
-from layerpipe.partition.split_stage import SplitStage, label, uncompiled
+from layerpipe.partition.split_stage import SplitStage, is_split, label, uncompiled
 
 BALANCES = ("flops", "time", "params", "bytes")
 
@@ -88,9 +88,24 @@ def split(
     made = between(cuts)
     refuse_shared(made)
     _warn_of_unused(model, made)
+    names = unique_names(parts)
+    for stage, first in zip(made, cuts, strict=False):
+        stage.meta["begins"] = names[first]
     for stage, cost in zip(made, taken or (), strict=False):
         stage.meta["cost"] = cost
     return [wrap(stage) for stage in made] if wrap is not None else list(made)
+
+
+def cut_at(stages: Sequence[nn.Module]) -> list[str]:
+    """Where :func:`split` has cut: the layers that begin the second stage, the third, ..., as it takes them in ``at=``.
+
+    Raises:
+        ValueError: stages that it has not made.
+    """
+    whole = [uncompiled(stage) for stage in stages]
+    if not all(is_split(stage) for stage in whole):
+        raise ValueError("only stages that layerpipe.split made know where they were cut")
+    return [stage.meta["begins"] for stage in whole[1:] if is_split(stage)]
 
 
 def _between_blocks(parts: Sequence[Piece], costs: Sequence[float], stages: int) -> list[int] | None:
