@@ -1,8 +1,12 @@
 """A small GPT learns Python from the sources of Python's own library, as a pipeline of two threads.
 
-python examples/gpt.py                 # a few minutes on two cores
-python examples/gpt.py --past stash    # the same with weights that are stored, not reconstructed
-python examples/gpt.py --stages 1      # ordinary training: one stage is bit for bit a plain loop
+    python examples/gpt.py                      # a few minutes on two cores
+    python examples/gpt.py --past stash         # the same with weights that are stored, not reconstructed
+    python examples/gpt.py --stages 1           # ordinary training: one stage is bit for bit a plain loop
+    python examples/gpt.py --optimizer adamw    # what a delay costs without an optimizer that looks ahead
+
+Delayed gradients slow a transformer down, with stored weights as much as with reconstructed ones. Nesterov's momentum
+of 0.99 makes up for some of it (Ajanthan et al., arXiv 2505.01099); docs/delay.md has numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import argparse
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -43,6 +48,16 @@ def loss_fn(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
+def nadam(params: list[Tensor], **past: Any) -> lk.PastWeights:
+    """Any optimizer of torch's can have a past; this one's momentum looks ahead."""
+    options: Any = {"betas": (0.99, 0.95), "weight_decay": 0.1, "decoupled_weight_decay": True}
+    return lk.PastWeights(torch.optim.NAdam(params, lr=6e-4, **options), **past)
+
+
+def adamw(params: list[Tensor], **past: Any) -> lk.AdamW:
+    return lk.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, **past)
+
+
 @torch.no_grad()
 def write(pipe: layerpipe.Pipeline, prompt: str, count: int) -> str:
     text = torch.tensor([list(prompt.encode())])
@@ -56,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--optimizer", default="nadam", choices=["nadam", "adamw"])
     parser.add_argument("--past", default="blend", help="blend, stash, ema, latest")
     parser.add_argument("--schedule", default="lockstep", help="lockstep, 1f1b, auto")
     parser.add_argument("--executor", default="threads", help="threads, serial; on a GPU streams, graphs")
@@ -71,7 +87,7 @@ def main() -> None:
     with layerpipe.Pipeline(
         layerpipe.split(model, options.stages, (x,)),
         loss_fn,
-        optimizer=lambda params, **past: lk.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, **past),
+        optimizer={"nadam": nadam, "adamw": adamw}[options.optimizer],
         past=options.past,
         schedule=options.schedule,
         executor=options.executor,
