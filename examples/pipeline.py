@@ -1,8 +1,11 @@
 """Your own network as a pipeline: split it, train it from a DataLoader, save it, evaluate it.
 
-python examples/pipeline.py                                    # two stages in two threads
-python examples/pipeline.py --executor serial                  # the same weights, easier to debug
-torchrun --nproc-per-node 2 examples/pipeline.py --executor distributed
+    python examples/pipeline.py                                    # two stages in two threads
+    python examples/pipeline.py --executor serial                  # the same weights, easier to debug
+    torchrun --nproc-per-node 2 examples/pipeline.py --executor distributed
+
+The network learns scikit-learn's handwritten digits. With --checkpoint the run can be interrupted and goes on, also
+with another executor or number of processes.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ class PipelineOptimizer(torch.optim.Optimizer):
         optimizers: Sequence[torch.optim.Optimizer],
         synchronize: Callable[[], None] = lambda: None,
         *,
-        before: Sequence[Options] = (),
-        after: Sequence[Options] = (),
+        before: Sequence[dict[str, Any]] = (),
+        after: Sequence[dict[str, Any]] = (),
     ) -> None:
         if not optimizers:
             raise ValueError("no stage has parameters to train")
@@ -42,10 +42,8 @@ class PipelineOptimizer(torch.optim.Optimizer):
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]
-        first = sum(map(len, before))
-        self.own = range(first, first + len(own))  # the groups of this process's stages
-        others = ([{"params": [], **options} for stage in stages for options in stage] for stages in (before, after))
-        groups = [*next(others), *own, *next(others)]
+        self.own = range(len(before), len(before) + len(own))  # the groups of this process's stages
+        groups = [*_without_params(before), *own, *_without_params(after)]
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 if isinstance(group.get("lr"), torch.Tensor):
@@ -141,12 +139,17 @@ class PipelineOptimizer(torch.optim.Optimizer):
                     )
 
 
-def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[Options]:
+def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
     """What other processes see of these stages' parameter groups: no parameters, and nothing that no message holds."""
     return [
-        [{k: _frozen(v) for k, v in group.items() if k not in _OWN and not callable(v)} for group in o.param_groups]
-        for o in optimizers
+        {k: _frozen(v) for k, v in group.items() if k not in _OWN and not callable(v)}
+        for optimizer in optimizers
+        for group in optimizer.param_groups
     ]
+
+
+def _without_params(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"params": [], **options} for options in groups]
 
 
 def joined(states: Sequence[dict[str, Any]], own: Sequence[range]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -127,12 +128,12 @@ class Pipeline(Network):
             error = caught
         self.ranks.agree(error, RuntimeError)
         optimizers = [s.optimizer for s in self.stages if s.optimizer is not None]
-        others = self.ranks.gather(options_of(optimizers))
+        groups, rank = self.ranks.gather(options_of(optimizers)), self.ranks.rank
         self.optimizer = PipelineOptimizer(
             optimizers,
             self._synchronize,
-            before=[stage for rank in others[: self.ranks.rank] for stage in rank],
-            after=[stage for rank in others[self.ranks.rank + 1 :] for stage in rank],
+            before=[*itertools.chain(*groups[:rank])],
+            after=[*itertools.chain(*groups[rank + 1 :])],
         )
         self._executor = executors.make(
             executor,

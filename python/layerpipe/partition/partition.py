@@ -102,10 +102,10 @@ def cut_at(stages: Sequence[nn.Module]) -> list[str]:
     Raises:
         ValueError: stages that it has not made.
     """
-    whole = [uncompiled(stage) for stage in stages]
-    if not all(is_split(stage) for stage in whole):
+    begins = [stage.meta["begins"] for stage in map(uncompiled, stages) if is_split(stage)]
+    if len(begins) != len(stages):
         raise ValueError("only stages that layerpipe.split made know where they were cut")
-    return [stage.meta["begins"] for stage in whole[1:] if is_split(stage)]
+    return begins[1:]
 
 
 def _between_blocks(parts: Sequence[Piece], costs: Sequence[float], stages: int) -> list[int] | None:
