@@ -82,6 +82,7 @@ def save(pipe: Pipeline, path: Path, extra: dict[str, Any]) -> None:
         "versions": ranks.by_stage([stage.version for stage in pipe.stages]),
         "measured": pipe.measured_delays(),
         "random": random[0],
+        "random_of_stages": ranks.by_stage([s.random and s.random.generator.get_state() for s in pipe.stages]),
         "extra": extra,
     }
     if len(random) > 1:
@@ -155,6 +156,9 @@ def _fill(pipe: Pipeline, content: dict[str, Any], own: range) -> None:
     for stage in pipe.stages:
         stage.version = content["versions"][stage.index]
         stage.measured = collections.Counter(content["measured"][stage.index])
+        numbers = content.get("random_of_stages", [None] * len(pipe.delays))[stage.index]
+        if stage.random is not None and numbers is not None:
+            stage.random.generator.set_state(numbers)
     random = content.get("random_of_ranks", [])
     set_random_state(random[pipe.ranks.rank] if len(random) == pipe.ranks.size else content["random"])
 

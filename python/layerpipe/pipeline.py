@@ -64,9 +64,9 @@ class Pipeline(Network):
     Where there are several processes, all of them make the same pipeline and call the same methods in the same order:
     each trains its own :attr:`stages`, the first takes the inputs of :meth:`step`, the last the targets.
 
-    Weights do not depend on the executor: a stage's work is done in the same order by the same kernels. Two things can
-    break that: a different number of intra-op threads, and random layers such as dropout, which draw from one generator
-    in whatever order the workers come.
+    Weights do not depend on the executor: a stage's work is done in the same order by the same kernels, and its random
+    layers draw on the CPU from a generator of its own (:mod:`layerpipe.stage.random_numbers`), seeded from torch's when
+    the pipeline is made. A different number of intra-op threads breaks that, and compiled random layers in threads do.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Pipeline(Network):
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
         self._watched: Trace | None = None
         names = [f"stage {i} ({name})" for i, name in enumerate(self.names)]
+        random = executors.random_numbers(executor, stages, self.ranks)
 
         def make_stage(i: int) -> Stage:
             module, delay = stages[i], self.delays[i]
@@ -119,6 +120,7 @@ class Pipeline(Network):
                 max_norm=max_norm,
                 check_finite=check_finite,
                 split_backward=split_backward,
+                random=random[i],
             )
 
         error: Exception | None = None

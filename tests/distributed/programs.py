@@ -47,6 +47,17 @@ def train(rank: int, executor: str, stages: int, options: State, rounds: list[in
         }
 
 
+def drop(rank: int, executor: str) -> State:
+    """Train with dropout; where processes differ in what they have drawn before, the first one counts."""
+    stages = [nn.Sequential(nn.Dropout(0.3), stage) for stage in chain(5)]
+    torch.rand(rank)
+    with pipeline(stages, executor=executor) as pipe:
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+        pipe.drain()
+        return pipe.state_dict()
+
+
 class _Pair(nn.Module):
     """Hands on a tensor, its positions as integers, and a third that nobody uses."""
 

@@ -71,6 +71,12 @@ def test_what_stages_exchange_keeps_its_dtypes_shapes_and_gaps(two: Processes) -
         assert result["losses"] == expected["losses"]
 
 
+def test_random_layers_draw_what_they_draw_in_one_process(two: Processes, three: Processes) -> None:
+    expected = programs.drop(0, "serial")
+    for result in two.all(programs.drop, "distributed") + three.all(programs.drop, "distributed"):
+        assert same_state(result, expected)
+
+
 def test_losses_do_not_keep_the_gradients_that_came_with_them(two: Processes) -> None:
     first, _ = two.all(programs.loss_bytes)
     assert first == 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import nn
 
 from layerpipe.executors.base import Executor, Run
 from layerpipe.executors.distributed import Distributed, Losses
@@ -13,7 +14,9 @@ from layerpipe.executors.ranks import Ranks
 from layerpipe.executors.serial import Serial
 from layerpipe.executors.streams import Streams
 from layerpipe.executors.threads import Threads
+from layerpipe.partition.split_stage import uncompiled
 from layerpipe.stage import Stage
+from layerpipe.stage.random_numbers import HandedIn, RandomNumbers, Swapped, seed
 
 NAMES = ("serial", "threads", "streams", "graphs", "distributed")
 
@@ -36,6 +39,20 @@ def per_stage(threads: int | Sequence[int] | None, stages: int) -> list[int] | N
     if len(each) != stages or min(each) < 1:
         raise ValueError(f"threads_per_stage must be at least 1, for all or for each of {stages} stages, got {threads}")
     return each
+
+
+def random_numbers(name: str, stages: Sequence[nn.Module], ranks: Ranks) -> list[RandomNumbers | None]:
+    """What each stage draws from, the same numbers under every executor; ``None`` where that is torch's generator.
+
+    Which it is for a stage alone, whose training is a plain loop's; for graphs, which refuse to draw; and for compiled
+    stages in threads.
+    """
+    common = ranks.gather(seed())[0]
+    if len(stages) == 1 or name == "graphs":
+        return [None] * len(stages)
+    if name == "threads":
+        return [HandedIn(common, i) if uncompiled(stage) is stage else None for i, stage in enumerate(stages)]
+    return [Swapped(common, i) for i in range(len(stages))]
 
 
 def make(

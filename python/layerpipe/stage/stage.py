@@ -13,6 +13,7 @@ from layerpipe.errors import DivergenceError
 from layerpipe.optimizer import Options, check_stage, set_options
 from layerpipe.stage import autograd, first_layer
 from layerpipe.stage.copies import warn_of_copies
+from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
 from layerpipe.stage.saved import SavedTensors
 from layerpipe.stage.split_backward import SplitBackward
@@ -21,6 +22,7 @@ from layerpipe_kernels.native import all_finite
 from layerpipe_kernels.optim import PastOptimizer
 
 Tensors = tuple[Tensor, ...]
+_NOTHING = contextlib.nullcontext()
 
 
 class _Flight:
@@ -52,6 +54,7 @@ class Stage:
         max_norm: clip the norm of this stage's gradient to this before each update.
         check_finite: look for NaN and infinity at the stage's boundaries.
         split_backward: leave weight gradients for :meth:`backward_weights`.
+        random: what the layers and the loss draw from; torch's own generator by default.
     """
 
     def __init__(
@@ -66,8 +69,9 @@ class Stage:
         max_norm: float | None = None,
         check_finite: bool = True,
         split_backward: bool = False,
+        random: RandomNumbers | None = None,
     ) -> None:
-        self.module, self.optimizer = module, optimizer
+        self.module, self.optimizer, self.random = module, optimizer, random
         self.index, self.delay, self.name = index, delay, name
         self.advice, self.max_norm, self.check_finite = advice, max_norm, check_finite
         self.version = 0  # updates so far
@@ -104,12 +108,13 @@ class Stage:
         # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
         hooked = self.delay > 0 or self.version == self.base
         start = self.mark()
-        if hooked:
-            flight.saved = self._saved.begin()
-            with self._saved.hooks:
+        with self._drawing("forward"):
+            if hooked:
+                flight.saved = self._saved.begin()
+                with self._saved.hooks:
+                    outputs = self.module(*inputs)
+            else:
                 outputs = self.module(*inputs)
-        else:
-            outputs = self.module(*inputs)
         self.span(LAYERS, start)
         flight.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for output in flight.outputs:
@@ -129,13 +134,14 @@ class Stage:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
         flight = self._flights[minibatch]
         start = self.mark()
-        if flight.saved is not None:
-            self._saved.resume(flight.saved)
-            with self._saved.hooks:
+        with self._drawing("loss"):
+            if flight.saved is not None:
+                self._saved.resume(flight.saved)
+                with self._saved.hooks:
+                    loss = loss_fn(*flight.outputs, target)
+                self._count(flight)
+            else:
                 loss = loss_fn(*flight.outputs, target)
-            self._count(flight)
-        else:
-            loss = loss_fn(*flight.outputs, target)
         self.span(LAYERS, start)
         if loss.numel() != 1:
             raise ValueError(f"loss_fn must return one number, got a tensor of shape {tuple(loss.shape)}")
@@ -145,6 +151,9 @@ class Stage:
             self._check_finite((loss,), "loss", minibatch)
         flight.outputs = (loss,)
         return loss.detach()
+
+    def _drawing(self, what: str) -> contextlib.AbstractContextManager[object]:
+        return _NOTHING if self.random is None else self.random.during(what)
 
     def _count(self, flight: _Flight) -> None:
         assert flight.saved is not None
@@ -177,7 +186,8 @@ class Stage:
         ]
         if wanted:
             start = self.mark()
-            self._differentiate(flight.inputs, [y for y, _ in wanted], [g for _, g in wanted])
+            with _NOTHING if self.random is None else self.random.recomputing():
+                self._differentiate(flight.inputs, [y for y, _ in wanted], [g for _, g in wanted])
             self.span(LAYERS, start)
         if not self.index:
             return ()
