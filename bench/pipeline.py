@@ -6,21 +6,26 @@ Every round times a few steps of each variant, one variant after the other, so t
 meets all of them; ratios are formed within a round, and the table shows their median and quartiles.
 
 *Efficiency* is the pipeline's rate over ``stages`` times that of plain training of the same code, eager or compiled,
-on one thread: 1.0 would be stages that never wait and cost nothing. *Ratio* is its rate over the best plain one of the
-same code; its *limit* is what an efficiency of 1.0 would give.
+on one thread: 1.0 would be stages that never wait and cost nothing. Its *ceiling* is the efficiency of ``stages`` plain
+trainings that have nothing to do with each other, in processes of their own at the same time: what the cores, their
+caches and the memory between them have to give to that many threads of this work. *Ratio* is the pipeline's rate over
+the best plain one of the same code; its *limit* is what an efficiency of 1.0 would give.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 from rich import box
 from rich.progress import track
 from rich.table import Table
@@ -89,15 +94,58 @@ def pipelined(case: Case, options: Options, schedule: str, *, compiled: bool = F
     return pipe, run
 
 
+class AtOnce:
+    """Plain trainings of one thread each, in processes of their own, all at the same time."""
+
+    def __init__(self, case: Case, count: int, *, compiled: bool = False) -> None:
+        context = mp.get_context("spawn")
+        pairs = [context.Pipe() for _ in range(count)]
+        self._ends = [ours for ours, _ in pairs]
+        self._processes = [
+            context.Process(target=_train_when_told, args=(case, compiled, theirs), daemon=True) for _, theirs in pairs
+        ]
+        for process in self._processes:
+            process.start()
+        for _, theirs in pairs:
+            theirs.close()  # then one that dies is an EOFError here
+        for end in self._ends:
+            end.recv()
+
+    def __call__(self, steps: int) -> float:
+        """Seconds per step of all of them together."""
+        for end in self._ends:
+            end.send(steps)
+        return statistics.mean([end.recv() for end in self._ends]) / len(self._ends)
+
+    def close(self) -> None:
+        for end, process in zip(self._ends, self._processes, strict=True):
+            end.close()
+            process.join()
+
+
+def _train_when_told(case: Case, compiled: bool, end: Connection) -> None:
+    torch._inductor.config.force_disable_caches = compiled
+    torch.set_num_threads(1)
+    run = plain(case, 1, compiled=compiled)
+    run(3)
+    with contextlib.suppress(EOFError):  # nobody wants anything any more
+        end.send(None)
+        while True:
+            end.send(run(end.recv()))
+
+
 def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[str, Any]]:
     """Seconds per step of each variant and round, and what follows from them; one result per kind of code."""
     cores = range(1, options.stages + 1)
     kinds = [False, True] if options.compiled else [False]
     variants: dict[tuple[bool, str], Run] = {}
     pipes: dict[str, layerpipe.Pipeline] = {}
+    others: list[AtOnce] = []
     for compiled in kinds:
         for threads in cores:
             variants[compiled, f"plain, {threads}"] = plain(case, threads, compiled=compiled)
+        others.append(AtOnce(case, options.stages, compiled=compiled))
+        variants[compiled, "at once"] = others[-1]
         for schedule in options.schedules:
             pipe, variants[compiled, schedule] = pipelined(case, options, schedule, compiled=compiled)
             pipes[f"{compiled} {schedule}"] = pipe
@@ -112,11 +160,11 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
                 pipe.drain()
         names = pipe.names
     finally:
-        for pipe in pipes.values():
-            pipe.close()
+        for started in (*pipes.values(), *others):
+            started.close()
     results = []
     for compiled in kinds:
-        one = seconds[compiled, "plain, 1"]
+        one, at_once = seconds[compiled, "plain, 1"], seconds[compiled, "at once"]
         best = [min(times) for times in zip(*(seconds[compiled, f"plain, {t}"] for t in cores), strict=True)]
         for schedule in options.schedules:
             ours = seconds[compiled, schedule]
@@ -131,9 +179,11 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
                     "steps_per_round": steps,
                     "seconds": {
                         **{f"plain, {t}": seconds[compiled, f"plain, {t}"] for t in cores},
+                        "at once": at_once,
                         "pipeline": ours,
                     },
                     "efficiency": [a / (options.stages * p) for a, p in zip(one, ours, strict=True)],
+                    "ceiling": [a / (options.stages * p) for a, p in zip(one, at_once, strict=True)],
                     "ratio": [b / p for b, p in zip(best, ours, strict=True)],
                     "limit": [options.stages * b / a for a, b in zip(one, best, strict=True)],
                 }
@@ -143,11 +193,15 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
 
 def table(results: list[dict[str, Any]]) -> Table:
     """Medians, and quartiles of the efficiency; the rest is in the JSON."""
-    out = Table(title="Samples per second, and ratios within a round: medians", title_justify="left")
+    out = Table(title_justify="left")
     out.box, out.padding = box.SIMPLE_HEAD, (0, 1, 0, 0)
     names = list(results[0]["seconds"])
-    first = ("network, batch", "code", "schedule")
-    for column in (*first, *(name.replace(",", "") for name in names), "efficiency", "ratio/limit"):
+    # What is the same in all rows is in the title.
+    what = [key for key in ("code", "schedule") if len({result[key] for result in results}) > 1]
+    rest = ", ".join(results[0][key] for key in ("schedule", "code") if key not in what)
+    out.title = f"Samples per second, and ratios within a round, medians: {rest or 'pipeline beside plain training'}"
+    first = ("network, batch", *what)
+    for column in (*first, *(name.replace(",", "") for name in names), "efficiency", "ceiling", "ratio/limit"):
         out.add_column(column, justify="left" if column in first else "right", no_wrap=True)
     for result in results:
         case = result["case"]
@@ -155,7 +209,8 @@ def table(results: list[dict[str, Any]]) -> Table:
         ratio = "/".join(f"{statistics.median(result[name]):.2f}" for name in ("ratio", "limit"))
         label = f"{case['network']} {case['width']}, {case['batch']}"
         efficiency = spread(result["efficiency"], ".2f")
-        out.add_row(label, result["code"], result["schedule"], *rates, efficiency, ratio)
+        ceiling = f"{statistics.median(result['ceiling']):.2f}"
+        out.add_row(label, *(result[key] for key in what), *rates, efficiency, ceiling, ratio)
     return out
 
 
@@ -184,7 +239,7 @@ def main() -> None:
     for case in given.case:
         steps = max(5, round(given.seconds / plain(case, 1)(3)))
         results += measure(case, options, given.rounds, steps)
-    console().print(table(results))
+    console(110).print(table(results))
     for case, result in zip(given.case, results[:: len(results) // len(given.case)], strict=True):
         print(f"{case}: stages {' | '.join(result['stages'])}")
     save(given.json, results=results)
