@@ -15,6 +15,7 @@ A variant is timed only after its results have been compared with a float64 refe
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def fits(case: Case) -> bool:
     """Whether all variants of a case have room beside each other."""
     needed = case.numel * 4 * 6 * 4
     if case.device == "cuda":
-        torch.cuda.empty_cache()  # of the case before
+        gc.collect()  # what is left of the case before
+        torch.cuda.empty_cache()
         return needed < 0.9 * torch.cuda.mem_get_info()[0]
     try:
         available = int(
