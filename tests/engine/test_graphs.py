@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -232,6 +233,17 @@ def test_graphs_are_kept_where_nothing_was_replaced() -> None:
             pipe(x)
             pipe.train()
         assert len(device.captured) == captured
+
+
+def test_graphs_hold_the_tables_that_their_steps_read() -> None:
+    with fake_device():
+        pipe = pipeline(chain(2), "graphs")
+        for x, y in minibatches(20):
+            pipe.step(x, y)
+        step: Any = pipe.stages[0].optimizer
+        plan = weakref.ref(step._ready_groups[0].plan)
+        step._reset_caches()  # as adding a group or loading a state does
+        assert plan() is not None
 
 
 def test_without_a_cuda_device_graphs_are_refused() -> None:

@@ -73,6 +73,7 @@ class CapturedStage:
         self._random = False  # whether a forward draws random numbers
         self._taken: Options | None = None  # the last that were found to agree with those
         self._addresses: list[Any] = []
+        self._held: list[Any] = []  # what the graphs read and do not keep
 
     @property
     def spans(self) -> Recorder | None:
@@ -218,6 +219,8 @@ class CapturedStage:
             stage.version, stage.measured, stage.probe = version, measured, probe
             stage.watch(spans)
         self._slots = slots
+        if stage.optimizer is not None:  # such as a step's table of addresses, until the optimizer makes another
+            self._held = [dict(own) for own in vars(stage.optimizer).values() if isinstance(own, dict)]
         content = {"inputs": slots[0].inputs, "target": slots[0].target, "grads": slots[0].grads}
         self._seen.update({what: buffers.content for what, buffers in content.items() if buffers is not None})
 
