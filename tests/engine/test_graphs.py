@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import sys
 import weakref
 from typing import Any
@@ -244,6 +245,22 @@ def test_graphs_hold_the_tables_that_their_steps_read() -> None:
         plan = weakref.ref(step._ready_groups[0].plan)
         step._reset_caches()  # as adding a group or loading a state does
         assert plan() is not None
+
+
+def test_nothing_is_collected_during_a_capture() -> None:
+    """A pipeline that was forgotten waits for its device when it is collected, which would break the capture."""
+    seen: set[tuple[bool, bool]] = set()
+
+    class Watching(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add((device.capturing, gc.isenabled()))
+            return super().forward(x)
+
+    with fake_device() as device:
+        pipe = pipeline([Watching(6, 6), nn.Linear(6, 3)], "graphs")
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+    assert seen == {(False, True), (True, False)}
 
 
 def test_without_a_cuda_device_graphs_are_refused() -> None:

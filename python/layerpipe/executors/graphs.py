@@ -30,7 +30,13 @@ from torch import Tensor
 
 from layerpipe.executors.base import Tick
 from layerpipe.executors.buffers import Buffers, owned, plain
-from layerpipe.executors.capturable import addresses, check_optimizer, groups, own_learning_rates
+from layerpipe.executors.capturable import (
+    addresses,
+    check_optimizer,
+    groups,
+    no_garbage_collection,
+    own_learning_rates,
+)
 from layerpipe.executors.channels import Lent
 from layerpipe.executors.streams import Lane, Streams
 from layerpipe.optimizer import Options, set_options
@@ -239,7 +245,8 @@ class CapturedStage:
         try:
             # On the stream of the nodes that put gradients down, which would otherwise be one outside of the capture.
             # cuBLAS has a workspace per thread and stream: a backward's, of autograd's thread, is not a forward's.
-            slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
+            with no_garbage_collection():
+                slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
         except RuntimeError as error:
             raise RuntimeError(f"executor='graphs' could not capture the {name} of this stage: {error}") from error
         for group, count in zip(groups(self.stage), counts, strict=True):
