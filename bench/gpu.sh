@@ -45,7 +45,7 @@ has() {
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' || exit 1
 nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee -a "$log"
-for module in setuptools cmake ninja pybind11 triton pytest hypothesis networkx numpy rich matplotlib; do
+for module in setuptools cmake ninja pybind11 triton pytest hypothesis networkx numpy rich matplotlib torchvision typer sklearn; do
     has "$module" || echo "==> $python has no $module"
 done
 pytest=("$python" -m pytest -q)
@@ -74,6 +74,8 @@ for chunk in 4096 16384 32768; do
     run "chunk-$chunk" 60 "$python" -m bench.step --device cuda --chunk "$chunk" --no-compile --networks '' --optimizers sgd \
         --dtypes fp32 --rounds 5 --seconds 0.05 --json "$out/$device-step-chunk-$chunk.json"
 done
+TAIL=40 run cli 90 "$python" -m layerpipe.cli train --device cuda --executor graphs --steps 300 --profile \
+    --out "${TMPDIR:-/tmp}/layerpipe-run"
 if command -v compute-sanitizer >/dev/null; then
     # Every tensor in an allocation of its own: beyond its end lies nothing that may be touched.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
