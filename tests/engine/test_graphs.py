@@ -137,6 +137,16 @@ def test_what_runs_at_once_or_is_still_wanted_shares_no_memory_pool() -> None:
     assert {stream for _, stream in device.captured} == homes
 
 
+def test_a_stage_without_weights_has_no_graph_of_an_update() -> None:
+    """torch warns of empty graphs."""
+    with fake_device() as device:
+        pipe = pipeline([nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)], "graphs")
+        for x, y in minibatches(20):
+            pipe.step(x, y)
+    assert len(device.captured) == 4 + 3 * 2 + 5 * 3
+    assert pipe.measured_delays() == [{0: 1, 1: 1, 2: 1, 3: 1, 4: 12}, {0: 1, 1: 1, 2: 15}, {0: 18}]
+
+
 def test_another_shape_is_refused_with_the_stage_and_both_shapes() -> None:
     with fake_device():
         pipe = pipeline(chain(2), "graphs")

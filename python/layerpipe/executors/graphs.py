@@ -158,8 +158,9 @@ class CapturedStage:
         if self._slot is None:
             self.stage.update(options)
             return
-        self._take(options)
-        self._replay(self._slot, "update", STEP)
+        if "update" in self._slot.graphs:
+            self._take(options)
+            self._replay(self._slot, "update", STEP)
         self.stage.version += 1
         for group in groups(self.stage):
             if isinstance(group.get("updates"), int):  # a group without a past, whose clock nobody reads
@@ -217,7 +218,8 @@ class CapturedStage:
                 self._graph(slot, "backward", updates, functools.partial(_backward, stage, slot, key))
                 if stage._rest is not None:
                     self._graph(slot, "weights", updates, stage.backward_weights)
-                self._graph(slot, "update", updates, lambda: stage.update(self._options))
+                if stage.optimizer is not None:
+                    self._graph(slot, "update", updates, lambda: stage.update(self._options))
         finally:
             device.forget_workspaces()
             for key in keys:
