@@ -97,8 +97,12 @@ def main() -> None:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.name}, {case.optimizer}, {case.dtype}")
-            if fits(case):
-                rows += measure(case, args.rounds, not args.no_compile, args.seconds)
+            try:
+                measured = measure(case, args.rounds, not args.no_compile, args.seconds) if fits(case) else []
+            except torch.OutOfMemoryError:  # what the cases after it need is less
+                measured = []
+            if measured:
+                rows += measured
                 save(args.json, rows=rows)  # for whoever stops it here
             else:
                 out.print(f"{case.name}, {case.optimizer}: left out, not enough memory for all variants")
