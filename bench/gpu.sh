@@ -4,16 +4,19 @@
 #     bench/gpu.sh                     # results into bench/results
 #     OUT=/tmp/results bench/gpu.sh
 #     bench/gpu.sh tests executors     # only these steps; the build stays from call to call
+#     LIMIT=580 bench/gpu.sh           # done in that many seconds: a step is cut short, and what is left is left out
 #
 # Needs torch with CUDA, Triton, nvcc, g++, cmake, ninja, pybind11 and pytest; no network. PYTHON names the interpreter.
-# What a step lacks besides is said at the beginning, and the others run.
+# What a step lacks besides is said at the beginning, and the others run. All that they print is in gpu.log.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 out=${OUT:-bench/results}
 python=${PYTHON:-python3}
 mkdir -p "$out"
-export PYTHONPATH="$PWD:$PWD/python" PYTHONUNBUFFERED=1
-command -v nvcc >/dev/null || PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
+log=$out/gpu.log
+: >"$log"
 failed=()
 chosen=" $* "
 ran=" "
@@ -24,11 +27,15 @@ run() { # name, seconds, command...
     shift 2
     [[ $chosen == "  " || $chosen == *" $name "* ]] || return 0
     ran+="$name "
-    echo "==> $name"
-    timeout -k 10 "$seconds" "$@" >"$out/gpu-$name.log" 2>&1
+    local left=$((${LIMIT:-86400} - SECONDS - 10))
+    ((left < 20)) && failed+=("$name: no time left") && return
+    echo "==> $name" | tee -a "$log"
+    local before
+    before=$(wc -c <"$log")
+    timeout -k 10 $((seconds < left ? seconds : left)) "$@" >>"$log" 2>&1
     local status=$?
     ((status)) && failed+=("$name ($status)")
-    tail -n "${TAIL:-12}" "$out/gpu-$name.log"
+    tail -c "+$((before + 1))" "$log" | tail -n "${TAIL:-12}"
     echo "    $name: exit $status, $((SECONDS - begin)) s"
 }
 
@@ -37,8 +44,8 @@ has() {
 }
 
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name())' || exit 1
-nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee "$out/gpu-device.csv"
-for module in setuptools cmake ninja pybind11 triton pytest hypothesis networkx numpy rich matplotlib; do
+nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --format=csv | tee -a "$log"
+for module in setuptools cmake ninja pybind11 triton pytest hypothesis networkx numpy rich matplotlib torchvision typer sklearn; do
     has "$module" || echo "==> $python has no $module"
 done
 pytest=("$python" -m pytest -q)
@@ -48,7 +55,8 @@ has xdist && parallel=(-n 8)
 
 arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 LAYERPIPE_CUDA_ARCHS="$arch" run build 180 "$python" setup.py -q build_ext --inplace
-"$python" -c 'import layerpipe_kernels as lk; print(lk.build_info())' || exit 1
+"$python" -c 'import layerpipe_kernels as lk; print(lk.build_info())' 2>&1 | tee -a "$log"
+((PIPESTATUS[0])) && exit 1
 "$python" -c 'import layerpipe_kernels as lk; assert "cuda" in lk.available_backends()' 2>/dev/null || failed+=("no CUDA kernels")
 
 device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
@@ -66,12 +74,14 @@ for chunk in 4096 16384 32768; do
     run "chunk-$chunk" 60 "$python" -m bench.step --device cuda --chunk "$chunk" --no-compile --networks '' --optimizers sgd \
         --dtypes fp32 --rounds 5 --seconds 0.05 --json "$out/$device-step-chunk-$chunk.json"
 done
+TAIL=40 run cli 90 "$python" -m layerpipe.cli train --device cuda --executor graphs --steps 300 --profile \
+    --out "${TMPDIR:-/tmp}/layerpipe-run"
 if command -v compute-sanitizer >/dev/null; then
     # Every tensor in an allocation of its own: beyond its end lies nothing that may be touched.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    for tool in memcheck racecheck; do
-        run "$tool" 240 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m tests.gpu.sanitize
-    done
+    # Not calls that fail: torch tries some that may.
+    run memcheck 240 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 "$python" -m tests.gpu.sanitize
+    run racecheck 240 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" -m tests.gpu.sanitize
 else
     echo "==> no compute-sanitizer on the PATH"
 fi

@@ -15,6 +15,7 @@ A variant is timed only after its results have been compared with a float64 refe
 from __future__ import annotations
 
 import argparse
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,8 @@ def fits(case: Case) -> bool:
     """Whether all variants of a case have room beside each other."""
     needed = case.numel * 4 * 6 * 4
     if case.device == "cuda":
-        torch.cuda.empty_cache()  # of the case before
+        gc.collect()  # what is left of the case before
+        torch.cuda.empty_cache()
         return needed < 0.9 * torch.cuda.mem_get_info()[0]
     try:
         available = int(
@@ -95,8 +97,12 @@ def main() -> None:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=f"{case.name}, {case.optimizer}, {case.dtype}")
-            if fits(case):
-                rows += measure(case, args.rounds, not args.no_compile, args.seconds)
+            try:
+                measured = measure(case, args.rounds, not args.no_compile, args.seconds) if fits(case) else []
+            except torch.OutOfMemoryError:  # what the cases after it need is less
+                measured = []
+            if measured:
+                rows += measured
                 save(args.json, rows=rows)  # for whoever stops it here
             else:
                 out.print(f"{case.name}, {case.optimizer}: left out, not enough memory for all variants")

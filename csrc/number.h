@@ -73,7 +73,7 @@ LP_INLINE double float_of(uint64_t u) {
 template <class T>
 struct Choice {
     decltype(bits_of(T())) mask;
-    LP_INLINE Choice() = default;
+    Choice() = default;
     LP_INLINE explicit Choice(bool first) : mask(first ? ~decltype(mask)(0) : decltype(mask)(0)) {}
     LP_INLINE T operator()(T first, T second) const {
         return float_of((bits_of(first) & mask) | (bits_of(second) & ~mask));

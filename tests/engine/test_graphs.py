@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import sys
+import weakref
 from typing import Any
 
 import pytest
@@ -135,6 +137,16 @@ def test_what_runs_at_once_or_is_still_wanted_shares_no_memory_pool() -> None:
     assert {stream for _, stream in device.captured} == homes
 
 
+def test_a_stage_without_weights_has_no_graph_of_an_update() -> None:
+    """torch warns of empty graphs."""
+    with fake_device() as device:
+        pipe = pipeline([nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)], "graphs")
+        for x, y in minibatches(20):
+            pipe.step(x, y)
+    assert len(device.captured) == 4 + 3 * 2 + 5 * 3
+    assert pipe.measured_delays() == [{0: 1, 1: 1, 2: 1, 3: 1, 4: 12}, {0: 1, 1: 1, 2: 15}, {0: 18}]
+
+
 def test_another_shape_is_refused_with_the_stage_and_both_shapes() -> None:
     with fake_device():
         pipe = pipeline(chain(2), "graphs")
@@ -232,6 +244,33 @@ def test_graphs_are_kept_where_nothing_was_replaced() -> None:
             pipe(x)
             pipe.train()
         assert len(device.captured) == captured
+
+
+def test_graphs_hold_the_tables_that_their_steps_read() -> None:
+    with fake_device():
+        pipe = pipeline(chain(2), "graphs")
+        for x, y in minibatches(20):
+            pipe.step(x, y)
+        step: Any = pipe.stages[0].optimizer
+        plan = weakref.ref(step._ready_groups[0].plan)
+        step._reset_caches()  # as adding a group or loading a state does
+        assert plan() is not None
+
+
+def test_nothing_is_collected_during_a_capture() -> None:
+    """A pipeline that was forgotten waits for its device when it is collected, which would break the capture."""
+    seen: set[tuple[bool, bool]] = set()
+
+    class Watching(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.add((device.capturing, gc.isenabled()))
+            return super().forward(x)
+
+    with fake_device() as device:
+        pipe = pipeline([Watching(6, 6), nn.Linear(6, 3)], "graphs")
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+    assert seen == {(False, True), (True, False)}
 
 
 def test_without_a_cuda_device_graphs_are_refused() -> None:

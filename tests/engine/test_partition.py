@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from layerpipe import models, split
 from layerpipe.partition import cut_at, partition, share_threads
 from layerpipe.partition.balance import balance as balanced
-from layerpipe.partition.profile import seconds
+from layerpipe.partition.profile import _now, seconds
 from layerpipe.partition.split_stage import is_split, label
 
 
@@ -322,6 +323,13 @@ def test_stages_take_turns_when_they_are_measured(wrap: Any) -> None:
     assert len(taken) == 3
     assert all(0 < t < float("inf") for t in taken)
     assert order == [5, 6, 7] * (len(order) // 3)
+
+
+def test_a_device_is_waited_for_where_its_work_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = list[torch.device]()
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace(synchronize=waited.append))
+    _now([torch.device(name) for name in ("cpu", "cuda:1", "meta")])
+    assert waited == [torch.device("cuda:1")]
 
 
 def test_wrapped_stages_are_measured_on_copies_and_returned_untouched() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,3 +52,15 @@ def addresses(stage: Stage) -> list[Any]:
         places = [*(g for g in optimizer.param_groups), *(optimizer.state[p] for p in module.parameters())]
         found += [v.data_ptr() for values in places for v in values.values() if isinstance(v, Tensor)]
     return found
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """What is collected may wait for the device, such as a pipeline that was forgotten, and that breaks a capture."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()

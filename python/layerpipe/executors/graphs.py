@@ -30,7 +30,13 @@ from torch import Tensor
 
 from layerpipe.executors.base import Tick
 from layerpipe.executors.buffers import Buffers, owned, plain
-from layerpipe.executors.capturable import addresses, check_optimizer, groups, own_learning_rates
+from layerpipe.executors.capturable import (
+    addresses,
+    check_optimizer,
+    groups,
+    no_garbage_collection,
+    own_learning_rates,
+)
 from layerpipe.executors.channels import Lent
 from layerpipe.executors.streams import Lane, Streams
 from layerpipe.optimizer import Options, set_options
@@ -73,6 +79,7 @@ class CapturedStage:
         self._random = False  # whether a forward draws random numbers
         self._taken: Options | None = None  # the last that were found to agree with those
         self._addresses: list[Any] = []
+        self._held: list[Any] = []  # what the graphs read and do not keep
 
     @property
     def spans(self) -> Recorder | None:
@@ -151,8 +158,9 @@ class CapturedStage:
         if self._slot is None:
             self.stage.update(options)
             return
-        self._take(options)
-        self._replay(self._slot, "update", STEP)
+        if "update" in self._slot.graphs:
+            self._take(options)
+            self._replay(self._slot, "update", STEP)
         self.stage.version += 1
         for group in groups(self.stage):
             if isinstance(group.get("updates"), int):  # a group without a past, whose clock nobody reads
@@ -210,7 +218,8 @@ class CapturedStage:
                 self._graph(slot, "backward", updates, functools.partial(_backward, stage, slot, key))
                 if stage._rest is not None:
                     self._graph(slot, "weights", updates, stage.backward_weights)
-                self._graph(slot, "update", updates, lambda: stage.update(self._options))
+                if stage.optimizer is not None:
+                    self._graph(slot, "update", updates, lambda: stage.update(self._options))
         finally:
             device.forget_workspaces()
             for key in keys:
@@ -218,6 +227,8 @@ class CapturedStage:
             stage.version, stage.measured, stage.probe = version, measured, probe
             stage.watch(spans)
         self._slots = slots
+        if stage.optimizer is not None:  # such as a step's table of addresses, until the optimizer makes another
+            self._held = [dict(own) for own in vars(stage.optimizer).values() if isinstance(own, dict)]
         content = {"inputs": slots[0].inputs, "target": slots[0].target, "grads": slots[0].grads}
         self._seen.update({what: buffers.content for what, buffers in content.items() if buffers is not None})
 
@@ -236,7 +247,8 @@ class CapturedStage:
         try:
             # On the stream of the nodes that put gradients down, which would otherwise be one outside of the capture.
             # cuBLAS has a workspace per thread and stream: a backward's, of autograd's thread, is not a forward's.
-            slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
+            with no_garbage_collection():
+                slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
         except RuntimeError as error:
             raise RuntimeError(f"executor='graphs' could not capture the {name} of this stage: {error}") from error
         for group, count in zip(groups(self.stage), counts, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -190,14 +190,24 @@ def _measure(
 
 def _seconds(unit: nn.Module, buffers: dict[str, Tensor], inputs: Tensors) -> tuple[float, float]:
     """Of one forward and its backward."""
-    wanted = [x for x in (*inputs, *unit.parameters()) if isinstance(x, Tensor) and x.requires_grad]
-    start = time.perf_counter()
+    params = list(unit.parameters())
+    wanted = [x for x in (*inputs, *params) if isinstance(x, Tensor) and x.requires_grad]
+    devices = {x.device for x in (*inputs, *params, *buffers.values()) if isinstance(x, Tensor)}
+    start = _now(devices)
     out = torch.func.functional_call(unit, buffers, inputs)
-    middle = time.perf_counter()
+    middle = _now(devices)
     outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
     if outputs:
         torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
-    return middle - start, time.perf_counter() - middle
+    return middle - start, _now(devices) - middle
+
+
+def _now(devices: Iterable[torch.device]) -> float:
+    """Once these have done all that they were given; calls of all but a CPU return before that."""
+    for device in devices:
+        if device.type not in ("cpu", "meta"):
+            torch.get_device_module(device).synchronize(device)
+    return time.perf_counter()
 
 
 def _split_backward(measured: tuple[float, float], layer: Layer) -> tuple[float, float, float]:
