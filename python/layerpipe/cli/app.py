@@ -84,6 +84,7 @@ def train(
             if resume is not None:  # the run is where the process that reports is, and may be nowhere else
                 found = processes.agreed("distributed", lambda: _of_run(context, path) if reports else None)
                 config, baseline = processes.told("distributed", found or (config, baseline))
+            processes.check(config.executor, config.stages)
             images = processes.agreed_on_each_host(lambda: prepare(config))
             config = settled(config, images, reports=reports)
             directory = processes.agreed(

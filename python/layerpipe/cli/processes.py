@@ -53,6 +53,18 @@ def joined(timeout: float) -> Iterator[bool]:
     dist.destroy_process_group()
 
 
+def check(executor: str, stages: int) -> None:
+    """Refuse a run that is not for as many processes as there are.
+
+    Raises:
+        UsageError: it is for one process, or has fewer stages.
+    """
+    if executor != "distributed":
+        raise UsageError(f"a run with --executor {executor} is in one process: resume it without torchrun")
+    if stages < (size := dist.get_world_size()):
+        raise UsageError(f"--stages {stages}: {size} processes need at least as many stages")
+
+
 def _interface(address: str) -> str | None:
     """The network interface that leads there. Gloo by itself takes the one of the host's name: often the loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
