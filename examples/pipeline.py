@@ -11,6 +11,7 @@ with another executor or number of processes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from pathlib import Path
 
@@ -55,10 +56,11 @@ def main() -> None:
     ) as pipe:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(pipe.optimizer, options.epochs * len(loader))
         begin = 0
-        if options.checkpoint is not None and options.checkpoint.exists():
-            extra = pipe.resume(options.checkpoint)
-            scheduler.load_state_dict(extra["scheduler"])
-            begin = extra["epoch"]
+        if options.checkpoint is not None:
+            with contextlib.suppress(FileNotFoundError):  # raised in all processes: the first one has the file, or not
+                extra = pipe.resume(options.checkpoint)
+                scheduler.load_state_dict(extra["scheduler"])
+                begin = extra["epoch"]
         for epoch in range(begin, options.epochs):
             losses = []
             for x, y in loader:

@@ -64,13 +64,15 @@ def read(path: Path) -> dict[str, Any]:
     return content
 
 
-def save(pipe: Pipeline, path: Path, extra: dict[str, Any]) -> None:
-    """Write everything that a drained pipeline goes on from. Of several processes, the first one writes.
+def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
+    """Write everything that a drained pipeline goes on from. Of several processes, the first that has a path writes.
 
     Raises:
         OSError, CheckpointError: the file cannot be written; in the processes that do not write it, the latter.
+        ValueError: no process has a path.
     """
     ranks = pipe.ranks
+    writer = _keeper(pipe, path)
     random = ranks.gather(random_state())
     content = {
         "schedule": pipe.schedule.name,
@@ -88,7 +90,8 @@ def save(pipe: Pipeline, path: Path, extra: dict[str, Any]) -> None:
     if len(random) > 1:
         content["random_of_ranks"] = random
     error = None
-    if ranks.rank == 0:
+    if ranks.rank == writer:
+        assert path is not None
         try:
             write(path, content)
         except Exception as caught:
@@ -96,23 +99,31 @@ def save(pipe: Pipeline, path: Path, extra: dict[str, Any]) -> None:
     ranks.agree(error, CheckpointError)
 
 
-def load(pipe: Pipeline, path: Path) -> dict[str, Any]:
+def load(pipe: Pipeline, path: Path | None) -> dict[str, Any]:
     """Put a file's content into a drained pipeline, whatever processes it was written from.
+
+    Of several processes, the first that has a path reads, and tells the others.
 
     Returns:
         What else the file holds, its ``extra``.
 
     Raises:
-        FileNotFoundError: it is not there.
+        FileNotFoundError: it is not there, in all processes alike.
         CheckpointError: it is no checkpoint, or one of another pipeline. Nothing has been loaded then.
+        ValueError: no process has a path.
     """
     content: dict[str, Any] = {}
     error: Exception | None = None
-    try:
-        content = read(path)
-    except Exception as caught:
-        error = caught
-    pipe.ranks.agree(error, CheckpointError)
+    reader = _keeper(pipe, path)
+    if pipe.ranks.rank == reader:
+        assert path is not None
+        try:
+            content = read(path)
+        except Exception as caught:
+            error = caught
+    path, content, error = pipe.ranks.told((path, content, error), by=reader)
+    if error is not None:
+        raise error
     shapes = {name: shape for own in pipe.ranks.gather(_shapes(pipe.own_state())) for name, shape in own.items()}
     stages = _stages(pipe)
     counts = pipe.ranks.gather(sum(stage.optimizer is not None for stage in pipe.stages))
@@ -127,6 +138,14 @@ def load(pipe: Pipeline, path: Path) -> dict[str, Any]:
     _fill(pipe, content, own)
     extra: dict[str, Any] = content["extra"]
     return extra
+
+
+def _keeper(pipe: Pipeline, path: Path | None) -> int:
+    """The process that has the file."""
+    keeper = pipe.ranks.first(path is not None)
+    if keeper is None:
+        raise ValueError("a checkpoint needs a path, in one process at least")
+    return keeper
 
 
 def _check(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class StageError(RuntimeError):
-    """Something raised inside a stage; the message names the stage, ``__cause__`` is the original exception."""
+    """Something raised inside a stage; the message names the stage, ``__cause__`` is the original exception:
+    none where that was raised in another process, or where that process cannot be reached."""
 
     def __init__(self, stage: str, message: str) -> None:
         super().__init__(f"{stage}: {message}")

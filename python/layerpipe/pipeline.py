@@ -316,14 +316,15 @@ class Pipeline(Network):
         self._refuse_minibatches()
         super().load_state_dict(state, strict)
 
-    def checkpoint(self, path: str | os.PathLike[str], **extra: Any) -> list[Tensor]:
+    def checkpoint(self, path: str | os.PathLike[str] | None, **extra: Any) -> list[Tensor]:
         r"""Drain the pipe and write everything that training goes on from into a file, which is whole at any moment.
 
         A pipeline that goes on, and one that :meth:`resume`\ s from the file, do the same bit for bit: weights,
         buffers, optimizers with their averages, random numbers. The data's order and a scheduler are the caller's.
 
         Args:
-            path: replaced in one move when the new content is on the disk.
+            path: replaced in one move when the new content is on the disk. Of several processes, the first that
+                gives a path writes it; the others' paths may be ``None`` and are not touched.
             extra: what :meth:`resume` shall return: tensors, numbers, strings, lists and dicts of them. Of several
                 processes, the first one's.
 
@@ -331,21 +332,25 @@ class Pipeline(Network):
             The losses that :meth:`step` had still to return, as :meth:`drain` does.
         """
         losses = self.drain()
-        checkpoint.save(self, Path(path), extra)
+        checkpoint.save(self, None if path is None else Path(path), extra)
         return losses
 
-    def resume(self, path: str | os.PathLike[str]) -> dict[str, Any]:
+    def resume(self, path: str | os.PathLike[str] | None) -> dict[str, Any]:
         """Go on from a file that :meth:`checkpoint` wrote, with the same stages, schedule and ``past``.
+
+        Args:
+            path: of several processes, the first that gives one reads it, and hands the content to the others.
 
         Returns:
             ``extra``, as it was given to :meth:`checkpoint`.
 
         Raises:
             RuntimeError: minibatches are in the pipe.
+            FileNotFoundError: the file is not there; in all processes, whichever was to read it.
             CheckpointError: the file is no checkpoint, or one of another pipeline. Nothing has been loaded then.
         """
         self._refuse_minibatches()
-        extra = checkpoint.load(self, Path(path))
+        extra = checkpoint.load(self, None if path is None else Path(path))
         self._restart()
         return extra
 

@@ -8,12 +8,14 @@ import multiprocessing
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from tests.distributed.hosts import ADDRESSES, INTERFACE, enter
 
 #: No task takes that long: whoever is not done then hangs.
 SECONDS = 60
@@ -31,10 +33,14 @@ class Processes:
     """``run(function, ...)`` calls it in every process, with the rank first, and returns what each returned or raised.
 
     A process that has died is ``None`` among the results, and all are started anew for the next call.
+
+    Args:
+        hosts: where each runs, of :func:`tests.distributed.hosts.hosts`; the first has the first address. ``None`` for
+            all of them here.
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, hosts: Sequence[str] | None = None) -> None:
+        self.size, self._hosts = size, hosts
         self._directory = tempfile.TemporaryDirectory(prefix="layerpipe-test-")
         self._runs = 0
         self._workers: list[Any] = []
@@ -43,7 +49,9 @@ class Processes:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         self._start()
         self._runs += 1
-        store = os.path.join(self._directory.name, f"store{self._runs}")
+        store = f"file://{self._directory.name}/store{self._runs}"
+        if self._hosts is not None:
+            store = f"tcp://{ADDRESSES[0]}:{29000 + self._runs}"
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__name__, args, store))
         results: list[Any] = []
@@ -75,7 +83,8 @@ class Processes:
         context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, self.size, theirs), daemon=True)
+            host = self._hosts[rank] if self._hosts is not None else None
+            worker = context.Process(target=_work, args=(rank, self.size, theirs, host), daemon=True)
             worker.start()
             theirs.close()
             self._pipes.append(ours)
@@ -89,18 +98,22 @@ class Processes:
         self._workers, self._pipes = [], []
 
 
-def _work(rank: int, size: int, pipe: Any) -> None:
+def _work(rank: int, size: int, pipe: Any, host: str | None) -> None:
+    if host is not None:
+        enter(host)
+        os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError):
         while True:
             module, name, args, store = pipe.recv()
             function = getattr(importlib.import_module(module), name)
             dist.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+                "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
             )
             try:
                 result = function(rank, *args)
             except BaseException as error:
                 result = Failure(type(error).__name__, str(error), traceback.format_exc())
             pipe.send(result)
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import io
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerpipe
 from layerpipe.tracing import Trace
+from tests.distributed.hosts import cable
 from tests.engine.models import chain, minibatches
 from tests.engine.pipelines import pipeline, sgd
 
@@ -117,20 +122,27 @@ def drained_once(rank: int, executor: str) -> State:
         return {"state": pipe.state_dict(), "scheduler": scheduler.state_dict(), "options": shown(pipe)}
 
 
-def write(rank: int, executor: str, path: str) -> bool:
+def write(rank: int, executor: str, path: str | None) -> bool:
     with pipeline(chain(4), executor=executor) as pipe:
         scheduler = cosine(pipe)
         for x, y in minibatches(10):
             pipe.step(x, y)
             scheduler.step()
-        pipe.checkpoint(Path(path), scheduler=scheduler.state_dict())
+        pipe.checkpoint(path, scheduler=scheduler.state_dict())
         return True
 
 
-def go_on(rank: int, executor: str, path: str, past: str = "blend") -> State:
+def write_and_go_on(rank: int, keeper: int, path: str) -> State:
+    """One process has a file; the others know none."""
+    own = path if rank == keeper else None
+    write(rank, "distributed", own)
+    return go_on(rank, "distributed", own)
+
+
+def go_on(rank: int, executor: str, path: str | None, past: str = "blend") -> State:
     with pipeline(chain(4, seed=7), executor=executor, past=past) as pipe:
         scheduler = cosine(pipe)
-        extra = pipe.resume(Path(path))
+        extra = pipe.resume(path)
         scheduler.load_state_dict(extra["scheduler"])
         for x, y in minibatches(18)[10:]:
             pipe.step(x, y)
@@ -211,6 +223,50 @@ def dies(rank: int, victim: int, after: int) -> None:
             if i == after and rank == victim:
                 os._exit(1)
             pipe.step(x, y)
+
+
+def unplugged(rank: int, host: int, seconds: float) -> None:
+    """The process of this rank takes its host off the network; the group waits so long for a tensor."""
+    store, size = dist.distributed_c10d._get_default_store(), dist.get_world_size()
+    dist.destroy_process_group()
+    dist.init_process_group(
+        "gloo",
+        store=dist.PrefixStore("impatient", store),
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=seconds),
+    )
+    try:
+        with pipeline(chain(3), executor="distributed") as pipe:
+            for i, (x, y) in enumerate(minibatches(200)):
+                if i == 9 and rank == host:
+                    cable("down")
+                pipe.step(x, y)
+    finally:
+        if rank == host:
+            cable("up")
+
+
+def command(rank: int, size: int, master: tuple[str, int], directory: str, arguments: list[str]) -> tuple[Any, str]:
+    """``layerpipe`` as torchrun runs it, in a directory of this rank's own; its status, and what it said on stderr."""
+    from layerpipe.cli import main
+
+    dist.destroy_process_group()
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
+    here = Path(directory, str(rank))
+    here.mkdir(exist_ok=True)
+    os.chdir(here)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            main(arguments)
+    except SystemExit as status:
+        return status.code, said.getvalue()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return None, said.getvalue()
 
 
 def uneven(rank: int, counts: list[int]) -> None:

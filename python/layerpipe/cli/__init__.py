@@ -11,7 +11,7 @@ def main(arguments: list[str] | None = None) -> None:
         from layerpipe.cli.app import app
     except ImportError as error:
         _fail(f"{error}; the command line needs more than the library: pip install 'layerpipe[cli]'")
-    from layerpipe.errors import CheckpointError, DataError, UsageError
+    from layerpipe.errors import CheckpointError, DataError, StageError, UsageError
 
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
@@ -20,6 +20,10 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except StageError as error:
+        if error.__cause__ is not None:  # raised in this process, which is a bug, and keeps its traceback
+            raise
+        _fail(str(error), status=1)
     except Exception as error:
         # Typer's own errors know how to be said in a sentence; anything else is a bug and keeps its traceback.
         if not hasattr(error, "format_message"):

@@ -67,6 +67,7 @@ def train(
     profile: o.Profile = False,
     checkpoint_every: o.CheckpointEvery = None,
     resume: o.Resume = None,
+    timeout: o.Timeout = 600,
     out: o.Out = None,
 ) -> int:
     """Train a network as an asynchronous pipeline, beside sequential training with the same seed."""
@@ -77,26 +78,40 @@ def train(
         seed=seed, device=device, split_backward=split_backward, checkpoint_every=checkpoint_every,
         past_norm=past_norm,
     )  # fmt: skip
+    path = resume or out or default_path(model, data, past)
+    if processes.started() and (executor == "distributed" or resume is not None):
+        with processes.joined(timeout) as reports:
+            if resume is not None:  # the run is where the process that reports is, and may be nowhere else
+                found = processes.agreed("distributed", lambda: _of_run(context, path) if reports else None)
+                config, baseline = processes.told("distributed", found or (config, baseline))
+            processes.check(config.executor, config.stages)
+            images = processes.agreed_on_each_host(lambda: prepare(config))
+            config = settled(config, images, reports=reports)
+            directory = processes.agreed(
+                config.executor, lambda: RunDirectory(path, resume=resume is not None) if reports else None
+            )
+            if directory is None:
+                return _status(Console(quiet=True), [follow(config, images, profile=profile)])
+            return _train(config, images, directory, baseline, resume is not None, profile)
     if resume is not None:
         config, baseline = _of_run(context, resume)
     images = prepare(config)
     if config.executor == "distributed":
         processes.start(config.stages, context.obj)
-    with processes.joined(config.executor) as reports:
-        config = settled(config, images, reports=reports)
-        if not reports:
-            return _status(Console(quiet=True), [follow(config, images, profile=profile)])
-        return _train(config, images, resume or out or default_path(model, data, past), baseline, resume, profile)
+    config = settled(config, images)
+    return _train(config, images, RunDirectory(path, resume=resume is not None), baseline, resume is not None, profile)
 
 
-def _train(config: TrainConfig, images: Images, path: Path, baseline: bool, resume: Path | None, profile: bool) -> int:
+def _train(
+    config: TrainConfig, images: Images, directory: RunDirectory, baseline: bool, resumed: bool, profile: bool
+) -> int:
     console = Console()
     runs = {"pipeline": config}
     if baseline and (config.stages > 1 or config.schedule != "sequential"):
         runs["sequential"] = sequential(config)
     results: dict[str, Result] = {}
-    with RunDirectory(path, resume=resume is not None) as directory:
-        if resume is None:
+    with directory:
+        if not resumed:
             directory.config(config, baseline=baseline)
         console.print(
             f"{config.model} of width {config.width} on {config.data}: {config.stages} stages, {config.schedule}, past "
@@ -131,7 +146,7 @@ def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
     given = [
         name.replace("_", "-")
         for name in context.params
-        if name not in ("resume", "profile")
+        if name not in ("resume", "profile", "timeout")
         and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
     if given:

@@ -72,7 +72,7 @@ ExecutorName = Annotated[
     Literal["serial", "threads", "streams", "graphs", "distributed"],
     _option(
         "All stages in one thread, or a worker thread per stage. On a CUDA device: streams per stage, or replayed CUDA "
-        "graphs. distributed: a process per stage, started here, or by torchrun with as many as you like.",
+        "graphs. distributed: a process per stage, started here, or as many as torchrun starts on several machines.",
         METHOD,
     ),
 ]
@@ -114,5 +114,9 @@ Resume = Annotated[
         RUN,
         show_default=False,
     ),
+]
+Timeout = Annotated[
+    float,
+    _option("Seconds that a process of --executor distributed waits for another before it gives up.", RUN, min=1),
 ]
 Out = Annotated[Path | None, _option("Directory to write to. Default: runs/<name>, made new.", RUN, show_default=False)]

@@ -49,9 +49,8 @@ def settled(config: TrainConfig, images: Images, *, reports: bool = True) -> Tra
 
 def follow(config: TrainConfig, images: Images, *, profile: bool) -> Result:
     """A process's part of a run that another one reports, see :func:`run`."""
-    checkpoint, resume = told(config.executor, None)
-    earlier = Earlier(checkpoint, [], []) if resume else None
-    return train(config, images, checkpoint=checkpoint, resume=earlier, profile=profile)
+    resume = told(config.executor, False)
+    return train(config, images, resume=Earlier(None, [], []) if resume else None, profile=profile)
 
 
 def run(
@@ -76,7 +75,7 @@ def run(
 
         checkpoint = directory.checkpoint(name) if config.checkpoint_every else None
         earlier = directory.earlier(name, config.total_steps(len(images.train_x)))
-        told(config.executor, (checkpoint, earlier is not None))
+        told(config.executor, earlier is not None)
         result = train(
             config, images, on_step=on_step, on_test=on_test,
             checkpoint=checkpoint, resume=earlier, profile=profile,

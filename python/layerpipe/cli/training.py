@@ -43,7 +43,7 @@ class Step(NamedTuple):
 class Earlier(NamedTuple):
     """An interrupted run: its last checkpoint, and what its metrics say."""
 
-    checkpoint: Path
+    checkpoint: Path | None  # in the process that reads and writes it
     steps: list[Step]
     tests: list[tuple[int, float]]  # (step, test accuracy)
 
@@ -181,7 +181,7 @@ def train(
     """Train as configured. ``on_step`` is called with each loss as it comes, ``on_test`` with ``tests`` evaluations.
 
     A diverging run and Ctrl-C end it early; the result says so. With ``config.checkpoint_every`` the pipe is drained
-    that often and written to ``checkpoint``; ``resume`` goes on from there.
+    that often and written to ``checkpoint``, by the process that gives one; ``resume`` goes on from there.
     With ``profile`` the result holds a trace of ``PROFILED`` ticks of the full pipe.
 
     Raises:
@@ -223,7 +223,6 @@ def train(
             on_test(*result.tests[-1])
 
         def save(step: int) -> None:
-            assert checkpoint is not None
             for loss in pipe.drain():
                 report(loss, "drain")  # before the file says so: what it counts is in the metrics
             pipe.checkpoint(

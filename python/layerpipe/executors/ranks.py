@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
+
+from layerpipe.errors import StageError
 
 T = TypeVar("T")
 
@@ -75,7 +78,7 @@ class Ranks:
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        reached("another stage", lambda: dist.all_gather_object(values, value, group=self.group))
         return values
 
     def agree(self, error: Exception | None, kind: type[Exception]) -> None:
@@ -86,17 +89,34 @@ class Ranks:
         if others:
             raise kind(others[0])
 
+    def first(self, condition: bool) -> int | None:
+        """The first process where this is so."""
+        return next((rank for rank, true in enumerate(self.gather(condition)) if true), None)
+
     def by_stage(self, own: Sequence[T]) -> list[T]:
         """One value per stage from every process's own."""
         return [value for values in self.gather(list(own)) for value in values]
 
-    def from_last(self, value: Any) -> Any:
-        """What the process of the last stage has."""
+    def told(self, value: Any, by: int) -> Any:
+        """What one process has."""
         if self.group is None:
             return value
-        box = [value if self.rank == self.size - 1 else None]
-        dist.broadcast_object_list(box, src=self.size - 1, group=self.group)
+        box = [value if self.rank == by else None]
+        reached("another stage", lambda: dist.broadcast_object_list(box, src=by, group=self.group))
         return box[0]
+
+
+def reached(stage: str, call: Callable[[], T]) -> T:
+    """Call what needs the process of another stage.
+
+    Raises:
+        StageError: that process, or the network to it, is gone.
+    """
+    try:
+        return call()
+    except (RuntimeError, ValueError) as error:  # the latter of a group that was destroyed
+        reason = next(iter(str(error).splitlines()), "").partition("] ")  # [a line of gloo's source] what happened
+        raise StageError(stage, f"its process cannot be reached any more ({reason[2] or reason[0]})") from None
 
 
 def make(executor: str, stages: int) -> Ranks:
@@ -113,4 +133,10 @@ def make(executor: str, stages: int) -> Ranks:
             "executor='distributed' has a process for each stage: start them with torchrun, and call "
             "torch.distributed.init_process_group() in each before the pipeline is made"
         )
-    return Ranks(stages, dist.new_group(backend="gloo"))
+    return Ranks(stages, dist.new_group(backend="gloo", timeout=_timeout(dist.group.WORLD)))
+
+
+def _timeout(group: Any) -> datetime.timedelta:
+    """What :func:`torch.distributed.init_process_group` was given; new groups have torch's default otherwise."""
+    timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
+    return timeout

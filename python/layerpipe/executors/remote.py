@@ -22,7 +22,7 @@ from torch import Tensor
 
 from layerpipe.errors import DivergenceError, StageError
 from layerpipe.executors.channels import Channel, moved
-from layerpipe.executors.ranks import Ranks
+from layerpipe.executors.ranks import Ranks, reached
 
 _HEADER = 4096  # bytes: what follows, a number that depends on it, and room for what an error says
 _TENSORS, _LAYOUT, _EMPTY, _END = range(4)
@@ -114,21 +114,21 @@ class Outgoing(Channel):
         with contextlib.suppress(StageError):
             self._send(buffer)
             for work, _ in self._unsent if error is not None else ():
-                _reached(self.peer, functools.partial(work.wait, _LAST_WORDS))
+                reached(self.peer.name, functools.partial(work.wait, _LAST_WORDS))
 
     def _buffer(self, kind: int, number: int = 0, *, wait: bool = True) -> Tensor:
         buffer = None
         while wait and len(self._unsent) >= _UNSENT:
             work, buffer = self._unsent.popleft()
-            _reached(self.peer, work.wait)
+            reached(self.peer.name, work.wait)
         if buffer is None or len(buffer) != self._layout.bytes:
             buffer = torch.empty(self._layout.bytes, dtype=torch.uint8)
         buffer[:16].view(torch.int64).copy_(torch.tensor((kind, number)))
         return buffer
 
     def _send(self, buffer: Tensor) -> None:
-        group, rank, tag, _ = self.peer
-        work = _reached(self.peer, lambda: dist.isend(buffer, rank, group=group, tag=tag))
+        group, rank, tag, name = self.peer
+        work = reached(name, lambda: dist.isend(buffer, rank, group=group, tag=tag))
         self._unsent.append((work, buffer))
 
 
@@ -196,7 +196,7 @@ class Incoming(Channel):
 
     def _wait(self) -> None:
         try:
-            _reached(self.peer, self._work.wait)
+            reached(self.peer.name, self._work.wait)
         except StageError:
             self.ended = True
             raise
@@ -206,8 +206,8 @@ class Incoming(Channel):
         self._receive(self._buffer)
 
     def _receive(self, buffer: Tensor) -> None:
-        group, rank, tag, _ = self.peer
-        self._work = _reached(self.peer, lambda: dist.irecv(buffer, rank, group=group, tag=tag))
+        group, rank, tag, name = self.peer
+        self._work: Any = reached(name, lambda: dist.irecv(buffer, rank, group=group, tag=tag))
 
 
 class Evaluation:
@@ -234,17 +234,9 @@ class Evaluation:
             return values
         if self._to is not None:
             self._to.put(values)
-        values = self._ranks.from_last(tuple([value.detach().cpu() for value in values]) if self._to is None else None)
+        values = self._ranks.told(tuple([value.detach().cpu() for value in values]), by=self._ranks.size - 1)
         return tuple([value.to(self._device) for value in values])
 
 
 def _bytes(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
-
-
-def _reached(peer: Peer, call: Any) -> Any:
-    try:
-        return call()
-    except (RuntimeError, ValueError) as error:  # the latter of a group that was destroyed
-        reason = next(iter(str(error).splitlines()), "")
-        raise StageError(peer.name, f"its process cannot be reached any more ({reason})") from error
