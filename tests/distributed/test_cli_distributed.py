@@ -72,6 +72,18 @@ def test_mistakes_are_named_once_and_before_processes_start(tmp_path: Path) -> N
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_more_processes_than_stages_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "layerpipe.cli", "train", *OPTIONS, "--executor", "distributed", "--stages", "1"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert "--stages 1: 2 processes need at least as many stages" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_compare_refuses_processes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["compare", "--executor", "distributed", "--out", str(tmp_path / "run")])

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.constants import default_pg_timeout
 
 from layerpipe.errors import StageError
 
@@ -138,5 +139,8 @@ def make(executor: str, stages: int) -> Ranks:
 
 def _timeout(group: Any) -> datetime.timedelta:
     """What :func:`torch.distributed.init_process_group` was given; new groups have torch's default otherwise."""
-    timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
+    try:
+        timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
+    except AttributeError:  # a torch that has renamed it
+        return default_pg_timeout
     return timeout
