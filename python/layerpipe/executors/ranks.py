@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.constants import default_pg_timeout
 
 from layerpipe.errors import StageError
 
@@ -142,5 +141,7 @@ def _timeout(group: Any) -> datetime.timedelta:
     try:
         timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
     except AttributeError:  # a torch that has renamed it
+        from torch.distributed.constants import default_pg_timeout  # not every torch has it
+
         return default_pg_timeout
     return timeout
