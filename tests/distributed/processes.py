@@ -1,10 +1,9 @@
-"""Processes that tests run functions in, as ranks of a process group; started once, because importing torch is slow."""
+"""Processes that tests run functions in, as ranks of a process group; started once."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -14,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from tests import forks
 
 #: No task takes that long: whoever is not done then hangs.
 SECONDS = 60
@@ -72,13 +73,9 @@ class Processes:
     def _start(self) -> None:
         if self._workers:
             return
-        context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            worker = context.Process(target=_work, args=(rank, self.size, theirs), daemon=True)
-            worker.start()
-            theirs.close()
-            self._pipes.append(ours)
+            worker, pipe = forks.start(_work, rank, self.size)
+            self._pipes.append(pipe)
             self._workers.append(worker)
 
     def close(self) -> None:
@@ -103,4 +100,5 @@ def _work(rank: int, size: int, pipe: Any) -> None:
             except BaseException as error:
                 result = Failure(type(error).__name__, str(error), traceback.format_exc())
             pipe.send(result)
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()

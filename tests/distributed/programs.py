@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerpipe
+from layerpipe.cli import main
 from layerpipe.tracing import Trace
 from tests.engine.models import chain, minibatches
 from tests.engine.pipelines import pipeline, sgd
@@ -256,6 +261,19 @@ def refuses(rank: int, stage: int) -> None:
         return sgd(params, **past)
 
     layerpipe.Pipeline(chain(4), F.cross_entropy, optimizer, executor="distributed")
+
+
+def command(rank: int, port: int, arguments: list[str]) -> str:
+    """What a command prints where torchrun has started it."""
+    dist.destroy_process_group()  # it makes one of its own
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0",
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 0, said.getvalue()
+    return said.getvalue()
 
 
 def untrained(rank: int) -> None:
