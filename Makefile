@@ -10,7 +10,7 @@ CPP := $(wildcard $(foreach dir,csrc csrc/*,$(addprefix $(dir)/*.,h cpp cu cuh))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Options go through ARGS: make test ARGS="-k retiming". Another Python: make demo PYTHON=python3.12'
+	@echo 'Options go through ARGS: make test ARGS="-n 4 -k retiming". Another Python: make demo PYTHON=python3.12'
 
 demo: $(VENV)/.package ## train a small network as a pipeline
 	$(BIN)/layerpipe train $(ARGS)

@@ -210,7 +210,10 @@ def test_ctrl_c_ends_cleanly_and_leaves_readable_metrics(tmp_path: Path) -> None
     assert metrics(out)[-1]["interrupted"] is True
 
 
-def test_a_profile_is_a_trace_of_every_stage_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_is_a_trace_of_every_stage_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # the path may be long, and would be broken
     out = tmp_path / "run"
     assert run("train", *SMALL, "--stages", "3", "--profile", "--no-baseline", "--out", str(out)) == 0
     printed = capsys.readouterr().out
