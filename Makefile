@@ -10,7 +10,7 @@ CPP := $(wildcard $(foreach dir,csrc csrc/*,$(addprefix $(dir)/*.,h cpp cu cuh))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Options go through ARGS: make test ARGS="-k retiming". Another Python: make demo PYTHON=python3.12'
+	@echo 'Options go through ARGS: make test ARGS="-n 4 -k retiming". Another Python: make demo PYTHON=python3.12'
 
 demo: $(VENV)/.package ## train a small network as a pipeline
 	$(BIN)/layerpipe train $(ARGS)
@@ -45,10 +45,11 @@ $(VENV)/.tools:
 	$(PIP) install -q --upgrade pip 'setuptools>=77' 'cmake>=3.20' ninja 'pybind11>=2.12'
 	@touch $@
 
+# --no-compile: 12,000 files of Python would take a minute, and what is used of them is compiled when it is imported.
 $(VENV)/.package: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(CPP)
 	@echo 'installing layerpipe into $(VENV) (the first time with torch: minutes)'
 	PYTHONWARNINGS='ignore:Editable installation' \
-	$(PIP) install $(if $(wildcard $(VENV)/lib/*/site-packages/torch),-q) --no-build-isolation -e '.[cli,test,dev]'
+	$(PIP) install $(if $(wildcard $(VENV)/lib/*/site-packages/torch),-q) --no-compile --no-build-isolation -e '.[cli,test,dev]'
 	@ls layerpipe_kernels/_C.*.so >/dev/null 2>&1 || \
 	    echo 'the C++ kernels are left out: for them install g++ and python3-dev, then make clean'
 	@touch $@

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+# Tensors are so small here that threads which spin until their next piece of work spend more than on the work itself.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from layerpipe_kernels import available_backends

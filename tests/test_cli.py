@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from layerpipe.cli import main
 from layerpipe.cli.config import TrainConfig, parse_decay
 from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Step
+from tests import forks
 from tests.engine.fake_device import fake_device
 
 SMALL = ["--model", "mlp", "--width", "2", "--steps", "25", "--warmup", "5", "--batch-size", "16", "--lr", "0.05"]
@@ -208,7 +210,10 @@ def test_ctrl_c_ends_cleanly_and_leaves_readable_metrics(tmp_path: Path) -> None
     assert metrics(out)[-1]["interrupted"] is True
 
 
-def test_a_profile_is_a_trace_of_every_stage_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_profile_is_a_trace_of_every_stage_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # the path may be long, and would be broken
     out = tmp_path / "run"
     assert run("train", *SMALL, "--stages", "3", "--profile", "--no-baseline", "--out", str(out)) == 0
     printed = capsys.readouterr().out
@@ -284,25 +289,30 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
         assert (tmp_path / "resumed" / name).exists()
 
 
+def silent(arguments: list[str], _: Any) -> None:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        main(arguments)
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(tmp_path: Path) -> None:
     arguments = [*SMALL, *CHECKPOINTED, "--steps", "120"]
     assert run("train", *arguments, "--out", str(tmp_path / "whole")) == 0
-    python = [sys.executable, "-c", "from layerpipe.cli import main; main()", "train"]
     out, kills = tmp_path / "killed", 0
-    command = [*python, *arguments, "--out", str(out)]
+    command = ["train", *arguments, "--out", str(out)]
     while kills < 3:
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            seen = (out / "pipeline.checkpoint").stat().st_mtime_ns if kills else 0
-            deadline = time.monotonic() + 120
-            while process.poll() is None and time.monotonic() < deadline:
-                file = out / "pipeline.checkpoint"
-                if file.exists() and file.stat().st_mtime_ns > seen:
-                    break
-                time.sleep(0.005)
-            process.kill()
+        process, _ = forks.start(silent, command)
+        seen = (out / "pipeline.checkpoint").stat().st_mtime_ns if kills else 0
+        deadline = time.monotonic() + 120
+        while process.is_alive() and time.monotonic() < deadline:
+            file = out / "pipeline.checkpoint"
+            if file.exists() and file.stat().st_mtime_ns > seen:
+                break
+            time.sleep(0.005)
+        process.kill()
+        process.join()
         kills += 1
-        command = [*python, "--resume", str(out)]
+        command = ["train", "--resume", str(out)]
     assert run("train", "--resume", str(out)) == 0
     assert_same_run(tmp_path / "whole", out)
 

@@ -1,10 +1,9 @@
-"""Processes that tests run functions in, as ranks of a process group; started once, because importing torch is slow."""
+"""Processes that tests run functions in, as ranks of a process group; started once."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from tests import forks
 from tests.distributed.hosts import ADDRESSES, INTERFACE, enter
 
 #: No task takes that long: whoever is not done then hangs.
@@ -80,14 +80,10 @@ class Processes:
     def _start(self) -> None:
         if self._workers:
             return
-        context = multiprocessing.get_context("spawn")
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
             host = self._hosts[rank] if self._hosts is not None else None
-            worker = context.Process(target=_work, args=(rank, self.size, theirs, host), daemon=True)
-            worker.start()
-            theirs.close()
-            self._pipes.append(ours)
+            worker, pipe = forks.start(_work, rank, self.size, host)
+            self._pipes.append(pipe)
             self._workers.append(worker)
 
     def close(self) -> None:
@@ -98,7 +94,7 @@ class Processes:
         self._workers, self._pipes = [], []
 
 
-def _work(rank: int, size: int, pipe: Any, host: str | None) -> None:
+def _work(rank: int, size: int, host: str | None, pipe: Any) -> None:
     if host is not None:
         enter(host)
         os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerpipe
+from layerpipe.cli import main
 from layerpipe.tracing import Trace
 from tests.distributed.hosts import cable
 from tests.engine.models import chain, minibatches
@@ -247,26 +248,35 @@ def unplugged(rank: int, host: int, seconds: float) -> None:
             cable("up")
 
 
-def command(rank: int, size: int, master: tuple[str, int], directory: str, arguments: list[str]) -> tuple[Any, str]:
-    """``layerpipe`` as torchrun runs it, in a directory of this rank's own; its status, and what it said on stderr."""
-    from layerpipe.cli import main
+def command(
+    rank: int, size: int, master: tuple[str, int], directory: str, arguments: list[str], agent: bool = False
+) -> tuple[Any, str, str]:
+    """``layerpipe`` as torchrun runs it, in a directory of this rank's own; its status, and what it printed.
 
-    dist.destroy_process_group()
+    Args:
+        master: address and port of the store, which the first rank opens.
+        agent: the store is open already, as torchrun's own is.
+    """
+    dist.destroy_process_group()  # it makes one of its own
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR=master[0], MASTER_PORT=str(master[1]))
-    here = Path(directory, str(rank))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank * agent), WORLD_SIZE=str(size), MASTER_ADDR=master[0], MASTER_PORT=str(master[1]),
+        TORCHELASTIC_USE_AGENT_STORE=str(agent), TORCHELASTIC_RESTART_COUNT="0",
+    )  # fmt: skip
+    before, here = Path.cwd(), Path(directory, str(rank))
     here.mkdir(exist_ok=True)
     os.chdir(here)
-    said = io.StringIO()
+    printed, said, status = io.StringIO(), io.StringIO(), None
     try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
             main(arguments)
-    except SystemExit as status:
-        return status.code, said.getvalue()
+    except SystemExit as end:
+        status = end.code
     finally:
+        os.chdir(before)
         if dist.is_initialized():
             dist.destroy_process_group()
-    return None, said.getvalue()
+    return status, said.getvalue(), printed.getvalue()
 
 
 def uneven(rank: int, counts: list[int]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
@@ -16,6 +17,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
 from layerpipe.cli import main
+from tests.distributed import programs
+from tests.distributed.processes import Processes
 
 SIZES = ["--width", "16", "--stages", "2", "--steps", "12", "--warmup", "3", "--checkpoint-every", "5"]
 OPTIONS = ["--model", "mlp", "--no-baseline", *SIZES]
@@ -36,7 +39,31 @@ def in_processes(*arguments: str) -> str:
     return done.stdout
 
 
-def test_a_run_in_processes_reports_what_one_in_this_process_does(tmp_path: Path) -> None:
+def in_those(two: Processes, monkeypatch: pytest.MonkeyPatch, directory: Path, *arguments: str) -> str:
+    """The same with processes that are there already: they run what torchrun is told to."""
+    told: list[str] = []
+
+    def execv(program: str, command: list[str]) -> None:
+        told.extend(command)
+        sys.exit()
+
+    with monkeypatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.delenv("RANK", raising=False)
+        patch.setattr(os, "execv", execv)
+        with pytest.raises(SystemExit):
+            main(["train", *arguments])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert told == [*torchrun, "-m", "layerpipe.cli", "train", *arguments]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = two.all(programs.command, 2, ("127.0.0.1", store.port), str(directory), ["train", *arguments], True)
+    assert [status for status, _, _ in found] == [0, 0], found
+    return "".join(printed for _, _, printed in found)
+
+
+def test_a_run_in_processes_reports_what_one_in_this_process_does(
+    two: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same losses, accuracies, errors of the past weights and memory; and so from its last checkpoint on."""
     torch.set_num_threads(1)
     expected, found = tmp_path / "serial", tmp_path / "distributed"
@@ -49,19 +76,24 @@ def test_a_run_in_processes_reports_what_one_in_this_process_does(tmp_path: Path
         assert lines(found, event) == lines(expected, event)
     assert {p.name for p in found.iterdir()} >= {"loss.png", "past_weights.png", "timeline.png"}
 
-    in_processes("--resume", str(found))
+    in_those(two, monkeypatch, tmp_path, "--resume", str(found))
     for event in ("step", "test"):
         assert lines(found, event) == lines(expected, event)
 
 
-def test_a_cut_that_is_measured_is_the_same_in_all_processes_and_when_resumed(tmp_path: Path) -> None:
+def test_a_cut_that_is_measured_is_the_same_in_all_processes_and_when_resumed(
+    two: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "run"
-    in_processes(*OPTIONS, "--balance", "time", "--executor", "distributed", "--out", str(path))
+    said = in_those(
+        two, monkeypatch, tmp_path, *OPTIONS, "--balance", "time", "--executor", "distributed", "--out", str(path)
+    )
+    assert said.count("Kept for past weights") == 1
     at = json.loads((path / "config.json").read_text())["at"]
     assert len(at) == 1
     begins = [line["layers"].split(" ")[0] for line in lines(path, "stage")]
     assert begins[1] == at[0]
-    in_processes("--resume", str(path))
+    in_those(two, monkeypatch, tmp_path, "--resume", str(path))
     assert json.loads((path / "config.json").read_text())["at"] == at
 
 

@@ -63,7 +63,8 @@ def test_the_command_trains_and_resumes_with_its_directory_on_one_host(apart: Pr
     port = iter(range(28000, 28010))
 
     def command(*arguments: str) -> list[tuple[Any, str]]:
-        return apart.all(programs.command, 3, (ADDRESSES[0], next(port)), str(tmp_path), list(arguments))
+        found = apart.all(programs.command, 3, (ADDRESSES[0], next(port)), str(tmp_path), list(arguments))
+        return [(status, said) for status, said, _ in found]
 
     def losses(path: Path) -> list[float]:
         lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

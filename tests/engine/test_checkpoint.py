@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import itertools
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 import layerpipe
 from layerpipe import checkpoint
+from tests import forks
 from tests.engine.models import chain, minibatches
 from tests.engine.pipelines import EXECUTORS, pipeline
 
@@ -164,17 +166,11 @@ def test_a_write_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from layerpipe import checkpoint
-torch.set_num_threads(1)
-path, count = Path(sys.argv[1]), 0
-while True:
-    count += 1
-    checkpoint.write(path, {"count": count, "weights": [torch.full((200_000,), float(count)) for _ in range(4)]})
-    print(count, flush=True)
-"""
+def write_again_and_again(path: Path, said: Connection) -> None:
+    torch.set_num_threads(1)
+    for count in itertools.count(1):
+        checkpoint.write(path, {"count": count, "weights": [torch.full((200_000,), float(count)) for _ in range(4)]})
+        said.send(count)
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
@@ -182,14 +178,18 @@ def test_killed_at_any_moment_the_last_checkpoint_is_whole(kills: int, tmp_path:
     path, chance = tmp_path / "c.pt", random.Random(0)
     for _ in range(kills):
         path.unlink(missing_ok=True)
-        with subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            assert writer.stdout.readline().strip() == "1"
-            time.sleep(chance.uniform(0, 0.05))
-            writer.send_signal(signal.SIGKILL)
-            said = [int(line) for line in writer.stdout if line.endswith("\n")]
+        writer, pipe = forks.start(write_again_and_again, path)
+        assert pipe.poll(120)
+        said = [pipe.recv()]
+        time.sleep(chance.uniform(0, 0.05))
+        writer.kill()
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                said.append(pipe.recv())
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
         content = checkpoint.read(path)
-        assert content["count"] >= max(said, default=1)  # nothing that was said to be written is lost
+        assert content["count"] >= max(said)  # nothing that was said to be written is lost
         for weights in content["weights"]:
             assert torch.equal(weights, torch.full((200_000,), float(content["count"])))
 

@@ -127,7 +127,6 @@ def test_load_state_dict_refuses_a_full_pipe_and_other_names() -> None:
             "SGD does not know its past",
         ),
     ],
-    ids=str,
 )
 def test_bad_options_are_refused_by_name(change: dict[str, Any], error: type[Exception], message: str) -> None:
     options = {"stages": chain(), "loss_fn": F.cross_entropy, "optimizer": sgd, **change}

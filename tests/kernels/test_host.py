@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -15,7 +16,12 @@ ARCHITECTURES = ("80", "90", "100")
 UNITS = [(rule, weight) for rule in ("Sgd", "Adam") for weight in ("float", "bf16", "f16")]
 NVCC = ["nvcc", "-std=c++17", "-O3", "-fmad=false"]
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+class Unit(NamedTuple):
+    rule: str
+    weight: str
+    report: str  # of ptxas
+    ptx: str
 
 
 def compiled(command: list[str]) -> str:
@@ -46,39 +52,43 @@ def test_a_gpu_threads_code_equals_the_cpus_bit_for_bit_under_sanitizers(sanitiz
     assert int(done.stdout.split()[0]) > 500, done.stdout
 
 
-@needs_nvcc
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize(("rule", "weight"), UNITS)
-def test_kernels_spill_nothing_and_leave_room_for_two_blocks(rule: str, weight: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=UNITS, ids="-".join)
+def unit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Unit:
+    """Compiled once, for every architecture."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    rule, weight = request.param
+    made = tmp_path_factory.mktemp(f"{rule}-{weight}")
     code = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     define = [f"-DLP_RULE={rule}", f"-DLP_WEIGHT={weight}"]
-    out = ["-Xptxas", "-v", "-fatbin", "-o", str(tmp_path / "step.fatbin")]
+    out = ["-Xptxas", "-v", "-fatbin", "-o", str(made / "step.fatbin"), "-keep", "-keep-dir", str(made)]
     report = compiled([*NVCC, *code, *define, *out, str(CSRC / "cuda/step.cu")])
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    print(f"{rule} {weight}: {min(registers)} to {max(registers)} registers")
+    return Unit(rule, weight, report, (made / "step.compute_90.ptx").read_text())
+
+
+@pytest.mark.timeout(900)
+def test_kernels_spill_nothing_and_leave_room_for_two_blocks(unit: Unit) -> None:
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", unit.report)]
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", unit.report)]
+    print(f"{unit.rule} {unit.weight}: {min(registers)} to {max(registers)} registers")
     assert len(registers) == 7 * len(ARCHITECTURES)  # without averages, and 1 to 3 of two dtypes
-    assert not any(spills), report
+    assert not any(spills), unit.report
     assert max(registers) <= 128  # of 64 Ki in a multiprocessor, 256 threads in a block: two blocks at least
 
 
-@needs_nvcc
-@pytest.mark.parametrize(("rule", "weight"), UNITS)
-def test_kernels_move_arrays_16_bytes_at_a_time(rule: str, weight: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(900)
+def test_kernels_move_arrays_16_bytes_at_a_time(unit: Unit) -> None:
     """In the PTX: per kernel, a load and a store of 16 bytes for each array, and the tail's of one element each."""
-    ptx = tmp_path / "step.ptx"
-    define = [f"-DLP_RULE={rule}", f"-DLP_WEIGHT={weight}"]
-    compiled([*NVCC, "-arch=compute_90", *define, "-ptx", "-o", str(ptx), str(CSRC / "cuda/step.cu")])
-    kernels = re.split(r"\.visible \.entry|\.entry ", ptx.read_text())[1:]
+    kernels = re.split(r"\.visible \.entry|\.entry ", unit.ptx)[1:]
     assert len(kernels) == 7
-    element = {"float": "32", "bf16": "16", "f16": "16"}[weight]
+    element = {"float": "32", "bf16": "16", "f16": "16"}[unit.weight]
     for kernel in kernels:
         streams = re.findall(r"(ld|st)\.global(?:\.cs)?\.(v\d\.)?[a-z](\d+)", kernel)
         wide = [(op, bits) for op, vector, bits in streams if vector == "v4."]
         assert all(vector in ("", "v4.") for _, vector, _ in streams), "an access of 8 bytes"
         assert all(bits == "32" for _, bits in wide)
         # Weights, gradients, states and past weights; float ones beside 16-bit weights are two accesses each.
-        states, halves, emas = 1 if rule == "Sgd" else 3, 2 if element == "16" else 1, averages_of(kernel)
+        states, halves, emas = 1 if unit.rule == "Sgd" else 3, 2 if element == "16" else 1, averages_of(kernel)
         assert sum(op == "ld" for op, _ in wide) >= 2 + states * halves + emas
         assert sum(op == "st" for op, _ in wide) >= 2 + states * halves + emas
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ for _name, _entry in DATABASE.items():
         for _input in _entry.optim_inputs_func(device=_device):
             if _input.desc not in _seen:
                 _seen.add(_input.desc)
-                INPUTS.append(pytest.param(_name, _input.kwargs, id=f"{_name}-{_input.desc}"))
+                INPUTS.append(pytest.param((_name, _input.kwargs), id=f"{_name}-{_input.desc}"))
 ERRORS = [
     pytest.param(name, error, id=f"{name}-{error.optimizer_error_input.desc}")
     for name, entry in DATABASE.items()
@@ -62,40 +62,65 @@ def torch_options(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]
     return {**chosen, "foreach": False, "fused": False}
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("past", PASTS, ids=str)
-@pytest.mark.parametrize(("name", "options"), INPUTS)
-def test_a_hundred_steps_agree_with_torch(
-    name: str, options: dict[str, Any], past: dict[str, Any], dtype: torch.dtype, backend: str
-) -> None:
-    theirs = [torch.randn(s, dtype=dtype, requires_grad=True) for s in ((1,), (4, 5), (101,))]
-    ours = [p.detach().clone().requires_grad_() for p in theirs]
-    start = [p.detach().clone() for p in theirs]
-    expected = getattr(torch.optim, name)(theirs, **torch_options(options, dtype))
-    optimizer = getattr(lk, name)(ours, **options, **past, backend=backend)
-    travelled = [torch.zeros_like(p) for p in theirs]
-    size = [p.detach().abs() for p in theirs]
+class Run(NamedTuple):
+    """A hundred steps of torch's."""
+
+    name: str
+    options: dict[str, Any]
+    start: list[Tensor]
+    grads: list[list[Tensor]]
+    end: list[Tensor]
+    bounds: list[Tensor]
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=INPUTS)
+def theirs(request: pytest.FixtureRequest, dtype: torch.dtype) -> Run:
+    """Made once, for all that is compared with it."""
+    name, options = request.param
+    torch.manual_seed(0)
+    params = [torch.randn(s, dtype=dtype, requires_grad=True) for s in ((1,), (4, 5), (101,))]
+    start = [p.detach().clone() for p in params]
+    optimizer = getattr(torch.optim, name)(params, **torch_options(options, dtype))
+    travelled = [torch.zeros_like(p) for p in params]
+    size = [p.detach().abs() for p in params]
+    every: list[list[Tensor]] = []
     for step in range(100):
-        grads = problem(theirs, step)
-        before = [p.detach().clone() for p in theirs]
-        for param, twin, grad in zip(theirs, ours, grads, strict=True):
-            param.grad, twin.grad = grad, grad.clone()
-        expected.step()
+        grads = problem(params, step)
+        every.append([grad.clone() for grad in grads])
+        before = [p.detach().clone() for p in params]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
         optimizer.step()
-        for i, param in enumerate(theirs):
+        for i, param in enumerate(params):
             travelled[i] += (param.detach() - before[i]).abs()
             size[i] = torch.maximum(size[i], param.detach().abs())
+    # Each of the hundred updates may differ by a few units in its own last place, each sum by half of one.
     eps = torch.finfo(dtype).eps
-    for a, b, path, largest, begin in zip(ours, theirs, travelled, size, start, strict=True):
-        # Each of the hundred updates may differ by a few units in its own last place, each sum by half of one.
-        bound = eps * (8 * path + 12 * largest)
+    bounds = [eps * (8 * path + 12 * largest) for path, largest in zip(travelled, size, strict=True)]
+    return Run(name, options, start, every, [p.detach() for p in params], bounds)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("past", PASTS, ids=str)
+def test_a_hundred_steps_agree_with_torch(theirs: Run, past: dict[str, Any], backend: str) -> None:
+    ours = [p.clone().requires_grad_() for p in theirs.start]
+    optimizer = getattr(lk, theirs.name)(ours, **theirs.options, **past, backend=backend)
+    for grads in theirs.grads:
+        for param, grad in zip(ours, grads, strict=True):
+            param.grad = grad.clone()
+        optimizer.step()
+    for a, b, bound, begin in zip(ours, theirs.end, theirs.bounds, theirs.start, strict=True):
         assert ((a - b).detach().abs() <= bound).all(), (
             f"{float(((a - b).detach().abs() / bound).max()):.3g} of the bound"
         )
         assert not torch.equal(b, begin)
-    if name == "SGD" and dtype == torch.float32:
-        assert all(map(torch.equal, ours, theirs))
+    if theirs.name == "SGD" and a.dtype == torch.float32:
+        assert all(map(torch.equal, ours, theirs.end))
 
 
 @pytest.mark.parametrize(("name", "error"), ERRORS)
