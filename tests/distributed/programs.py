@@ -260,8 +260,8 @@ def command(
     dist.destroy_process_group()  # it makes one of its own
     os.environ.pop("GLOO_SOCKET_IFNAME", None)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank * agent), WORLD_SIZE=str(size), MASTER_ADDR=master[0], MASTER_PORT=str(master[1]),
-        TORCHELASTIC_USE_AGENT_STORE=str(agent), TORCHELASTIC_RESTART_COUNT="0",
+        RANK=str(rank), LOCAL_RANK=str(rank * agent), WORLD_SIZE=str(size), MASTER_ADDR=master[0],
+        MASTER_PORT=str(master[1]), TORCHELASTIC_USE_AGENT_STORE=str(agent), TORCHELASTIC_RESTART_COUNT="0",
     )  # fmt: skip
     before, here = Path.cwd(), Path(directory, str(rank))
     here.mkdir(exist_ok=True)
