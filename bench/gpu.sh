@@ -6,6 +6,12 @@
 #     bench/gpu.sh tests executors     # only these steps; the build stays from call to call
 #     LIMIT=580 bench/gpu.sh           # done in that many seconds: a step is cut short, and what is left is left out
 #
+# All steps together may take three quarters of an hour. Where a call ends after ten minutes, three of these do it:
+#
+#     LIMIT=580 bench/gpu.sh build tests-executors tests triton executors
+#     LIMIT=580 bench/gpu.sh build bench executors-gpt chunk-4096 chunk-16384 chunk-32768 cli
+#     LIMIT=580 bench/gpu.sh build bench-compiled memcheck racecheck
+#
 # Needs torch with CUDA, Triton, nvcc, g++, cmake, ninja, pybind11 and pytest; no network. PYTHON names the interpreter.
 # What a step lacks besides is said at the beginning, and the others run. All that they print is in gpu.log.
 set -uo pipefail
