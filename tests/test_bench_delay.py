@@ -1,4 +1,4 @@
-"""A bench of many runs loses none of them when it is interrupted."""
+"""What a delay costs: runs, their table, and a bench that is interrupted."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from layerpipe.models.gpt import GPT
 
 pytest.importorskip("rich")
 from bench import delay
 from examples import gpt
+
+UNDELAYED, DELAYED = (1, "lockstep", "nadam", "blend"), (2, "lockstep", "nadam", "blend")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delay, "CONFIGURATIONS", [UNDELAYED, DELAYED])
 
 
 class Here:
@@ -26,57 +36,55 @@ class Here:
         return map(function, given)
 
 
-def test_an_interrupted_bench_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    undelayed, delayed = (1, "lockstep", "adamw", "blend"), (2, "lockstep", "adamw", "blend")
-    monkeypatch.setattr(delay, "CONFIGURATIONS", [undelayed, delayed])
-    monkeypatch.setattr(gpt, "CONTEXT", 8)
-    monkeypatch.setattr(gpt, "BATCH", 2)
-    monkeypatch.setattr(multiprocessing, "get_context", lambda _: Here())
+def result(loss: float) -> dict[str, Any]:
+    return {"delays": [0], "loss": loss, "kept_bytes": 0}
+
+
+def test_an_interrupted_bench_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "results" / "delay.json"
-    begun: list[delay.Run] = []
-    measure = delay.measure
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: Here())
 
-    def bench(steps: int, seeds: int, runs: int) -> None:
-        """The bench, until it begins a run more than ``runs``."""
+    def bench(steps: int, runs: int) -> list[delay.Run]:
+        """What the bench runs, which is interrupted at a run more than ``runs``."""
+        begun: list[delay.Run] = []
 
-        def counted(run: delay.Run) -> tuple[delay.Run, dict[str, Any]]:
-            begun.append(run)
-            if len(begun) > runs:
+        def measure(run: delay.Run) -> tuple[delay.Run, dict[str, Any]]:
+            if len(begun) == runs:
                 raise KeyboardInterrupt
-            return measure(run)
+            begun.append(run)
+            return run, result(1.0)
 
-        begun.clear()
-        monkeypatch.setattr(delay, "measure", counted)
-        monkeypatch.setattr(sys, "argv", ["delay", f"--steps={steps}", f"--seeds={seeds}", f"--json={file}"])
-        delay.main()
+        monkeypatch.setattr(delay, "measure", measure)
+        monkeypatch.setattr(sys, "argv", ["delay", f"--steps={steps}", "--seeds=2", f"--json={file}"])
+        with contextlib.suppress(KeyboardInterrupt):
+            delay.main()
+        return begun
 
-    with pytest.raises(KeyboardInterrupt):
-        bench(steps=2, seeds=2, runs=2)
-    first = delay.load(file)
-    assert list(first) == [delay.Run(*undelayed, 0, 2), delay.Run(*delayed, 0, 2)]
-    bench(steps=2, seeds=2, runs=2)
-    assert begun == [delay.Run(*undelayed, 1, 2), delay.Run(*delayed, 1, 2)]
-    both = delay.load(file)
-    assert first.items() <= both.items()
-    assert [result["delays"] for result in both.values()] == [[0], [2, 0], [0], [2, 0]]
-    assert all(0 < result["loss"] < 7 for result in both.values())
-    assert "2, 0" in capsys.readouterr().out
-    bench(steps=2, seeds=2, runs=0)
-    with pytest.raises(KeyboardInterrupt):
-        bench(steps=3, seeds=2, runs=0)  # other settings are other runs
+    every = [delay.Run(*configuration, seed, 200) for seed in range(2) for configuration in (UNDELAYED, DELAYED)]
+    assert bench(steps=200, runs=3) == every[:3]
+    assert bench(steps=200, runs=3) == every[3:]
+    assert bench(steps=200, runs=3) == []
+    assert list(delay.load(file)) == every
+    assert bench(steps=300, runs=1) == [delay.Run(*UNDELAYED, 0, 300)]  # other settings are other runs
+    assert len(delay.load(file)) == 5
 
 
-def test_a_delay_is_compared_within_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
-    undelayed, delayed = (1, "lockstep", "nadam", "blend"), (4, "lockstep", "nadam", "blend")
-    monkeypatch.setattr(delay, "CONFIGURATIONS", [undelayed, delayed])
-    losses = {undelayed: [1.0, 2.0], delayed: [1.5, 2.5]}
-    found = {
-        delay.Run(*configuration, seed, 100): {"loss": losses[configuration][seed], "delays": [0], "kept_bytes": 0}
-        for configuration in losses
-        for seed in range(2)
-    }
+def test_a_delay_is_compared_within_a_seed() -> None:
+    losses = {UNDELAYED: [1.0, 2.0], DELAYED: [1.5, 2.5]}
+    found = {delay.Run(*kind, seed, 100): result(losses[kind][seed]) for kind in losses for seed in range(2)}
     columns = {column.header: list(column.cells) for column in delay.table(found, seeds=2, steps=100).columns}
     assert columns["loss"] == ["1.500 ± 0.707", "2.000 ± 0.707"]
     assert columns["beside one stage"] == ["–", "+0.500 ± 0.000"]
+
+
+def test_a_run_trains_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = torch.arange(1000) % 256
+    monkeypatch.setattr(gpt, "sources", lambda: (text, text))
+    monkeypatch.setattr(gpt, "CONTEXT", 8)
+    monkeypatch.setattr(gpt, "GPT", lambda **size: GPT(**{**size, "width": 16}))
+    run = delay.Run(*DELAYED, seed=0, steps=3)
+    same, found = delay.measure(run)
+    assert same == run
+    assert found["delays"] == [2, 0]
+    assert found["kept_bytes"] > 0
+    assert 0 < found["loss"] < 6  # log 256 is 5.55
