@@ -25,6 +25,12 @@ def spread(values: Sequence[float], form: str) -> str:
     return f"{middle:{form}} ({low:{form}}–{high:{form}})"
 
 
+def deviation(values: Sequence[float], form: str) -> str:
+    """``1.02 ± 0.03``: mean and standard deviation, of a single value only itself."""
+    around = f" ± {statistics.stdev(values):{form.lstrip('+')}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{around}"
+
+
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """For machines: all values, and what :func:`spread` shows of them."""
     low, middle, high = statistics.quantiles(values, n=4)

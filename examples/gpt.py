@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sysconfig
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,43 @@ def adamw(params: list[Tensor], **past: Any) -> lk.AdamW:
     return lk.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, **past)
 
 
+OPTIMIZERS = {"nadam": nadam, "adamw": adamw}
+
+
+def pipeline(x: Tensor, stages: int, optimizer: str, past: str, schedule: str, executor: str) -> layerpipe.Pipeline:
+    model = GPT(layers=4, width=256, heads=4, context=CONTEXT, vocabulary=256)
+    return layerpipe.Pipeline(
+        layerpipe.split(model, stages, (x,)),
+        loss_fn,
+        optimizer=OPTIMIZERS[optimizer],
+        past=past,
+        schedule=schedule,
+        executor=executor,
+        max_norm=1.0,
+    )
+
+
+def train(pipe: layerpipe.Pipeline, text: Tensor, steps: int, generator: torch.Generator) -> Iterator[float]:
+    """The loss of every minibatch, in the order in which they leave the pipe."""
+    warmup = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: min(1.0, (step + 1) / 100))
+    for _ in range(steps):
+        loss = pipe.step(*minibatch(text, generator))
+        warmup.step()
+        if loss is not None:
+            yield loss.item()
+    for loss in pipe.drain():
+        yield loss.item()
+
+
+@torch.no_grad()
+def evaluate(pipe: layerpipe.Pipeline, text: Tensor) -> float:
+    """Nats per byte, over the same ten minibatches every time."""
+    pipe.eval()
+    generator = torch.Generator().manual_seed(-1)
+    batches = [minibatch(text, generator) for _ in range(10)]
+    return torch.stack([loss_fn(pipe(x), y) for x, y in batches]).mean().item()
+
+
 @torch.no_grad()
 def write(pipe: layerpipe.Pipeline, prompt: str, count: int) -> str:
     text = torch.tensor([list(prompt.encode())])
@@ -71,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--optimizer", default="nadam", choices=["nadam", "adamw"])
+    parser.add_argument("--optimizer", default="nadam", choices=OPTIMIZERS)
     parser.add_argument("--past", default="blend", help="blend, stash, ema, latest")
     parser.add_argument("--schedule", default="lockstep", help="lockstep, 1f1b, auto")
     parser.add_argument("--executor", default="threads", help="threads, serial; on a GPU streams, graphs")
@@ -80,36 +118,17 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
-    train, test = sources()
+    text, unseen = sources()
     generator = torch.Generator().manual_seed(options.seed)
-    x, _ = minibatch(train, generator)
-    model = GPT(layers=4, width=256, heads=4, context=CONTEXT, vocabulary=256)
-    with layerpipe.Pipeline(
-        layerpipe.split(model, options.stages, (x,)),
-        loss_fn,
-        optimizer={"nadam": nadam, "adamw": adamw}[options.optimizer],
-        past=options.past,
-        schedule=options.schedule,
-        executor=options.executor,
-        max_norm=1.0,
-    ) as pipe:
-        warmup = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: min(1.0, (step + 1) / 100))
+    x, _ = minibatch(text, generator)
+    with pipeline(x, options.stages, options.optimizer, options.past, options.schedule, options.executor) as pipe:
         begin = time.perf_counter()
         with Progress() as progress:
             task = progress.add_task("training", total=options.steps)
-            for _ in range(options.steps):
-                loss = pipe.step(*minibatch(train, generator))
-                warmup.step()
-                if loss is not None:
-                    progress.update(task, advance=1, description=f"loss {loss.item():.3f}")
-            for loss in pipe.drain():
-                progress.update(task, advance=1, description=f"loss {loss.item():.3f}")
+            for loss in train(pipe, text, options.steps, generator):
+                progress.update(task, advance=1, description=f"loss {loss:.3f}")
         rate = options.steps * BATCH / (time.perf_counter() - begin)
-        pipe.eval()
-        held_out = torch.Generator().manual_seed(-1)
-        batches = [minibatch(test, held_out) for _ in range(10)]
-        with torch.no_grad():
-            loss = torch.stack([loss_fn(pipe(x), y) for x, y in batches]).mean()
+        loss = evaluate(pipe, unseen)
         kept = sum(memory.history for memory in pipe.memory())
         print(f"delays {pipe.delays}, {rate:.0f} sequences/s, {kept / 1e6:.1f} MB kept for past weights")
         print(f"loss on modules it has not seen: {loss:.3f} nats per byte. It writes:\n")
