@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ VOCABULARY = 256
 
 #: And the size that each has unless one is given.
 NETWORKS = {"resnet18": 28, "mlp": 28, "gpt": 128}
+
+
+def compile_module(module: nn.Module) -> Any:
+    """All of it in C++: the kernels that torch.compile calls from Python hold Python's lock while they run, and two
+    threads would take turns."""
+    return torch.compile(module, options={"cpp_wrapper": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Case:
 
     def stages(self, count: int, balance: str = "time", *, compiled: bool = False) -> list[nn.Module]:
         model, (x, _) = self.model(), self.minibatch()
-        return layerpipe.split(model, count, (x,), balance=balance, wrap=torch.compile if compiled else None)
+        return layerpipe.split(model, count, (x,), balance=balance, wrap=compile_module if compiled else None)
 
 
 def add_cases(parser: argparse.ArgumentParser, *default: str) -> None:

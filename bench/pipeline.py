@@ -32,7 +32,7 @@ from rich.table import Table
 
 import layerpipe
 import layerpipe_kernels
-from bench.networks import Case, add_cases, loss_fn
+from bench.networks import Case, add_cases, compile_module, loss_fn
 from bench.report import console, save, spread
 from layerpipe.partition.profile import intraop_threads
 
@@ -55,7 +55,7 @@ def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
     x, y = case.minibatch()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=True)
     if compiled:
-        network = torch.compile(network)
+        network = compile_module(network)
 
     def run(steps: int) -> float:
         with intraop_threads(threads):
