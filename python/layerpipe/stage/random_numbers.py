@@ -48,15 +48,17 @@ class RandomNumbers(ABC):
 
     def during(self, what: str) -> AbstractContextManager[object]:
         """Random numbers are this stage's in here; ``what`` names the call."""
-        return self._during(what) if self._draws.get(what, True) else _NOTHING
+        draws = self._draws.get(what)
+        if draws is None:
+            return self._first(what)
+        return self.lend() if draws else _NOTHING
 
     @contextmanager
-    def _during(self, what: str) -> Iterator[None]:
+    def _first(self, what: str) -> Iterator[None]:
         before = self.generator.get_state().numpy()
         with self.lend():
             yield
-        if what not in self._draws:
-            self._draws[what] = bool((self.generator.get_state().numpy() != before).any())
+        self._draws[what] = bool((self.generator.get_state().numpy() != before).any())
 
     @abstractmethod
     def lend(self) -> AbstractContextManager[object]:
