@@ -109,6 +109,8 @@ class History(ABC):
         ema = state.get("ema") if mixture.emas else None
         if out is None:
             out = torch.empty_like(param, requires_grad=False)
+        if not param.is_contiguous():  # no step takes it, so it never moved
+            return copy_into(out, param)
         weight = state.get("master", param)
         return ops.mix(weight, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
 
@@ -128,6 +130,8 @@ class History(ABC):
             terms += state["ema"].unbind(0)
         if out is None:
             out = torch.empty_like(param, requires_grad=False)
+        if not param.is_contiguous():
+            return copy_into(out, param)
         weight = state.get("master", param)
         return ops.reconstruct(weight, terms, taps[: len(terms)], out=out, backend=self.settings.backend)
 

@@ -194,7 +194,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
 
         Args:
             param: one of this optimizer's parameters, ``(*)``.
-            out: ``(*)``, its dtype and device; written and returned. A fresh tensor if not given.
+            out: ``(*)``, its dtype and device, any strides; written and returned. A fresh tensor if not given.
 
         Raises:
             KeyError: the parameter is not in this optimizer.
@@ -205,7 +205,14 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
                 f"out must be {tuple(param.shape)} {param.dtype} on {param.device}, "
                 f"got {tuple(out.shape)} {out.dtype} on {out.device}"
             )
-        return self._past(param, torch.empty_like(param, requires_grad=False) if out is None else out)
+        if out is None:
+            return self._past(param, torch.empty_like(param, requires_grad=False))
+        if out.is_contiguous() and not out.is_neg():
+            self._past(param, out)
+            torch.autograd.graph.increment_version(out)  # somebody's graph may have saved it
+        else:
+            history.copy_into(out, self._past(param, None))
+        return out
 
     def _find(self, param: Tensor) -> Group:
         if not self._group_of:
