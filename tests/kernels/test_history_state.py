@@ -76,6 +76,28 @@ def test_memory_that_changes_its_meaning_is_noticed(change: Any) -> None:
             optimizer.step()
 
 
+@pytest.mark.parametrize("sizes", [(1000, 5), (5, 1000)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_parameter_of_another_size_at_the_same_place_is_noticed(sizes: tuple[int, int], momentum: float) -> None:
+    memory = torch.randn(1000)
+    param = torch.nn.Parameter(memory[: sizes[0]])
+    optimizer = lk.SGD([param], lr=1.0, momentum=momentum)
+    for _ in range(2):
+        param.grad = torch.zeros(sizes[0])
+        optimizer.step()
+    param.grad, param.data = None, memory[: sizes[1]]
+    param.grad = torch.ones(sizes[1])
+    before = memory.clone()
+    if momentum:
+        with pytest.raises(ValueError, match="momentum buffer"):
+            optimizer.step()
+        assert torch.equal(memory, before)
+    else:
+        optimizer.step()
+        before[: sizes[1]] -= 1.0
+        assert torch.equal(memory, before)
+
+
 def test_more_averages_than_there_were_begin_anew() -> None:
     run = Run(delay=6, past="blend", order=1)
     run.step(3)
