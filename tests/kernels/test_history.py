@@ -236,9 +236,6 @@ def test_past_weight_is_fresh_or_out() -> None:
     assert torch.equal(out, run.versions[2])
 
 
-KINDS = ["stash", "latest", "ema", "momentum", "blend"]
-
-
 @pytest.mark.parametrize("past", KINDS)
 def test_out_may_have_any_strides(past: str) -> None:
     """Nothing beside it is written."""

@@ -112,11 +112,11 @@ def test_tensors_without_memory_are_refused_or_made_whole() -> None:
     pair = TwoTensor(torch.ones(3), torch.ones(3))
     param.grad = pair
     for _ in range(2):
-        with pytest.raises(TypeError, match="the gradient of .* has no memory of its own; it is a TwoTensor"):
+        with pytest.raises(TypeError, match=r"the gradient of .* has no memory of its own; it is a TwoTensor"):
             optimizer.step()
     wrapped = P(pair)
     wrapped.grad = pair
-    with pytest.raises(TypeError, match="parameter 'odd' .* has no memory of its own"):
+    with pytest.raises(TypeError, match=r"parameter 'odd' .* has no memory of its own"):
         lk.SGD([("odd", wrapped)], lr=0.1).step()
 
 
