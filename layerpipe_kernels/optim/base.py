@@ -166,7 +166,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         if past is None or mixture is None:
             return history.copy_into(out, param.detach())
         state = self.state[param]
-        if "past" in state and now.t:
+        if group["materialize"] and "past" in state and now.t:
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:
@@ -179,7 +179,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
     def _past_on_device(self, param: Tensor, group: Group, clock: DeviceClock, out: Tensor | None) -> Tensor:
         past, state = self.history(group), self.state[param]
         assert past is not None
-        if "past" in state:
+        if group["materialize"] and "past" in state:
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:

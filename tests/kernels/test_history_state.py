@@ -136,3 +136,19 @@ def test_a_momentum_schedule_does_not_redesign_the_blend() -> None:
     run.optimizer.param_groups[0]["momentum"] = 0.85
     run.step()
     assert run.optimizer.history(run.optimizer.param_groups[0]) is first
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("past", ["ema", "momentum"])
+def test_past_weights_that_are_no_longer_materialized_are_made_again(past: str, capturable: bool) -> None:
+    """What the last step wrote before the change must not be taken for the past for ever."""
+    runs = [Run(delay=4, past=past, materialize=m, capturable=capturable) for m in (True, False)]
+    with torch.no_grad():
+        runs[1].param.copy_(runs[0].param)
+    runs[1].drift = runs[0].drift
+    for begun in (True, False):
+        runs[0].optimizer.param_groups[0]["materialize"] = begun
+        for run in runs:
+            torch.manual_seed(5)
+            run.step(6)
+    torch.testing.assert_close(*(run.optimizer.past_weight(run.param) for run in runs))
