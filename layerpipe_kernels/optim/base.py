@@ -112,8 +112,18 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         its float32, which torch would round to the parameters' dtype. Where the checkpoint has no averages, their
         warm-up begins anew, with a warning.
         """
-        state_dict = checkpoint.with_options(self.param_groups, state_dict)
-        super().load_state_dict(state_dict)
+        taken: dict[str, Any] = {}
+
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            taken.update(checkpoint.with_options(self.param_groups, given))
+            return taken
+
+        last = self.register_load_state_dict_pre_hook(take)  # others may change what is loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        state_dict = taken
         self._still = {p for p, state in self.state.items() if state.pop(checkpoint.STILL, False)}
         checkpoint.restore_precision(self.param_groups, self.state, state_dict)
         checkpoint.restart_where_lost(self, self.state, state_dict)
