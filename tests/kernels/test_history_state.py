@@ -152,3 +152,36 @@ def test_past_weights_that_are_no_longer_materialized_are_made_again(past: str, 
             torch.manual_seed(5)
             run.step(6)
     torch.testing.assert_close(*(run.optimizer.past_weight(run.param) for run in runs))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(("option", "values"), [("momentum", (0.9, 0.0)), ("momentum", (0.0, 0.9)), ("order", (1, 3))])
+def test_averages_of_another_number_are_no_past(
+    option: str, values: tuple[float, float], backend: str, capturable: bool
+) -> None:
+    """Between the change of an option and the next gradient, no memory behind the old averages is read."""
+    if backend not in lk.available_backends():
+        pytest.skip("not built")
+    params = [torch.nn.Parameter(torch.randn(20)) for _ in range(2)]
+    options = {"momentum": 0.9, "delay": 2 if option == "momentum" else 6, option: values[0]}
+    optimizer = lk.SGD(params, lr=0.1, backend=backend, capturable=capturable, **options)
+    for _ in range(10):
+        for param in params:
+            param.grad = torch.ones(20)
+        optimizer.step()
+    optimizer.param_groups[0][option] = values[1]
+    made = []
+    for _ in range(3):
+        made.append(optimizer.past_weight(params[1]) - params[1])
+        params[0].grad, params[1].grad = torch.ones(20), None
+        optimizer.step()
+    buffer = optimizer.state[params[1]].get("momentum_buffer")
+    moved = 0.0 if buffer is None else 10 * buffer.abs().max()  # at most the newest update, never what lay behind
+    assert made[0].abs().max() <= moved
+    assert not any(difference.any() for difference in made[1:])
+    for _ in range(8):
+        for param in params:
+            param.grad = torch.ones(20)
+        optimizer.step()
+    assert (optimizer.past_weight(params[1]) > params[1]).all()
