@@ -11,6 +11,15 @@ const void* address_of(PyObject* tensor, Exchange exchange) {
     return found->address;
 }
 
+// Whether torch reads the tensor with the other sign: the imaginary part of a conjugate. With more than one element
+// such a tensor is not contiguous.
+bool negated(PyObject* tensor) {
+    static PyObject* const name = PyUnicode_InternFromString("is_neg");
+    PyObject* const found = PyObject_CallMethodNoArgs(tensor, name);
+    if (!found) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(found).is(py::bool_(true));
+}
+
 }  // namespace
 
 Collector::Collector(const py::list& params, const std::vector<bool>& moving, const py::dict& state, py::tuple keys,
@@ -44,18 +53,22 @@ bool Collector::collect(StepPlan& plan, const py::list& params, const py::dict& 
         const py::object grad = attribute(param, grad_name);
         if (grad.is_none() == entry.moving) return false;
         if (!entry.moving) continue;
-        if (!holds(entry, param, state)) return false;
+        const int64_t numel = plan.record(at).numel;
+        if (!holds(entry, param, plan.arrays().weight, numel, state)) return false;
         const auto found = view(grad.ptr(), exchange_);
-        if (!found || found->dtype != dtype || !found->contiguous) return false;
+        if (!found || found->dtype != dtype || !found->contiguous || found->numel != numel) return false;
+        if (numel && !found->address) return false;
+        if (numel == 1 && negated(grad.ptr())) return false;
         plan.grads[at++] = found->address;
     }
     return at == plan.grads.size();
 }
 
-bool Collector::holds(const Entry& entry, PyObject* param, const py::dict& state) const {
+bool Collector::holds(const Entry& entry, PyObject* param, Dtype dtype, int64_t numel, const py::dict& state) const {
     if (param != entry.param.object.ptr()) return false;
     const auto weight = view(param, exchange_);
     if (!weight || weight->address != entry.param.address || !weight->contiguous) return false;
+    if (weight->dtype != dtype || weight->numel != numel) return false;
     if (entry.state && _PyDict_GetItem_KnownHash(state.ptr(), param, entry.hash) != entry.state.ptr()) return false;
     for (size_t k = 0; k < entry.tensors.size(); ++k) {
         const Tensor& tensor = entry.tensors[k];
@@ -66,9 +79,9 @@ bool Collector::holds(const Entry& entry, PyObject* param, const py::dict& state
     return true;
 }
 
-bool Collector::holds(size_t i, const py::list& params, const py::dict& state) const {
+bool Collector::holds(const StepPlan& plan, size_t i, const py::list& params, const py::dict& state) const {
     return params.size() == entries_.size() && i < entries_.size() && entries_[i].moving &&
-           holds(entries_[i], PyList_GET_ITEM(params.ptr(), i), state);
+           holds(entries_[i], PyList_GET_ITEM(params.ptr(), i), plan.arrays().weight, plan.record(i).numel, state);
 }
 
 }  // namespace layerpipe

@@ -24,8 +24,8 @@ class Collector {
     // of the plan's dtype. Otherwise says false, and Python finds out what is different and whether it is wrong.
     bool collect(StepPlan& plan, const pybind11::list& params, const pybind11::dict& state) const;
 
-    // Whether the group's `i`-th parameter and its state are still where the plan has them.
-    bool holds(size_t i, const pybind11::list& params, const pybind11::dict& state) const;
+    // Whether the `i`-th parameter of a group in which all have gradients, and its state, are still what the plan has.
+    bool holds(const StepPlan& plan, size_t i, const pybind11::list& params, const pybind11::dict& state) const;
 
    private:
     struct Tensor {
@@ -39,7 +39,7 @@ class Collector {
         pybind11::object state;
         std::vector<Tensor> tensors;
     };
-    bool holds(const Entry& entry, PyObject* param, const pybind11::dict& state) const;
+    bool holds(const Entry& entry, PyObject* param, Dtype dtype, int64_t numel, const pybind11::dict& state) const;
 
     std::vector<Entry> entries_;
     pybind11::tuple keys_;

@@ -111,7 +111,7 @@ bool Routine::past(size_t i, py::handle out) {
         mixed_t_ = *t;
         mixed_lr_ = *lr;
     }
-    if (!collector_.holds(i, params(), state_)) return false;
+    if (!collector_.holds(plan_, i, params(), state_)) return false;
     const auto there = view(out.ptr(), exchange_);
     require(
         there && there->contiguous && there->dtype == plan_.arrays().weight && there->numel == plan_.record(i).numel,

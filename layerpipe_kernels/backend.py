@@ -62,7 +62,7 @@ def _takes(backend: str, tensor: torch.Tensor) -> bool:
         return True
     if backend == "cpp":
         return tensor.is_cpu and tensor.dtype in _CPU_DTYPES
-    on_device = tensor.is_cuda or (backend == "triton" and (_interpreted() if tensor.is_cpu else True))
+    on_device = tensor.is_cuda or (backend == "triton" and (_interpreted() if tensor.is_cpu else not tensor.is_meta))
     return on_device and tensor.dtype in _GPU_DTYPES
 
 

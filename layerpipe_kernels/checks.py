@@ -22,6 +22,13 @@ def check_tensor(name: str, tensor: Tensor, what: str = "tensor") -> None:
         raise TypeError(f"{what} {describe(name, tensor)} is {tensor.layout}; only dense tensors are supported")
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{what} {describe(name, tensor)} is not real floating point; keep it out of the optimizer")
+    if not tensor.is_meta and tensor.numel() and not tensor.data_ptr():
+        raise TypeError(
+            f"{what} {describe(name, tensor)} has no memory of its own; it is a {type(tensor).__name__}, "
+            "and only plain tensors are supported"
+        )
+    if tensor.is_neg():  # the imaginary part of a conjugate
+        raise ValueError(f"{what} {describe(name, tensor)} is a negated view; replace it by tensor.resolve_neg()")
     if not tensor.is_contiguous():
         raise ValueError(
             f"{what} {describe(name, tensor)} is not contiguous, its strides are {tensor.stride()}; "

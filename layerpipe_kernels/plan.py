@@ -182,7 +182,12 @@ class StepPlan:
             # What autograd and the setter of .grad guarantee, checked cheaply; the details make the message.
             if grad.dtype != self.grad_dtype or grad.numel() != size or grad.device.type != self.device.type:
                 check_like(self.names[i], grad, self.weights[i], "gradient", self.grad_dtype)
-            checked.append(grad if grad.is_contiguous() else grad.contiguous())
+            # The gradient of a number that stands for an imaginary part may be a view with the other sign.
+            plain = grad.resolve_neg().contiguous()
+            if size and not plain.is_meta and not plain.data_ptr():
+                plain = plain.clone()  # of zeros that nobody has written
+                check_tensor(self.names[i], plain, "the gradient of")
+            checked.append(plain)
         return checked
 
     def step(

@@ -91,11 +91,12 @@ def adam_step_(
     largest = exp_avg_sq
     if max_exp_avg_sq is not None:
         largest = torch.maximum(max_exp_avg_sq, exp_avg_sq, out=max_exp_avg_sq)
-    # 1 - beta**step, with digits to spare where it is small. A scalar tensor does not change the others' dtype.
+    # 1 - beta**step, with digits to spare where it is small.
     step = count.double()
     correction1, correction2 = -torch.expm1(step * _log(o.beta1)), -torch.expm1(step * _log(o.beta2))
     lr = _scalar(o.lr, w)
-    d = exp_avg / (largest.sqrt() / correction2.sqrt() + o.eps) * (lr / correction1)
+    root, rate = correction2.sqrt().to(w.dtype), (lr / correction1).to(w.dtype)
+    d = exp_avg / (largest.sqrt() / root + o.eps) * rate
     shrink = lr * o.weight_decay if o.decoupled else 0.0
     u = d + w * shrink
     w = w * (1 - shrink) - d

@@ -78,6 +78,11 @@ class History(ABC):
         """Whether a parameter's state has what this history keeps."""
         return not self.emas or ("ema" in state and len(state["ema"]) == self.emas)
 
+    def averages(self, param: Tensor, state: State) -> Tensor | None:
+        """``(K, *)`` where the state has them; options or a parameter that have changed since leave others there."""
+        ema: Tensor | None = state.get("ema")
+        return ema if ema is not None and ema.shape == (self.emas, *param.shape) else None
+
     def before_update(  # noqa: B027
         self,
         params: Sequence[Tensor],
@@ -106,9 +111,13 @@ class History(ABC):
         ``moved`` says whether the last update reached this parameter; one without a gradient stood still.
         """
         velocity = state.get("momentum_buffer") if mixture.velocity and moved else None
-        ema = state.get("ema") if mixture.emas else None
+        if velocity is not None and velocity.shape != param.shape:
+            velocity = None
+        ema = self.averages(param, state) if mixture.emas else None
         if out is None:
             out = torch.empty_like(param, requires_grad=False)
+        if not param.is_contiguous():  # no step takes it, so it never moved
+            return copy_into(out, param)
         weight = state.get("master", param)
         return ops.mix(weight, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
 
@@ -118,16 +127,19 @@ class History(ABC):
         """:meth:`past` where only the device knows the clock; ``moved`` is then 1 or 0, a float32 scalar there."""
         terms, taps = [], clock.taps
         velocity = state.get("momentum_buffer") if clock.has_velocity else None
-        if velocity is None:
+        if velocity is None or velocity.shape != param.shape:
             taps = taps[1:]
         else:
             terms.append(velocity)
             if moved is not None:
                 taps = torch.cat((taps[:1] * moved, taps[1:]))
-        if "ema" in state:
-            terms += state["ema"].unbind(0)
+        ema = self.averages(param, state)
+        if ema is not None:
+            terms += ema.unbind(0)
         if out is None:
             out = torch.empty_like(param, requires_grad=False)
+        if not param.is_contiguous():
+            return copy_into(out, param)
         weight = state.get("master", param)
         return ops.reconstruct(weight, terms, taps[: len(terms)], out=out, backend=self.settings.backend)
 

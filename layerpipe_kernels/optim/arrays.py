@@ -46,8 +46,8 @@ def complete(
         begun = state.get("momentum_buffer") is not None and param not in fresh
         made = float(state.get("step", begun))
         state["step"] = torch.full((), made, dtype=torch.float32, device=param.device)
-    if kept.counts and state["step"].device != param.device:  # torch keeps it on the CPU
-        state["step"] = state["step"].to(param.device)
+    if kept.counts:  # torch keeps it on the CPU, and in float64 where that is the default
+        state["step"] = state["step"].to(param.device, torch.float32)
     for name in kept.states:
         if state.get(name) is None:
             state[name] = _zeros_apart(param.shape, full, param.device, 1 + kept.states.index(name))

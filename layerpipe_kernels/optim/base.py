@@ -112,8 +112,18 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         its float32, which torch would round to the parameters' dtype. Where the checkpoint has no averages, their
         warm-up begins anew, with a warning.
         """
-        state_dict = checkpoint.with_options(self.param_groups, state_dict)
-        super().load_state_dict(state_dict)
+        taken: dict[str, Any] = {}
+
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            taken.update(checkpoint.with_options(self.param_groups, given))
+            return taken
+
+        last = self.register_load_state_dict_pre_hook(take)  # others may change what is loaded
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+        state_dict = taken
         self._still = {p for p, state in self.state.items() if state.pop(checkpoint.STILL, False)}
         checkpoint.restore_precision(self.param_groups, self.state, state_dict)
         checkpoint.restart_where_lost(self, self.state, state_dict)
@@ -166,7 +176,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         if past is None or mixture is None:
             return history.copy_into(out, param.detach())
         state = self.state[param]
-        if "past" in state and now.t:
+        if group["materialize"] and "past" in state and now.t:
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:
@@ -179,7 +189,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
     def _past_on_device(self, param: Tensor, group: Group, clock: DeviceClock, out: Tensor | None) -> Tensor:
         past, state = self.history(group), self.state[param]
         assert past is not None
-        if "past" in state:
+        if group["materialize"] and "past" in state:
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:
@@ -194,7 +204,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
 
         Args:
             param: one of this optimizer's parameters, ``(*)``.
-            out: ``(*)``, its dtype and device; written and returned. A fresh tensor if not given.
+            out: ``(*)``, its dtype and device, any strides; written and returned. A fresh tensor if not given.
 
         Raises:
             KeyError: the parameter is not in this optimizer.
@@ -205,7 +215,14 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
                 f"out must be {tuple(param.shape)} {param.dtype} on {param.device}, "
                 f"got {tuple(out.shape)} {out.dtype} on {out.device}"
             )
-        return self._past(param, torch.empty_like(param, requires_grad=False) if out is None else out)
+        if out is None:
+            return self._past(param, torch.empty_like(param, requires_grad=False))
+        if out.is_contiguous() and not out.is_neg():
+            self._past(param, out)
+            torch.autograd.graph.increment_version(out)  # somebody's graph may have saved it
+        else:
+            history.copy_into(out, self._past(param, None))
+        return out
 
     def _find(self, param: Tensor) -> Group:
         if not self._group_of:

@@ -72,14 +72,21 @@ def restore_precision(groups: list[Group], state: dict[Tensor, Any], saved: Stat
     """torch casts state to its parameter's dtype; take ours from the checkpoint again, as it was."""
     for own, other in zip(groups, saved["param_groups"], strict=True):
         for param, index in zip(own["params"], other["params"], strict=True):
-            full = reference.state_dtype(param.dtype)
             for key in FULL_PRECISION:
                 value = saved["state"].get(index, {}).get(key)
                 if value is None:
                     continue
-                dtype = value.dtype if key == "ema" else full
+                dtype = kept_dtype(key, value, param)
                 if state[param][key].dtype != dtype:
                     state[param][key] = value.to(device=param.device, dtype=dtype, copy=True)
+
+
+def kept_dtype(key: str, value: Tensor, param: Tensor) -> torch.dtype:
+    """In which dtype a parameter's state keeps what was saved, perhaps for a parameter of another dtype."""
+    full = reference.state_dtype(param.dtype)
+    if key not in FULL_PRECISION:
+        return param.dtype
+    return value.dtype if key == "ema" and value.dtype == torch.bfloat16 and full == torch.float32 else full
 
 
 def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved: StateDict) -> None:

@@ -111,9 +111,13 @@ class FusedOptimizer(PastOptimizer):
 
     def _step_as_before(self) -> bool:
         """Step by routine; false, with nothing written, where a group's options have changed."""
-        routines = self._routines
-        if len(routines) != len(self.param_groups) or not all(routine.fits() for routine in routines.values()):
+        routines, state = self._routines, self.state
+        if len(routines) != len(self.param_groups):
             return False
+        for index, group in enumerate(self.param_groups):
+            routine = routines.get(index)
+            if routine is None or routine.group is not group or routine.state is not state or not routine.fits():
+                return False
         for index, group in enumerate(self.param_groups):
             if not routines[index].step():
                 self._step_group(index, group, self._options(group), None, None)
@@ -121,7 +125,7 @@ class FusedOptimizer(PastOptimizer):
 
     def past_view(self, param: Tensor) -> Tensor:
         maker = self._past_makers.get(id(param))
-        if maker is not None and maker.param is param:
+        if maker is not None and maker.param is param and maker.state is self.state:
             past = _empty_like(maker.like)
             if maker.write(maker.i, past):
                 return past

@@ -31,6 +31,7 @@ class PastMaker(NamedTuple):
     like: Tensor  # of its shape, and cheaper to look at
     write: Callable[[int, Tensor], bool]
     i: int
+    state: Any  # the optimizer's when it was made
 
 
 class Routine:
@@ -66,11 +67,13 @@ class Routine:
             past.n if past is not None else 0,
             EXCHANGE,
         )
+        self.group, self.state = group, state
         self.fits: Callable[[], bool] = routine.fits
         self.step: Callable[[], bool] = routine.step
         if not on_host and past is not None:
             self.step = functools.partial(_step_outside_captures, routine.step)
-        self.makers = [PastMaker(p, p.detach(), routine.past, i) for i, p in enumerate(group["params"]) if makes_past]
+        params = group["params"] if makes_past else ()
+        self.makers = [PastMaker(p, p.detach(), routine.past, i, state) for i, p in enumerate(params)]
 
     @staticmethod
     def possible(group: Group, past: History | None) -> bool:
@@ -80,6 +83,8 @@ class Routine:
             and (past is None or not past.needs_states)
             and group["past_norm"] is None
             and not any(isinstance(value, Tensor) for value in group.values())
+            # A list may be changed in place; a tuple only where it holds tensors.
+            and isinstance(group.get("betas", ()), tuple)
             and not any(isinstance(beta, Tensor) for beta in group.get("betas", ()))
         )
 

@@ -69,7 +69,7 @@ def settings_of(group: Group) -> history.Settings:
         ema_of=group["ema_of"],
         momentum=momentum,
         nesterov=group.get("nesterov", False),
-        correlation=group["betas"][0] if "betas" in group else momentum,
+        correlation=float(group["betas"][0]) if "betas" in group else momentum,
         newest=momentum > 0 and not group.get("nesterov", False),
         materialize=group["materialize"],
         backend=group["backend"],

@@ -64,8 +64,11 @@ class StillParameters:
             decays, turn = past.design.at(clock.t)[0], past.design.turn_at(clock.t)
         for param in still:
             state = self.state[param]
-            if "ema" in state:
-                fade(state["ema"].unbind(0), decays, turn)
+            ema = past.averages(param, state)
+            if ema is not None:
+                fade(ema.unbind(0), decays, turn)
+            else:
+                state.pop("ema", None)
             if "past" not in state:
                 continue
             if isinstance(clock, Clock):

@@ -154,7 +154,7 @@ class PastWeights(AveragingOptimizer):
             for param, index in zip(group["params"], packed["params"], strict=True):
                 for key, value in saved["state"].get(index, {}).items():
                     if key in HISTORY_KEYS:
-                        dtype = param.dtype if key in ("stash", "past") else value.dtype
+                        dtype = checkpoint.kept_dtype(key, value, param)
                         self.state[param][key] = value.to(param.device, dtype, copy=True)
         checkpoint.restart_where_lost(self, self.state, saved)
 

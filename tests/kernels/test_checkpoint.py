@@ -14,7 +14,7 @@ from torch import Tensor
 
 import layerpipe_kernels as lk
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
@@ -292,3 +292,66 @@ def test_a_group_added_in_the_middle_forgets_nothing_of_the_others() -> None:
     optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
     assert all(map(torch.equal, before, map(optimizer.past_weight, params)))
     assert optimizer.param_groups[1]["delay"] == 3
+
+
+@pytest.mark.parametrize("dtypes", [(F32, F64), (F64, F32), (BF16, F32), (BF16, F64), (F32, BF16), (F64, BF16)])
+@pytest.mark.parametrize("past", PASTS[:-1])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "Lamb", "PastWeights"])
+def test_a_checkpoint_loads_into_parameters_of_another_dtype(
+    name: str, past: dict[str, Any], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    def make(dtype: torch.dtype) -> tuple[list[Tensor], torch.optim.Optimizer]:
+        params = parameters(dtype)
+        if name == "PastWeights":
+            return params, lk.PastWeights(torch.optim.SGD(params, lr=0.1), delay=3, **past)
+        return params, getattr(lk, name)(params, lr=0.1, delay=3, **past)
+
+    (source, old), (target, new) = map(make, dtypes)
+    steps(old, source, 6, seed=1)
+    take(target, source)
+    new.load_state_dict(saved(old))
+    for param, other in zip(source, target, strict=True):
+        tolerance = 1e-2 if BF16 in dtypes else 1e-5
+        want = old.past_weight(param).to(other.dtype)
+        torch.testing.assert_close(new.past_weight(other), want, rtol=tolerance, atol=tolerance)
+    steps(new, target, 2, seed=2)
+
+
+def test_a_checkpoint_that_was_made_with_another_default_dtype_loads() -> None:
+    params = parameters()
+    theirs = torch.optim.Adam(params)
+    torch.set_default_dtype(F64)
+    try:
+        steps(theirs, params, 2, seed=1)
+    finally:
+        torch.set_default_dtype(F32)
+    assert theirs.state[params[0]]["step"].dtype == F64
+    twins = [p.detach().clone().requires_grad_() for p in params]
+    ours = lk.Adam(twins)
+    ours.load_state_dict(saved(theirs))
+    for optimizer, each in ((theirs, params), (ours, twins)):
+        steps(optimizer, each, 2, seed=2)
+    for a, b in zip(params, twins, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_hooks_may_change_what_is_loaded() -> None:
+    """Another number of groups, and state of 16-bit parameters."""
+    params = parameters(BF16)
+    old = lk.SGD(params, lr=0.1, momentum=0.9, delay=3)
+    steps(old, params, 4, seed=1)
+    new = lk.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.1, momentum=0.9, delay=3)
+
+    def split_and_halve(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+        (group,) = given["param_groups"]
+        state = {i: {**s, "momentum_buffer": s["momentum_buffer"] / 2} for i, s in given["state"].items()}
+        groups = [{**group, "params": group["params"][:1]}, {**group, "params": group["params"][1:]}]
+        return {"state": state, "param_groups": groups}
+
+    new.register_load_state_dict_pre_hook(split_and_halve)
+    new.load_state_dict(saved(old))
+    for param in params:
+        buffer = new.state[param]["momentum_buffer"]
+        assert buffer.dtype == F32
+        assert torch.equal(buffer, old.state[param]["momentum_buffer"] / 2)
+    assert len(new._optimizer_load_state_dict_pre_hooks) == 1

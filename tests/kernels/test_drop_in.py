@@ -249,3 +249,27 @@ def test_without_a_delay_nothing_extra_is_kept(kind: str) -> None:
         kept = {k for k, v in expected.state[a].items() if v is not None}
         assert set(optimizer.state[b]) == kept
     assert optimizer.history_bytes() == 0
+
+
+@pytest.mark.parametrize("make", [lk.Adam, lk.AdamW, lk.Lamb])
+def test_betas_in_tensors_design_a_past(make: Any) -> None:
+    pasts = []
+    for betas in ((0.9, 0.99), (torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.99, dtype=torch.float64))):
+        param = torch.nn.Parameter(torch.ones(5))
+        optimizer = make([{"params": [param], "betas": betas}], lr=0.1, delay=3)
+        for step in range(5):
+            param.grad = torch.full((5,), 1.0 + step)
+            optimizer.step()
+        pasts.append(optimizer.past_weight(param))
+    assert torch.equal(*pasts)
+
+
+@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("past", [{}, {"delay": 2}, {"delay": 2, "past": "stash"}])
+def test_parameters_on_the_meta_device_are_stepped_without_memory(kind: str, past: dict[str, Any]) -> None:
+    param = torch.nn.Parameter(torch.ones(5, device="meta"))
+    optimizer = getattr(lk, kind)([param], lr=0.1, **past)
+    for _ in range(4):
+        param.grad = torch.ones(5, device="meta")
+        optimizer.step()
+        assert optimizer.past_weight(param).is_meta

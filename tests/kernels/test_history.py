@@ -234,3 +234,53 @@ def test_past_weight_is_fresh_or_out() -> None:
     run.step(2)
     assert torch.equal(fresh, run.versions[2])
     assert torch.equal(out, run.versions[2])
+
+
+@pytest.mark.parametrize("past", KINDS)
+def test_out_may_have_any_strides(past: str) -> None:
+    """Nothing beside it is written."""
+    param = torch.nn.Parameter(torch.randn(6, 4))
+    optimizer = lk.SGD([param], lr=0.1, momentum=0.9, delay=2, past=past)
+    for steps in range(4):
+        if steps:
+            param.grad = torch.randn(6, 4)
+            optimizer.step()
+        want = optimizer.past_weight(param)
+        memory = torch.full((6, 8), 7.0)
+        for out in (torch.empty(4, 6).t(), memory[:, :4], memory[:, 4:]):
+            before = memory.clone()
+            assert optimizer.past_weight(param, out=out) is out
+            assert torch.equal(out, want)
+            if out.storage_offset():
+                assert torch.equal(memory[:, :4], before[:, :4])
+        with pytest.raises(RuntimeError, match="single memory location"):
+            optimizer.past_weight(param, out=torch.zeros(1).expand(6, 4))
+
+
+@pytest.mark.parametrize("past", KINDS)
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_graph_that_has_saved_out_notices_that_it_was_written(past: str, backend: str) -> None:
+    if backend not in lk.available_backends():
+        pytest.skip("not built")
+    run = Run(delay=2, past=past, backend=backend)
+    run.step(4)
+    out = run.optimizer.past_weight(run.param)
+    x = torch.ones_like(out, requires_grad=True)
+    loss = (x * out).sum()
+    run.optimizer.past_weight(run.param, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_frozen_parameters_are_their_own_past_whatever_their_strides() -> None:
+    frozen = [torch.randn(4, 8)[:, :4], torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)]
+    moving = torch.nn.Parameter(torch.randn(3))
+    params = [torch.nn.Parameter(t, requires_grad=False) for t in frozen]
+    optimizer = lk.SGD([*params, moving], lr=0.1, momentum=0.9, delay=2)
+    for _ in range(4):
+        for param in params:
+            assert torch.equal(optimizer.past_weight(param), param)
+            assert torch.equal(optimizer.past_view(param), param)
+            assert torch.equal(optimizer.past_weight(param, out=torch.empty(param.shape)), param)
+        moving.grad = torch.ones(3)
+        optimizer.step()

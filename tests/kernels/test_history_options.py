@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
 import layerpipe_kernels as lk
 from tests.kernels.runs import Run
@@ -78,6 +79,45 @@ def test_bad_parameters_and_gradients_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="share memory"):
         optimizer.step()
     assert torch.equal(memory, before)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_the_gradient_of_an_imaginary_part_has_its_sign(backend: str) -> None:
+    """torch keeps it as a view whose memory holds the negated number."""
+    if backend not in lk.available_backends():
+        pytest.skip("not built")
+    phase = P(torch.tensor(1.0))
+    optimizer = lk.SGD([phase], lr=0.5, backend=backend)
+    for _ in range(3):  # the first looks at everything, the others do not
+        optimizer.zero_grad()
+        (torch.complex(torch.tensor(0.0), phase).conj() * (1 + 2j)).real.backward()
+        assert phase.grad is not None
+        assert phase.grad.is_neg()
+        assert phase.grad.item() == 2.0
+        optimizer.step()
+    assert phase.item() == -2.0
+    turned = P(torch.tensor([1 + 2j]).conj().imag)
+    turned.grad = torch.ones(1)
+    with pytest.raises(ValueError, match="negated view"):
+        lk.SGD([turned], lr=0.1).step()
+
+
+def test_tensors_without_memory_are_refused_or_made_whole() -> None:
+    param = P(torch.ones(3))
+    optimizer = lk.SGD([param], lr=0.1)
+    for grad in (torch.ones(3), torch._efficientzerotensor(3), torch._efficientzerotensor(3)):
+        param.grad = grad
+        optimizer.step()
+    torch.testing.assert_close(param.detach(), torch.full((3,), 0.9))
+    pair = TwoTensor(torch.ones(3), torch.ones(3))
+    param.grad = pair
+    for _ in range(2):
+        with pytest.raises(TypeError, match=r"the gradient of .* has no memory of its own; it is a TwoTensor"):
+            optimizer.step()
+    wrapped = P(pair)
+    wrapped.grad = pair
+    with pytest.raises(TypeError, match=r"parameter 'odd' .* has no memory of its own"):
+        lk.SGD([("odd", wrapped)], lr=0.1).step()
 
 
 def test_unknown_parameter_and_wrong_out() -> None:

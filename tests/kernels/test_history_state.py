@@ -76,6 +76,28 @@ def test_memory_that_changes_its_meaning_is_noticed(change: Any) -> None:
             optimizer.step()
 
 
+@pytest.mark.parametrize("sizes", [(1000, 5), (5, 1000)])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_parameter_of_another_size_at_the_same_place_is_noticed(sizes: tuple[int, int], momentum: float) -> None:
+    memory = torch.randn(1000)
+    param = torch.nn.Parameter(memory[: sizes[0]])
+    optimizer = lk.SGD([param], lr=1.0, momentum=momentum)
+    for _ in range(2):
+        param.grad = torch.zeros(sizes[0])
+        optimizer.step()
+    param.grad, param.data = None, memory[: sizes[1]]
+    param.grad = torch.ones(sizes[1])
+    before = memory.clone()
+    if momentum:
+        with pytest.raises(ValueError, match="momentum buffer"):
+            optimizer.step()
+        assert torch.equal(memory, before)
+    else:
+        optimizer.step()
+        before[: sizes[1]] -= 1.0
+        assert torch.equal(memory, before)
+
+
 def test_more_averages_than_there_were_begin_anew() -> None:
     run = Run(delay=6, past="blend", order=1)
     run.step(3)
@@ -114,3 +136,52 @@ def test_a_momentum_schedule_does_not_redesign_the_blend() -> None:
     run.optimizer.param_groups[0]["momentum"] = 0.85
     run.step()
     assert run.optimizer.history(run.optimizer.param_groups[0]) is first
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("past", ["ema", "momentum"])
+def test_past_weights_that_are_no_longer_materialized_are_made_again(past: str, capturable: bool) -> None:
+    """What the last step wrote before the change must not be taken for the past for ever."""
+    runs = [Run(delay=4, past=past, materialize=m, capturable=capturable) for m in (True, False)]
+    with torch.no_grad():
+        runs[1].param.copy_(runs[0].param)
+    runs[1].drift = runs[0].drift
+    for begun in (True, False):
+        runs[0].optimizer.param_groups[0]["materialize"] = begun
+        for run in runs:
+            torch.manual_seed(5)
+            run.step(6)
+    torch.testing.assert_close(*(run.optimizer.past_weight(run.param) for run in runs))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(("option", "values"), [("momentum", (0.9, 0.0)), ("momentum", (0.0, 0.9)), ("order", (1, 3))])
+def test_averages_of_another_number_are_no_past(
+    option: str, values: tuple[float, float], backend: str, capturable: bool
+) -> None:
+    """Between the change of an option and the next gradient, no memory behind the old averages is read."""
+    if backend not in lk.available_backends():
+        pytest.skip("not built")
+    params = [torch.nn.Parameter(torch.randn(20)) for _ in range(2)]
+    options = {"momentum": 0.9, "delay": 2 if option == "momentum" else 6, option: values[0]}
+    optimizer = lk.SGD(params, lr=0.1, backend=backend, capturable=capturable, **options)
+    for _ in range(10):
+        for param in params:
+            param.grad = torch.ones(20)
+        optimizer.step()
+    optimizer.param_groups[0][option] = values[1]
+    made = []
+    for _ in range(3):
+        made.append(optimizer.past_weight(params[1]) - params[1])
+        params[0].grad, params[1].grad = torch.ones(20), None
+        optimizer.step()
+    buffer = optimizer.state[params[1]].get("momentum_buffer")
+    moved = 0.0 if buffer is None else 10 * buffer.abs().max()  # at most the newest update, never what lay behind
+    assert made[0].abs().max() <= moved
+    assert not any(difference.any() for difference in made[1:])
+    for _ in range(8):
+        for param in params:
+            param.grad = torch.ones(20)
+        optimizer.step()
+    assert (optimizer.past_weight(params[1]) > params[1]).all()

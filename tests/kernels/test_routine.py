@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -145,6 +146,51 @@ def test_a_routine_step_counts_versions() -> None:
         versions = [p._version for p in params]
         optimizer.step()
         assert all(p._version > v for p, v in zip(params, versions, strict=True))
+
+
+def replace_state(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state = collections.defaultdict(dict)
+
+
+def replace_group(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.5}
+
+
+def change_betas_in_place(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["betas"][0] = 0.1
+
+
+def drop_a_group(optimizer: torch.optim.Optimizer) -> None:
+    del optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("change", [replace_state, replace_group, change_betas_in_place, drop_a_group])
+def test_what_is_exchanged_as_a_whole_is_noticed(change: Callable[[torch.optim.Optimizer], None]) -> None:
+    results = []
+    for kind in (torch.optim.Adam, lk.Adam):
+        params = parameters()
+        optimizer = kind([{"params": params[:2], "betas": [0.9, 0.99]}, {"params": params[2:]}], lr=0.1)
+        for step in range(8):
+            fill(params, step)
+            if change is drop_a_group and step < 4:
+                params[0].grad = None
+            if step == 4:
+                change(optimizer)
+            optimizer.step()
+        results.append(params)
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_past_is_not_made_of_a_state_that_was_exchanged() -> None:
+    params = parameters()
+    optimizer = lk.SGD(params, lr=0.1, momentum=0.9, delay=3)
+    for step in range(5):
+        fill(params, step)
+        optimizer.step()
+    assert not torch.equal(optimizer.past_view(params[0]), params[0])
+    replace_state(optimizer)
+    assert torch.equal(optimizer.past_view(params[0]), params[0])
 
 
 def test_a_step_works_while_another_thread_compiles(monkeypatch: pytest.MonkeyPatch) -> None:

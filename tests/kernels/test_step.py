@@ -320,3 +320,14 @@ def test_a_delayed_backward_without_hooks_fails_instead_of_being_wrong(backend: 
 def test_cases_are_described_by_what_they_change() -> None:
     assert "emas=3" in str(dataclasses.replace(Case(), emas=3))
     assert str(Case(grad=F32)) == "grad=torch.float32"
+
+
+def test_a_single_number_is_averaged_in_bfloat16_by_the_reference() -> None:
+    """Beside Adam's step count, a tensor without dimensions too, it must not become float64."""
+    param = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = lk.AdamW([param], lr=0.1, delay=2, ema_dtype=torch.bfloat16, backend="reference")
+    for _ in range(4):
+        param.grad = torch.tensor(1.0)
+        optimizer.step()
+    assert param < 1.0
+    assert optimizer.past_weight(param) > param
