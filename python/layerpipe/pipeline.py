@@ -330,6 +330,9 @@ class Pipeline(Network):
 
         Returns:
             The losses that :meth:`step` had still to return, as :meth:`drain` does.
+
+        Raises:
+            TypeError: ``extra`` holds something else, which :meth:`resume` would refuse. The file is left as it was.
         """
         losses = self.drain()
         checkpoint.save(self, None if path is None else Path(path), extra)
