@@ -215,7 +215,7 @@ def test_what_could_not_be_read_again_is_not_written(extra: Any, tmp_path: Path)
     path = tmp_path / "c.pt"
     with pipeline() as pipe:
         pipe.checkpoint(path, epoch=1)
-        with pytest.raises(TypeError, match="would not be readable with .* in it; give"):
+        with pytest.raises(TypeError, match=r"would not be readable with .* in it; give"):
             pipe.checkpoint(path, epoch=2, more=extra)
         assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
         assert pipe.resume(path) == {"epoch": 1}
