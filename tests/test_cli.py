@@ -134,6 +134,13 @@ def test_train_with_an_option_of_the_past_trains_otherwise(option: str, value: s
         (["train", "--executor", "streams", "--profile", "--model", "mlp"], "'streams' needs a CUDA device"),
         (["train", "--executor", "graphs", "--model", "mlp"], "'graphs' needs a CUDA device; the stages are on cpu"),
         (["train", "--out", __file__, "--model", "mlp"], "is not a directory"),
+        (["train", "--epochs", "inf"], "'--epochs': inf is not a finite number"),
+        (["train", "--epochs", "0"], "'--epochs': 0.0 is not more than 0"),
+        (["train", "--max-norm", "0"], "'--max-norm': 0.0 is not more than 0"),
+        (["train", "--timeout", "inf", "--executor", "distributed"], "'--timeout': inf is not a finite number"),
+        (["train", "--seed", "99999999999999999999"], "'--seed': 99999999999999999999 has more than 63 bits"),
+        (["train", "--device", "meta", "--model", "mlp"], "--device meta"),
+        (["compare", "--past", "blend", "--ema-decay", "coupled"], "--ema-decay is that of ema, which --past does not"),
         (["compare", "--past", "stash,soon"], "--past 'soon' is unknown"),
         (["compare", "--past", "ema+coupled"], "--past 'ema+coupled' is unknown"),
         (["compare", "--past", "blend+match+never"], "a blend with +coupled"),
@@ -324,6 +331,10 @@ def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(tmp_path: Pat
         (["--resume", "plain"], "started without --checkpoint-every"),
         (["--resume", "plain", "--lr", "0.1", "--batch-size", "4"], "leave out --lr, --batch-size"),
         (["--resume", "newer"], "config.json has lookahead, which this version does not know"),
+        (["--resume", "comparison"], "a run of layerpipe compare, which cannot go on"),
+        (["--resume", "typed"], "config.json has stages='three'"),
+        (["--resume", "list"], "its config.json holds no options"),
+        (["--resume", "noise"], "noise/metrics.jsonl has lines that are not of a run"),
     ],
     ids=str,
 )
@@ -335,9 +346,19 @@ def test_what_cannot_be_resumed_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, more in (("plain", {}), ("newer", {"lookahead": 2})):
+    runs: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "newer": {"lookahead": 2},
+        "comparison": {"past": ["blend"], "seeds": 3},
+        "typed": {"stages": "three"},
+        "noise": {"checkpoint_every": 5, "model": "mlp"},
+    }
+    for name, more in runs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({**TrainConfig().to_json(), **more}))
+    (tmp_path / "noise" / "metrics.jsonl").write_text("[1]\n")
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[]")
     assert run("train", *arguments) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -35,6 +35,8 @@ class Blend(History):
         decays: tuple[float, ...] | None = None
         if isinstance(settings.ema_decay, tuple):
             decays = settings.ema_decay
+            if len(decays) != settings.order:
+                raise ValueError(f"order={settings.order} takes {settings.order} decays, got ema_decay={decays}")
         elif settings.ema_decay is not None and not coupled:
             if settings.order > 1:
                 raise ValueError(

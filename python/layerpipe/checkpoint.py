@@ -25,6 +25,9 @@ def write(path: Path, content: dict[str, Any]) -> None:
     """Replace the file in one move, once all of it is on the disk: whoever dies meanwhile leaves the one before.
 
     What is half written lies beside it as ``<name>.partial`` and is overwritten the next time.
+
+    Raises:
+        TypeError: the content holds something that :func:`read` would refuse. The file before is still there.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -32,6 +35,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
             torch.save({"layerpipe": FORMAT, **content}, file)
             file.flush()
             os.fsync(file.fileno())
+        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
+            raise TypeError(
+                f"{path} would not be readable with {', '.join(unsafe)} in it; give checkpoint() tensors, numbers, "
+                "strings, lists and dicts of them"
+            )
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -69,6 +77,7 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
 
     Raises:
         OSError, CheckpointError: the file cannot be written; in the processes that do not write it, the latter.
+        TypeError: ``extra`` holds something that would not be read again.
         ValueError: no process has a path.
     """
     ranks = pipe.ranks

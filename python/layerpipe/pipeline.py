@@ -59,7 +59,8 @@ class Pipeline(Network):
 
     Raises:
         ValueError: no stages, an unknown name, options that contradict each other.
-        TypeError: an optimizer that does not know its past weights where a delay needs them.
+        TypeError: stages that are one module, a loss or an optimizer that is no function, or an optimizer that does
+            not know its past weights where a delay needs them.
 
     Where there are several processes, all of them make the same pipeline and call the same methods in the same order:
     each trains its own :attr:`stages`, the first takes the inputs of :meth:`step`, the last the targets.
@@ -86,6 +87,17 @@ class Pipeline(Network):
         split_backward: bool = False,
         check_finite: bool = True,
     ) -> None:
+        if isinstance(stages, nn.Module) and not isinstance(stages, (nn.Sequential, nn.ModuleList)):
+            raise TypeError(
+                f"stages is a {type(stages).__name__}; cut it with layerpipe.split, or give a list of modules"
+            )
+        for name, function in (("loss_fn", loss_fn), ("optimizer", optimizer)):
+            if not callable(function):
+                how = "function that makes one: lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
+                wanted = "function of output and target" if name == "loss_fn" else how
+                raise TypeError(f"{name} is a {type(function).__name__}, not a {wanted}")
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm must be more than 0, got {max_norm}")
         if not stages:
             raise ValueError("a pipeline needs at least one stage")
         for i, module in enumerate(stages):
@@ -330,6 +342,9 @@ class Pipeline(Network):
 
         Returns:
             The losses that :meth:`step` had still to return, as :meth:`drain` does.
+
+        Raises:
+            TypeError: ``extra`` holds something else, which :meth:`resume` would refuse. The file is left as it was.
         """
         losses = self.drain()
         checkpoint.save(self, None if path is None else Path(path), extra)

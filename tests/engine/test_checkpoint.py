@@ -206,3 +206,16 @@ def test_batchnorm_is_in_a_checkpoint(tmp_path: Path) -> None:
         pipe.resume(tmp_path / "c.pt")
         assert all(torch.equal(n.running_mean, m) for n, m in zip(norms, means, strict=True))  # type: ignore[arg-type]
         assert all(n.num_batches_tracked == 5 for n in norms)
+
+
+@pytest.mark.parametrize(
+    "extra", [Path("data"), torch.nn.Linear(2, 2), [{"a": object()}]], ids=lambda x: type(x).__name__
+)
+def test_what_could_not_be_read_again_is_not_written(extra: Any, tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    with pipeline() as pipe:
+        pipe.checkpoint(path, epoch=1)
+        with pytest.raises(TypeError, match=r"would not be readable with .* in it; give"):
+            pipe.checkpoint(path, epoch=2, more=extra)
+        assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
+        assert pipe.resume(path) == {"epoch": 1}

@@ -118,6 +118,12 @@ def test_load_state_dict_refuses_a_full_pipe_and_other_names() -> None:
     [
         ({"stages": []}, ValueError, "at least one stage"),
         ({"stages": ["conv1"]}, TypeError, "stage 0 is a str"),
+        ({"stages": nn.Linear(2, 2)}, TypeError, "stages is a Linear; cut it with layerpipe.split"),
+        ({"loss_fn": None}, TypeError, "loss_fn is a NoneType, not a function of output and target"),
+        ({"optimizer": torch.optim.SGD([torch.ones(1)], lr=0.1)}, TypeError, "optimizer is a SGD, not a function that"),
+        ({"max_norm": 0}, ValueError, "max_norm must be more than 0"),
+        ({"max_norm": -1.0}, ValueError, "max_norm must be more than 0"),
+        ({"max_norm": float("nan")}, ValueError, "max_norm must be more than 0"),
         ({"past": "tomorrow"}, ValueError, "past='tomorrow' is unknown"),
         ({"schedule": "gpipe"}, ValueError, "schedule='gpipe' is unknown.*lockstep, 1f1b, sequential"),
         ({"executor": "fibers"}, ValueError, "executor='fibers' is unknown.*serial, threads"),

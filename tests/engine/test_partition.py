@@ -393,3 +393,8 @@ def test_wrapped_stages_are_first_measured_with_residual_blocks_left_whole(monke
     split(model, 2, (torch.randn(2, 1, 8, 8),), balance="time", wrap=nn.Sequential)
     assert measured[0][0] in {1, 3, 5, 8, 10, 13, 15, 18}  # of 20, after the stem or a whole block
     assert len(measured) == 4
+
+
+def test_example_inputs_that_are_one_tensor_are_refused() -> None:
+    with pytest.raises(TypeError, match="give a tuple of the forward's arguments"):
+        split(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 2, torch.ones(3, 4))  # type: ignore[arg-type]

@@ -29,6 +29,7 @@ P = torch.nn.Parameter
         ({"past": "yesterday"}, "stash, latest, ema, momentum, blend"),
         ({"past": "blend", "order": 4}, "order"),
         ({"past": "blend", "order": 2, "ema_decay": "matched"}, "designs its decays"),
+        ({"past": "blend", "order": 2, "ema_decay": (0.5, 0.8, 0.9)}, "order=2 takes 2 decays, got ema_decay"),
         ({"past": "ema", "ema_decay": "fast"}, "ema_decay"),
         ({"past": "ema", "ema_decay": (0.1, 0.2)}, "one ema_decay"),
         ({"past": "ema", "ema_of": "loss"}, "ema_of"),

@@ -155,6 +155,10 @@ def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
         values = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"--resume {path}: its config.json cannot be read ({error})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--resume {path}: its config.json holds no options")
+    if "seeds" in values:
+        raise UsageError(f"--resume {path}: a run of layerpipe compare, which cannot go on")
     baseline = bool(values.pop("baseline", True))
     values.pop("environment", None)
     config = TrainConfig.from_json(values)

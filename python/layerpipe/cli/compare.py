@@ -38,7 +38,14 @@ def compare(
     stages: o.Stages = TrainConfig.stages,
     balance: o.Balance = "flops",
     order: o.Order = TrainConfig.order,
-    ema_decay: o.EmaDecay = None,
+    ema_decay: Annotated[
+        str | None,
+        typer.Option(
+            help="Decay of ema's average: matched, white, window, or a number. Default: matched.",
+            rich_help_panel=o.METHOD,
+            show_default=False,
+        ),
+    ] = None,
     past_norm: o.PastNorm = None,
     schedule: Annotated[
         str, typer.Option(help="Schedules to compare, with commas: lockstep, 1f1b.", rich_help_panel=o.METHOD)
@@ -103,6 +110,8 @@ def _kinds(
     base: TrainConfig, names: Sequence[str], schedules: Sequence[str], ema_decay: str | None
 ) -> dict[str, TrainConfig]:
     """Every kind of past weights under every schedule."""
+    if ema_decay is not None and not any(name.strip().split("+")[0] == "ema" for name in names):
+        raise UsageError("--ema-decay is that of ema, which --past does not name; of a blend there is blend+coupled")
     for schedule in schedules:
         if schedule not in NAMES:
             raise UsageError(f"--schedule {schedule!r} is unknown; there are: {', '.join(NAMES)}")

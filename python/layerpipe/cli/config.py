@@ -75,11 +75,16 @@ class TrainConfig:
         """What :meth:`to_json` gave. An option that is newer than the file takes its default.
 
         Raises:
-            UsageError: an option that this version does not have.
+            UsageError: an option that this version does not have, or a value that none could have.
         """
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise UsageError(f"the run's config.json has {', '.join(unknown)}, which this version does not know")
+        for name, value in values.items():
+            default = getattr(cls, name)
+            kind = float | int if isinstance(default, float) else str if isinstance(default, Path) else type(default)
+            if default is not None and not isinstance(value, kind):
+                raise UsageError(f"the run's config.json has {name}={value!r}, which cannot be")
         options: dict[str, Any] = {**values, "data_dir": Path(values.get("data_dir", cls.data_dir))}
         if options.get("at") is not None:
             options["at"] = tuple(options["at"])

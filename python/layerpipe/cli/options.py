@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +13,25 @@ NETWORK, METHOD, TRAINING, RUN = "Network and data", "Pipeline", "Training", "Ru
 
 def _option(help: str, panel: str, **kwargs: object) -> typer.models.OptionInfo:
     return typer.Option(help=help, rich_help_panel=panel, **kwargs)  # type: ignore[arg-type,no-any-return]
+
+
+def finite(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
+def positive(value: float | None) -> float | None:
+    if value is not None and value <= 0:
+        raise typer.BadParameter(f"{value} is not more than 0")
+    return finite(value)
+
+
+def _seed(value: int) -> int:
+    """torch takes 64 bits, ``compare`` counts up from here."""
+    if not -(2**63) <= value < 2**63:
+        raise typer.BadParameter(f"{value} has more than 63 bits")
+    return value
 
 
 PastName = Literal["stash", "latest", "ema", "momentum", "blend"]
@@ -76,11 +96,13 @@ ExecutorName = Annotated[
         METHOD,
     ),
 ]
-Lr = Annotated[float, _option("Learning rate after the warm-up.", TRAINING, min=0.0)]
+Lr = Annotated[float, _option("Learning rate after the warm-up.", TRAINING, min=0.0, callback=finite)]
 Momentum = Annotated[float, _option("SGD's momentum.", TRAINING, min=0.0, max=1.0)]
-WeightDecay = Annotated[float, _option("Weight decay.", TRAINING, min=0.0)]
+WeightDecay = Annotated[float, _option("Weight decay.", TRAINING, min=0.0, callback=finite)]
 BatchSize = Annotated[int, _option("Images per minibatch.", TRAINING, min=1)]
-Epochs = Annotated[float | None, _option("Passes over the training data; may be a fraction.", TRAINING, min=0.0)]
+Epochs = Annotated[
+    float | None, _option("Passes over the training data; may be a fraction.", TRAINING, min=0.0, callback=positive)
+]
 Steps = Annotated[
     int | None, _option("Minibatches; goes before --epochs. Default: 600.", TRAINING, min=1, show_default=False)
 ]
@@ -88,8 +110,10 @@ LrSchedule = Annotated[
     Literal["constant", "cosine", "linear"], _option("After the warm-up: stay, or go down to 0.", TRAINING)
 ]
 Warmup = Annotated[int, _option("Steps over which the learning rate rises linearly.", TRAINING, min=0)]
-MaxNorm = Annotated[float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0)]
-Seed = Annotated[int, _option("Of the initial weights and the order of the data.", TRAINING)]
+MaxNorm = Annotated[
+    float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0, callback=positive)
+]
+Seed = Annotated[int, _option("Of the initial weights and the order of the data.", TRAINING, callback=_seed)]
 Device = Annotated[str, _option("cpu, cuda, cuda:1, ...", RUN)]
 Profile = Annotated[
     bool, _option("Write a trace of 50 ticks for chrome://tracing or ui.perfetto.dev, and say where time went.", RUN)
@@ -117,6 +141,11 @@ Resume = Annotated[
 ]
 Timeout = Annotated[
     float,
-    _option("Seconds that a process of --executor distributed waits for another before it gives up.", RUN, min=1),
+    _option(
+        "Seconds that a process of --executor distributed waits for another before it gives up.",
+        RUN,
+        min=1,
+        callback=finite,
+    ),
 ]
 Out = Annotated[Path | None, _option("Directory to write to. Default: runs/<name>, made new.", RUN, show_default=False)]

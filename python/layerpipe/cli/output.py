@@ -119,11 +119,13 @@ def _up_to_checkpoints(path: Path) -> list[dict[str, Any]]:
     """What the metrics say of each run up to its last checkpoint; what came after will be written again."""
     last = {file.stem: checkpoints.read(file)["extra"]["step"] for file in path.glob("*.checkpoint")}
     found = []
-    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             said = json.loads(line)
         except ValueError:
             continue  # the last line of a run that was killed
+        if not isinstance(said, dict) or not said.keys() >= {"run", "event"}:
+            raise UsageError(f"{path}/metrics.jsonl has lines that are not of a run")
         if said["event"] in ("step", "test") and said["step"] <= last.get(said["run"], 0):
             found.append(said)
     return found

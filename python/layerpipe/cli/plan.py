@@ -74,7 +74,7 @@ def plan(
     compute_rate: Annotated[str, _option("FLOP/s of a processor.", MACHINE, shown=True)] = "19.5T",
     memory_rate: Annotated[str, _option("Bytes/s of its memory.", MACHINE, shown=True)] = "1555G",
     link_rate: Annotated[str, _option("Bytes/s between two processors, each way.", MACHINE, shown=True)] = "32G",
-    link_latency: Annotated[float, _option("Seconds.", MACHINE, min=0.0, shown=True)] = 5e-6,
+    link_latency: Annotated[float, _option("Seconds.", MACHINE, min=0.0, shown=True, callback=o.finite)] = 5e-6,
     derivation: Annotated[bool, _option("Print how the delays are derived.", OUTPUT, "--derivation")] = False,
     as_json: Annotated[bool, _option("Print everything as JSON, and nothing else.", OUTPUT, "--json")] = False,
     plot: Annotated[Path | None, _option("Draw into this directory.", OUTPUT)] = None,
@@ -86,6 +86,7 @@ def plan(
         memory=quantity(memory_rate, "--memory-rate"),
         link=Link(quantity(link_rate, "--link-rate"), link_latency),
     )
+    memory = None if memory_per_stage is None else quantity(memory_per_stage, "--memory-per-stage")
     measure = balance == "time"
     import_from_here()
     try:
@@ -101,7 +102,7 @@ def plan(
         found = planning.plan(
             profile(network, inputs, measure=measure),
             stages=stages,
-            memory_per_stage=quantity(memory_per_stage, "--memory-per-stage") if memory_per_stage else None,
+            memory_per_stage=memory,
             schedule=schedule, past=past, order=order, momentum=momentum, balance=balance, machine=machine,
             microbatches=microbatches,
         )  # fmt: skip

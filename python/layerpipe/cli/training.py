@@ -161,7 +161,7 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # meta has tensors, but no numbers
     except (RuntimeError, AssertionError) as error:
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
     return device

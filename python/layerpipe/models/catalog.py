@@ -76,7 +76,7 @@ def load(
     if name in CATALOG:
         entry = CATALOG[name]
         factory, shapes = entry.factory, list(inputs) or entry.inputs(options)
-    elif ":" in name:
+    elif name.find(":") > 0:
         factory, shapes = _find(name), list(inputs)
         if not shapes:
             raise ValueError(f"{name} needs the shape of its input, e.g. --input 3,224,224 or --input 1024:int64")
@@ -88,7 +88,14 @@ def load(
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} does not take these options: {error}") from error
     with torch.device(device):
-        model = factory(**options)
+        try:
+            model = factory(**options)
+        except (TypeError, RuntimeError) as error:
+            if name not in CATALOG:
+                raise  # a factory of the caller's, who needs to see where
+            asked = ", ".join(f"{option}={value!r}" for option, value in options.items())
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{name} cannot be made with {asked}: {reason}") from error
         examples = tuple(torch.zeros(batch, *shape.sizes, dtype=shape.dtype) for shape in shapes)
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}, not an nn.Module")

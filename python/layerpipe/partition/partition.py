@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from layerpipe.partition.balance import balance as balanced
 from layerpipe.partition.balance import refine
@@ -52,7 +52,10 @@ def split(
     Raises:
         ValueError: the model cannot be traced, has fewer places to cut than stages are wanted, or uses tied weights on
             both sides of a cut; the message says what to do. Stages made by hand, a list of modules, need no ``split``.
+        TypeError: ``example_inputs`` is a tensor.
     """
+    if isinstance(example_inputs, Tensor):
+        raise TypeError("example_inputs is a tensor; give a tuple of the forward's arguments: (x,)")
     if stages < 1:
         raise ValueError(f"a pipeline has at least one stage, got {stages}")
     if balance not in BALANCES:
