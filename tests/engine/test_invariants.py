@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -142,6 +143,33 @@ def test_stash_equals_the_simulation_for_attention() -> None:
     data = [(torch.randn(4, 5, 8), torch.randint(3, (4,))) for _ in range(12)]
     simulated = delayed_sgd(stages(), data)
     with pipeline(stages(), past="stash") as pipe:
+        train(pipe, data)
+        assert_equal_state(pipe.state_dict(), simulated.state_dict())
+
+
+class Spectral(nn.Module):
+    """Complex numbers kept as pairs of real ones, as the filters of Fourier networks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain, conjugated, third = torch.view_as_complex(self.weight)
+        spectrum = torch.fft.rfft(x)
+        negated = third.conj().imag * spectrum.real
+        return torch.fft.irfft(spectrum * plain + spectrum * conjugated.conj() + negated, n=6)
+
+
+def test_weights_read_as_complex_numbers_have_their_past() -> None:
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [nn.Linear(6, 6), Spectral(), Spectral(), nn.Linear(6, 3)]
+
+    data = minibatches(12)
+    simulated = delayed_sgd(stages(), data)
+    with pipeline(stages(), past="stash") as pipe, warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is copied
         train(pipe, data)
         assert_equal_state(pipe.state_dict(), simulated.state_dict())
 
