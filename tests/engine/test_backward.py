@@ -111,6 +111,40 @@ def test_convolutions_wait_and_a_weight_used_twice_does_not() -> None:
     assert all(complete().values())
 
 
+class Returned(nn.Linear):
+    """Hands its weight on, as an embedding that the head shares would be."""
+
+    transposed = False
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = x if weight is None else x @ weight
+        seen = self.weight.t() if self.transposed else self.weight
+        return torch.addmm(self.bias, x, seen), seen
+
+
+class Taking(nn.Linear):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x @ weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "sequential"])
+def test_a_weight_that_is_also_an_output_gets_both_gradients_of_a_split_backward(
+    schedule: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Returned, "transposed", transposed)
+
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [Returned(6, 6), Returned(6, 6), Returned(6, 6), Taking(6, 3)]
+
+    data = minibatches(12)
+    plain, split = (
+        trained(stages(), data, schedule=schedule, past="stash", split_backward=chosen) for chosen in (False, True)
+    )
+    assert_equal(split, plain)
+
+
 def test_a_weights_own_gradient_reconstructs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for split in (False, True):
