@@ -205,6 +205,17 @@ def test_activation_checkpointing_recomputes_with_past_weights(executor: str, re
     assert_equal(plain, {name.replace(".inner", ""): value for name, value in recomputed.items()})
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_stage_that_recomputes_without_a_delay_is_not_split(reentrant: bool) -> None:
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [nn.Linear(6, 6), Checkpointed(nn.Linear(6, 3), reentrant=reentrant)]
+
+    data = minibatches(5)
+    plain, split = (trained(stages(), data, split_backward=chosen) for chosen in (False, True))
+    assert_equal(split, plain)
+
+
 def test_a_stage_that_recomputes_is_noticed_and_others_are_not() -> None:
     stages = [nn.Linear(6, 6), Checkpointed(nn.Linear(6, 6), reentrant=False), nn.Linear(6, 6), nn.Linear(6, 3)]
     with layerpipe.Pipeline(stages, F.cross_entropy, sgd) as pipe:

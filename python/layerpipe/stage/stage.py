@@ -85,8 +85,9 @@ class Stage:
         self._all_params = list(module.parameters())
         self._params = [p for p in self._all_params if p.requires_grad]
         self._look_for_copies = delay > 0  # in the first forward
-        self._recomputes: bool | None = None if delay else False  # not known before the first backward
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
+        matters = delay > 0 or self._split_backward
+        self._recomputes: bool | None = None if matters else False  # not known before the first backward
         self._rest: SplitBackward | None = None
         self._options: Options | None = None
         if optimizer is not None:
@@ -261,7 +262,7 @@ class Stage:
     @property
     def scratch_bytes(self) -> int:
         """Of the largest past weight made for a backward, or of all where a backward recomputes."""
-        return sum(p.nbytes for p in self._params) if self._recomputes else self._saved.scratch_bytes
+        return sum(p.nbytes for p in self._params) if self._recomputes and self.delay else self._saved.scratch_bytes
 
     def watch(self, spans: Recorder | None) -> None:
         """Write down what takes how long from now on, or stop."""
