@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layerpipe.errors import DivergenceError
@@ -129,7 +130,7 @@ class Stage:
             warn_of_copies(self.name, self.module, flight.outputs)
         if hooked:
             self._count(flight)
-        return tuple([y.detach() for y in flight.outputs])
+        return tuple([self._handed_on(y, inputs) for y in flight.outputs])
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
@@ -152,6 +153,19 @@ class Stage:
             self._check_finite((loss,), "loss", minibatch)
         flight.outputs = (loss,)
         return loss.detach()
+
+    def _handed_on(self, output: Tensor, inputs: Tensors) -> Tensor:
+        """An output cut off from the graph; a copy of what is a weight or a buffer, which the stage will change."""
+        made = output if output._base is None else output._base
+        if made.is_leaf and not any(made is x for x in inputs):  # not computed by the layers
+            memory = output.untyped_storage()
+            if memory.data_ptr() in {t.untyped_storage().data_ptr() for t in (*self._params, *self.module.buffers())}:
+                if output.is_conj() or output.is_neg():
+                    return output.detach().clone()
+                # Of the memory as it lies: an expanded buffer stays as small as it is.
+                copy = torch.empty(0, dtype=output.dtype, device=output.device)
+                return copy.set_(memory.clone(), output.storage_offset(), output.shape, output.stride())
+        return output.detach()
 
     def _drawing(self, what: str) -> contextlib.AbstractContextManager[object]:
         return _NOTHING if self.random is None else self.random.during(what)
