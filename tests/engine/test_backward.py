@@ -216,6 +216,30 @@ def test_a_stage_that_recomputes_without_a_delay_is_not_split(reentrant: bool) -
     assert_equal(split, plain)
 
 
+def test_checkpointing_that_begins_after_a_drain_recomputes_with_past_weights() -> None:
+    class Switched(Checkpointed):
+        on = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.on else self.inner(x)  # type: ignore[no-any-return]
+
+    def run(on: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        switched = Switched(inner, reentrant=False)
+        with layerpipe.Pipeline(
+            [nn.Linear(6, 6), switched, nn.Linear(6, 6), nn.Linear(6, 3)], F.cross_entropy, sgd, past="stash"
+        ) as pipe:
+            for _ in range(2):
+                for x, y in minibatches(12):
+                    pipe.step(x, y)
+                pipe.drain()
+                switched.on = on
+            return copy.deepcopy(pipe.state_dict())
+
+    assert_equal(run(True), run(False))
+
+
 def test_a_stage_that_recomputes_is_noticed_and_others_are_not() -> None:
     stages = [nn.Linear(6, 6), Checkpointed(nn.Linear(6, 6), reentrant=False), nn.Linear(6, 6), nn.Linear(6, 3)]
     with layerpipe.Pipeline(stages, F.cross_entropy, sgd) as pipe:

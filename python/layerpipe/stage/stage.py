@@ -87,8 +87,7 @@ class Stage:
         self._params = [p for p in self._all_params if p.requires_grad]
         self._look_for_copies = delay > 0  # in the first forward
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
-        matters = delay > 0 or self._split_backward
-        self._recomputes: bool | None = None if matters else False  # not known before the first backward
+        self._recomputes: bool | None = None  # not known before the first backward
         self._rest: SplitBackward | None = None
         self._options: Options | None = None
         if optimizer is not None:
@@ -261,6 +260,8 @@ class Stage:
         """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0."""
         self.base = self.version
         self._options = None  # a state may have been loaded
+        if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
+            self._recomputes = None if self.delay or self._split_backward else False
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
 
