@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from layerpipe.schedule import Action
 from layerpipe.stage import Stage
 from layerpipe.tracing import Trace
 from layerpipe.tracing.spans import CHANNEL, Recorder, Span
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -304,6 +307,12 @@ class Pipeline(Network):
         recorders = [Recorder(clock) for clock in self._executor.clocks()] if trace is not None else []
         for stage in self.stages:
             stage.watch(recorders[stage.index] if recorders else None)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for stage in self.stages:
+            stage.look_again()  # dropout that was off draws now
+        return self
 
     # -- between runs --------------------------------------------------------------------------------------------
 

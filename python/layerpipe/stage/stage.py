@@ -262,8 +262,14 @@ class Stage:
         self._options = None  # a state may have been loaded
         if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
             self._recomputes = None if self.delay or self._split_backward else False
+        self.look_again()
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
+
+    def look_again(self) -> None:
+        """Whether layers draw random numbers may have changed."""
+        if self.random is not None:
+            self.random.look_again()
 
     @property
     def recomputes(self) -> bool:
