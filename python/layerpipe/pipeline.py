@@ -324,6 +324,8 @@ class Pipeline(Network):
         """
         self._refuse_minibatches()
         super().load_state_dict(state, strict)
+        for stage in self.stages:
+            stage.weights_loaded()
 
     def checkpoint(self, path: str | os.PathLike[str] | None, **extra: Any) -> list[Tensor]:
         r"""Drain the pipe and write everything that training goes on from into a file, which is whole at any moment.

@@ -249,6 +249,34 @@ def test_a_stage_that_recomputes_is_noticed_and_others_are_not() -> None:
         assert pipe.memory()[1].scratch == sum(p.nbytes for p in stages[1].parameters())
 
 
+def test_loaded_weights_replace_their_masters() -> None:
+    torch.manual_seed(0)
+    stages: list[nn.Module] = [stage.bfloat16() for stage in chain(3)]
+    data = [(x.bfloat16(), y) for x, y in minibatches(8)]
+
+    def optimizer(params: Any, **past: Any) -> lk.SGD:
+        return lk.SGD(params, lr=0.05, master_weights=True, **past)
+
+    with layerpipe.Pipeline(stages, F.cross_entropy, optimizer) as pipe:
+        start = copy.deepcopy(pipe.state_dict())
+        for x, y in data:
+            pipe.step(x, y)
+        pipe.drain()
+        masters = [state["master"].clone() for state in pipe.optimizer.state.values()]
+        pipe.load_state_dict(copy.deepcopy(pipe.state_dict()))  # keeps what bfloat16 does not hold
+        assert all(
+            torch.equal(state["master"], master)
+            for state, master in zip(pipe.optimizer.state.values(), masters, strict=True)
+        )
+        pipe.load_state_dict(start)
+        for group in pipe.optimizer.param_groups:
+            group["lr"] = 0.0
+        for x, y in data:
+            pipe.step(x, y)
+        pipe.drain()
+        assert_equal({name: start[name] for name, _ in pipe.named_parameters()}, pipe.state_dict())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
 def test_compiled_stages_see_past_weights(schedule: str) -> None:

@@ -266,6 +266,14 @@ class Stage:
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
 
+    @torch.no_grad()
+    def weights_loaded(self) -> None:
+        """A float32 master that does not round to its weight is of the weights before, and would bring them back."""
+        for param in self._params if self.optimizer is not None else ():
+            master = self.optimizer.state.get(param, {}).get("master")
+            if master is not None:
+                master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+
     def look_again(self) -> None:
         """Whether layers draw random numbers may have changed."""
         if self.random is not None:
