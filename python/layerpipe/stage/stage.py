@@ -269,8 +269,9 @@ class Stage:
     @torch.no_grad()
     def weights_loaded(self) -> None:
         """A float32 master that does not round to its weight is of the weights before, and would bring them back."""
-        for param in self._params if self.optimizer is not None else ():
-            master = self.optimizer.state.get(param, {}).get("master")
+        states = self.optimizer.state if self.optimizer is not None else {}
+        for param in self._params:
+            master = states.get(param, {}).get("master")
             if master is not None:
                 master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
 
