@@ -162,7 +162,8 @@ class Pipeline(Network):
     # -- training ------------------------------------------------------------------------------------------------
 
     def step(self, inputs: Any, target: Any) -> Tensor | None:
-        """Feed one minibatch and run one tick.
+        """Feed one minibatch and run one tick. Its tensors are kept, not copied, until it has left the pipe: give each
+        minibatch tensors of its own.
 
         Args:
             inputs: what the first stage takes, a tensor or a tuple.
