@@ -136,7 +136,9 @@ def test_only_what_draws_is_watched() -> None:
     """A stage without random layers pays for nothing after its first minibatch."""
     modules = [*chain(3)[:2], Random(chain(1)[0], DRAWS["dropout"])]
     with make(modules, "threads") as pipe:
-        train(pipe, 4)
+        for x, y in minibatches(4):
+            pipe.step(x, y)
+        pipe.memory()  # waits for the stages
         assert [stage.random is not None and stage.random.draws for stage in pipe.stages] == [False, False, True]
         assert pipe.stages[2].random is not None
         assert pipe.stages[0].random is not None
