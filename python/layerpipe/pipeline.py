@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from layerpipe.schedule import Action
 from layerpipe.stage import Stage
 from layerpipe.tracing import Trace
 from layerpipe.tracing.spans import CHANNEL, Recorder, Span
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -171,7 +174,8 @@ class Pipeline(Network):
     # -- training ------------------------------------------------------------------------------------------------
 
     def step(self, inputs: Any, target: Any) -> Tensor | None:
-        """Feed one minibatch and run one tick.
+        """Feed one minibatch and run one tick. Its tensors are kept, not copied, until it has left the pipe: give each
+        minibatch tensors of its own.
 
         Args:
             inputs: what the first stage takes, a tensor or a tuple.
@@ -317,6 +321,12 @@ class Pipeline(Network):
         for stage in self.stages:
             stage.watch(recorders[stage.index] if recorders else None)
 
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for stage in self.stages:
+            stage.look_again()  # dropout that was off draws now
+        return self
+
     # -- between runs --------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
@@ -327,6 +337,8 @@ class Pipeline(Network):
         """
         self._refuse_minibatches()
         super().load_state_dict(state, strict)
+        for stage in self.stages:
+            stage.weights_loaded()
 
     def checkpoint(self, path: str | os.PathLike[str] | None, **extra: Any) -> list[Tensor]:
         r"""Drain the pipe and write everything that training goes on from into a file, which is whole at any moment.

@@ -94,6 +94,36 @@ def exchange(rank: int, executor: str) -> State:
         return {"losses": [loss.item() for loss in found], "state": pipe.state_dict()}
 
 
+class _Transposed(nn.Linear):
+    """Hands on what lies column by column, and images whose channels lie together."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        y = super().forward(x)
+        images = y.view(-1, 3, 2, 1).expand(-1, -1, -1, 2)
+        return y.t().contiguous().t(), images.contiguous(memory_format=torch.channels_last)
+
+
+class _Strides(nn.Linear):
+    seen: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+        self.register_buffer("seen", torch.zeros(6, dtype=torch.long))
+
+    def forward(self, x: Tensor, images: Tensor) -> Tensor:  # type: ignore[override]
+        self.seen.copy_(torch.tensor([*x.stride(), *images.stride()]))
+        return super().forward(x + images.mean(3).flatten(1))
+
+
+def strides(rank: int, executor: str) -> State:
+    torch.manual_seed(0)
+    with pipeline([_Transposed(6, 6), _Strides()], executor=executor) as pipe:
+        for x, y in minibatches(6):
+            pipe.step(x, y)
+        pipe.drain()
+        return pipe.state_dict()
+
+
 def loss_bytes(rank: int) -> int:
     with pipeline(chain(2), executor="distributed") as pipe:
         losses = [pipe.step(x, y) for x, y in minibatches(4)]

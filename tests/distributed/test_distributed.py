@@ -71,6 +71,14 @@ def test_what_stages_exchange_keeps_its_dtypes_shapes_and_gaps(two: Processes) -
         assert result["losses"] == expected["losses"]
 
 
+def test_what_stages_exchange_lies_in_memory_as_it_did(two: Processes) -> None:
+    """Or other kernels would run, and round otherwise."""
+    expected = programs.strides(0, "serial")
+    assert expected["1.seen"].tolist() == [1, 8, 12, 1, 6, 3]
+    for result in two.all(programs.strides, "distributed"):
+        assert same_state(result, expected)
+
+
 def test_random_layers_draw_what_they_draw_in_one_process(two: Processes, three: Processes) -> None:
     expected = programs.drop(0, "serial")
     for result in two.all(programs.drop, "distributed") + three.all(programs.drop, "distributed"):

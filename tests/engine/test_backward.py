@@ -111,6 +111,40 @@ def test_convolutions_wait_and_a_weight_used_twice_does_not() -> None:
     assert all(complete().values())
 
 
+class Returned(nn.Linear):
+    """Hands its weight on, as an embedding that the head shares would be."""
+
+    transposed = False
+
+    def forward(self, x: Tensor, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x = x if weight is None else x @ weight
+        seen = self.weight.t() if self.transposed else self.weight
+        return torch.addmm(self.bias, x, seen), seen
+
+
+class Taking(nn.Linear):
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x @ weight)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "sequential"])
+def test_a_weight_that_is_also_an_output_gets_both_gradients_of_a_split_backward(
+    schedule: str, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Returned, "transposed", transposed)
+
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [Returned(6, 6), Returned(6, 6), Returned(6, 6), Taking(6, 3)]
+
+    data = minibatches(12)
+    plain, split = (
+        trained(stages(), data, schedule=schedule, past="stash", split_backward=chosen) for chosen in (False, True)
+    )
+    assert_equal(split, plain)
+
+
 def test_a_weights_own_gradient_reconstructs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for split in (False, True):
@@ -171,6 +205,41 @@ def test_activation_checkpointing_recomputes_with_past_weights(executor: str, re
     assert_equal(plain, {name.replace(".inner", ""): value for name, value in recomputed.items()})
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_stage_that_recomputes_without_a_delay_is_not_split(reentrant: bool) -> None:
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [nn.Linear(6, 6), Checkpointed(nn.Linear(6, 3), reentrant=reentrant)]
+
+    data = minibatches(5)
+    plain, split = (trained(stages(), data, split_backward=chosen) for chosen in (False, True))
+    assert_equal(split, plain)
+
+
+def test_checkpointing_that_begins_after_a_drain_recomputes_with_past_weights() -> None:
+    class Switched(Checkpointed):
+        on = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if self.on else self.inner(x)  # type: ignore[no-any-return]
+
+    def run(on: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+        switched = Switched(inner, reentrant=False)
+        with layerpipe.Pipeline(
+            [nn.Linear(6, 6), switched, nn.Linear(6, 6), nn.Linear(6, 3)], F.cross_entropy, sgd, past="stash"
+        ) as pipe:
+            for _ in range(2):
+                for x, y in minibatches(12):
+                    pipe.step(x, y)
+                pipe.drain()
+                switched.on = on
+            return copy.deepcopy(pipe.state_dict())
+
+    assert_equal(run(True), run(False))
+
+
 def test_a_stage_that_recomputes_is_noticed_and_others_are_not() -> None:
     stages = [nn.Linear(6, 6), Checkpointed(nn.Linear(6, 6), reentrant=False), nn.Linear(6, 6), nn.Linear(6, 3)]
     with layerpipe.Pipeline(stages, F.cross_entropy, sgd) as pipe:
@@ -178,6 +247,34 @@ def test_a_stage_that_recomputes_is_noticed_and_others_are_not() -> None:
             pipe.step(x, y)
         assert [stage._recomputes for stage in pipe.stages] == [False, True, False, False]
         assert pipe.memory()[1].scratch == sum(p.nbytes for p in stages[1].parameters())
+
+
+def test_loaded_weights_replace_their_masters() -> None:
+    torch.manual_seed(0)
+    stages: list[nn.Module] = [stage.bfloat16() for stage in chain(3)]
+    data = [(x.bfloat16(), y) for x, y in minibatches(8)]
+
+    def optimizer(params: Any, **past: Any) -> lk.SGD:
+        return lk.SGD(params, lr=0.05, master_weights=True, **past)
+
+    with layerpipe.Pipeline(stages, F.cross_entropy, optimizer) as pipe:
+        start = copy.deepcopy(pipe.state_dict())
+        for x, y in data:
+            pipe.step(x, y)
+        pipe.drain()
+        masters = [state["master"].clone() for state in pipe.optimizer.state.values()]
+        pipe.load_state_dict(copy.deepcopy(pipe.state_dict()))  # keeps what bfloat16 does not hold
+        assert all(
+            torch.equal(state["master"], master)
+            for state, master in zip(pipe.optimizer.state.values(), masters, strict=True)
+        )
+        pipe.load_state_dict(start)
+        for group in pipe.optimizer.param_groups:
+            group["lr"] = 0.0
+        for x, y in data:
+            pipe.step(x, y)
+        pipe.drain()
+        assert_equal({name: start[name] for name, _ in pipe.named_parameters()}, pipe.state_dict())
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -144,6 +145,71 @@ def test_stash_equals_the_simulation_for_attention() -> None:
     with pipeline(stages(), past="stash") as pipe:
         train(pipe, data)
         assert_equal_state(pipe.state_dict(), simulated.state_dict())
+
+
+class Spectral(nn.Module):
+    """Complex numbers kept as pairs of real ones, as the filters of Fourier networks are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        plain, conjugated, third = torch.view_as_complex(self.weight)
+        spectrum = torch.fft.rfft(x)
+        negated = third.conj().imag * spectrum.real
+        return torch.fft.irfft(spectrum * plain + spectrum * conjugated.conj() + negated, n=6)
+
+
+def test_weights_read_as_complex_numbers_have_their_past() -> None:
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [nn.Linear(6, 6), Spectral(), Spectral(), nn.Linear(6, 3)]
+
+    data = minibatches(12)
+    simulated = delayed_sgd(stages(), data)
+    with pipeline(stages(), past="stash") as pipe, warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is copied
+        train(pipe, data)
+        assert_equal_state(pipe.state_dict(), simulated.state_dict())
+
+
+class Tables(nn.Linear):
+    """Hands its weight on, and a buffer that its next forward changes in place."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        self.mean.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return super().forward(x), self.weight, self.weight[1:].t(), self.mean.expand_as(x)
+
+
+class Mixing(nn.Linear):
+    def forward(self, x: Tensor, weight: Tensor, part: Tensor, mean: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x @ weight + x @ part @ weight[1:] + mean)
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
+def test_a_weight_or_buffer_handed_on_is_that_of_its_forward(executor: str, schedule: str) -> None:
+    """The next stage gets what a process of its own would get, not what the updates in between make of it."""
+
+    def trained(alias: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        first, second, last = Tables(), Mixing(6, 6), nn.Linear(6, 3)
+        if not alias:
+            first.register_forward_hook(lambda module, inputs, outputs: tuple(y * 1 for y in outputs))
+        with pipeline(
+            [nn.Linear(6, 6), first, second, last], past="stash", schedule=schedule, executor=executor
+        ) as pipe:
+            train(pipe, minibatches(12))
+            return copy.deepcopy(pipe.state_dict())
+
+    assert_equal_state(trained(alias=True), trained(alias=False))
 
 
 class Cast(nn.Linear):

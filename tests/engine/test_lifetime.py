@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import subprocess
 import sys
 import weakref
@@ -89,3 +91,19 @@ def test_minibatches_in_flight_are_freed_with_the_pipeline() -> None:
     pipe.close()
     gc.collect()
     assert output() is None
+
+
+def test_a_forked_process_is_told_that_the_threads_are_not_there() -> None:
+    with pipeline(executor="threads") as pipe:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)  # where it would wait for ever
+            told = False
+            try:
+                pipe.state_dict()
+            except RuntimeError as error:
+                told = "fork" in str(error)
+            finally:
+                os._exit(not told)
+        assert os.waitpid(child, 0)[1] == 0
+        pipe.state_dict()

@@ -136,11 +136,41 @@ def test_only_what_draws_is_watched() -> None:
     """A stage without random layers pays for nothing after its first minibatch."""
     modules = [*chain(3)[:2], Random(chain(1)[0], DRAWS["dropout"])]
     with make(modules, "threads") as pipe:
-        train(pipe, 4)
+        for x, y in minibatches(4):
+            pipe.step(x, y)
+        pipe.memory()  # waits for the stages
         assert [stage.random is not None and stage.random.draws for stage in pipe.stages] == [False, False, True]
         assert pipe.stages[2].random is not None
         assert pipe.stages[0].random is not None
         assert pipe.stages[0].random.during("forward") is pipe.stages[2].random.during("loss")  # nothing to do
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_layers_that_begin_to_draw_draw_their_stages_numbers(drained: bool) -> None:
+    """After train() in the middle of a run, or in whatever way once the pipe was empty."""
+
+    def run(executor: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+        layers = [nn.Dropout(0.4), nn.Dropout(0.4)]
+        modules = [nn.Sequential(layer, dropout) for layer, dropout in zip(chain(3), layers, strict=False)]
+        with make([*modules, chain(1)[0]], executor) as pipe:
+            if drained:
+                for layer in layers:
+                    layer.eval()
+                train(pipe, 6)
+                for layer in layers:
+                    layer.train()
+            else:
+                pipe.eval()
+                for x, y in minibatches(6):
+                    pipe.step(x, y)
+                pipe.train()
+            torch.rand(1)  # the caller's
+            return train(pipe, 30)
+
+    serial, *others = (run(executor) for executor in ("serial", "threads", "threads"))
+    for other in others:
+        assert torch.equal(torch.stack(other[0][-20:]), torch.stack(serial[0][-20:]))
+        assert all(torch.equal(value, other[1][name]) for name, value in serial[1].items())
 
 
 # -- recomputation ---------------------------------------------------------------------------------------------------

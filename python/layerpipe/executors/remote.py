@@ -30,32 +30,45 @@ _UNSENT = 4  # messages that may be on their way at once
 _LAST_WORDS = datetime.timedelta(seconds=5)  # for a message that nobody may be there to take
 
 
+class _Kind(NamedTuple):
+    """A tensor without its numbers; its strides too, which decide what kernels the receiving stage runs."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Kind:
+        if not tensor.is_contiguous():  # with its gaps closed, if it has any
+            tensor = torch.empty_like(tensor, device="meta")
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+
 class _Layout:
     """Where the tensors of a message lie."""
 
-    def __init__(self, kinds: Sequence[tuple[torch.dtype, tuple[int, ...]] | None]) -> None:
+    def __init__(self, kinds: Sequence[_Kind | None]) -> None:
         self.kinds = list(kinds)
         self.starts, at = [], _HEADER
         for kind in self.kinds:
             self.starts.append(at)
             if kind is not None:
-                at += -(-kind[0].itemsize * math.prod(kind[1]) // 64) * 64
+                at += -(-kind.dtype.itemsize * math.prod(kind.shape) // 64) * 64
         self.bytes = at
 
     def view(self, buffer: Tensor, i: int) -> Tensor | None:
         kind = self.kinds[i]
         if kind is None:
             return None
-        dtype, shape = kind
-        start = self.starts[i]
-        return buffer[start : start + dtype.itemsize * math.prod(shape)].view(dtype).view(shape)
+        start, size = self.starts[i], math.prod(kind.shape)
+        return buffer[start : start + kind.dtype.itemsize * size].view(kind.dtype).as_strided(kind.shape, kind.stride)
 
     def to_bytes(self) -> bytes:
-        return json.dumps([k and (str(k[0]).removeprefix("torch."), k[1]) for k in self.kinds]).encode()
+        return json.dumps([k and (str(k.dtype).removeprefix("torch."), k.shape, k.stride) for k in self.kinds]).encode()
 
     @classmethod
     def from_bytes(cls, text: bytes) -> _Layout:
-        return cls([k and (getattr(torch, k[0]), tuple(k[1])) for k in json.loads(text)])
+        return cls([k and _Kind(getattr(torch, k[0]), tuple(k[1]), tuple(k[2])) for k in json.loads(text)])
 
 
 class Peer(NamedTuple):
@@ -81,7 +94,7 @@ class Outgoing(Channel):
         Raises:
             StageError: the other process is gone.
         """
-        kinds = [None if t is None else (t.dtype, tuple(t.shape)) for t in item]
+        kinds = [None if t is None else _Kind.of(t) for t in item]
         if kinds != self._layout.kinds:
             layout = _Layout(kinds)
             text = _bytes(layout.to_bytes())

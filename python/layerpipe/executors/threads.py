@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import queue
 import threading
 import weakref
@@ -37,6 +38,7 @@ class Threads(Executor):
     ) -> None:
         super().__init__(names, run)
         self._close_channels = close_channels
+        self._process = os.getpid()
         _RUNNING.add(self)
         self._commands: list[Commands] = [queue.SimpleQueue() for _ in names]
         self._events: Events = queue.SimpleQueue()
@@ -56,6 +58,13 @@ class Threads(Executor):
         ready.wait()
         torch.set_num_threads(mine)  # the last caller's number is what threads started later begin with
 
+    def check(self) -> None:
+        super().check()
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "a fork leaves the pipeline's threads behind; make the pipeline in the process that uses it"
+            )
+
     def submit(self, tick: Tick) -> None:
         self.check()
         self._take_events(block=False)
@@ -73,6 +82,7 @@ class Threads(Executor):
     def synchronize(self) -> None:
         if self._closed:
             return  # nothing runs any more, after an error too, and the weights may still be read
+        self.check()
         idle: list[int] = []
         for commands in self._commands:
             commands.put(idle)

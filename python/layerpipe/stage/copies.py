@@ -16,6 +16,7 @@ from torch import Tensor, nn
 _NOT_COPIES = {
     *("T", "Transpose", "Permute", "View", "UnsafeView", "ReshapeAlias", "Expand", "Unsqueeze", "Squeeze", "Slice"),
     *("Select", "Alias", "AsStrided", "Split", "SplitWithSizes", "Chunk", "Unbind", "Unfold"),
+    *("ViewAsComplex", "ViewAsReal", "Conj", "NegView"),
     *("Embedding", "EmbeddingBag", "Index", "IndexSelect", "Gather"),
 }
 

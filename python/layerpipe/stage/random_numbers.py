@@ -30,7 +30,7 @@ class RandomNumbers(ABC):
     """One stage's, on the CPU. A device's own generator is drawn from in the order in which work is issued, one host
     thread's, and needs nothing.
 
-    The first minibatch shows which calls draw at all; those that do not cost nothing from then on.
+    The first minibatch shows which calls draw at all; those that do not cost nothing until :meth:`look_again`.
 
     Args:
         seed: of all stages, each of which has its own numbers.
@@ -45,6 +45,10 @@ class RandomNumbers(ABC):
     def draws(self) -> bool:
         """Whether anything has drawn so far."""
         return any(self._draws.values())
+
+    def look_again(self) -> None:
+        """What has not drawn may do so from now on: the mode of the layers, or they themselves, may have changed."""
+        self._draws = {what: True for what, draws in self._draws.items() if draws}
 
     def during(self, what: str) -> AbstractContextManager[object]:
         """Random numbers are this stage's in here; ``what`` names the call."""
@@ -95,7 +99,11 @@ class HandedIn(RandomNumbers):
 
     def __init__(self, seed: int, stage: int) -> None:
         super().__init__(seed, stage)
-        self._looked = False  # whether the first backward has come
+        self._looked = False  # whether a backward has come since
+
+    def look_again(self) -> None:
+        super().look_again()
+        self._looked = False
 
     def lend(self) -> AbstractContextManager[object]:
         return _Handing(self.generator)

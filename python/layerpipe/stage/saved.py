@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +27,23 @@ class _Use:
         self.past: Tensor | None = None
 
 
+class _Kind(NamedTuple):
+    """How the numbers in memory are read: a real weight as complex, a complex one conjugated."""
+
+    dtype: torch.dtype
+    conjugated: bool
+    negated: bool
+
+
 class _SavedWeight:
     """A saved tensor that lives in a parameter's memory: not the values, but where they are."""
 
-    __slots__ = ("offset", "size", "stride", "use")
+    __slots__ = ("kind", "offset", "size", "stride", "use")
     use: _Use
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int  # elements behind the parameter's first
+    offset: int  # bytes behind the parameter's first
+    kind: _Kind | None  # where it is not the parameter's
 
 
 class _SavedActivation:
@@ -93,7 +103,9 @@ class SavedTensors:
                 use.count += 1
                 weight = _SavedWeight()
                 weight.use, weight.size, weight.stride = use, tensor.size(), tensor.stride()
-                weight.offset = (pointer - self._starts[at]) // owner.itemsize
+                weight.offset = pointer - self._starts[at]
+                plain = tensor.dtype == owner.dtype and not tensor.is_conj() and not tensor.is_neg()
+                weight.kind = None if plain else _Kind(tensor.dtype, tensor.is_conj(), tensor.is_neg())
                 return weight
         else:
             self._kept[pointer] = tensor.nbytes
@@ -114,9 +126,11 @@ class SavedTensors:
             return tensor
         assert type(saved) is _SavedWeight
         past = saved.use.param.detach() if self.as_they_are else self._past(saved.use)
+        if saved.kind is not None:
+            return _read_as(saved.kind, past, saved)
         if saved.size == past.shape and saved.stride == past.stride():
             return past
-        return past.as_strided(saved.size, saved.stride, past.storage_offset() + saved.offset)
+        return past.as_strided(saved.size, saved.stride, past.storage_offset() + saved.offset // past.itemsize)
 
     def _past(self, use: _Use) -> Tensor:
         """Made once in a backward, and kept only while another layer will ask for it."""
@@ -132,3 +146,12 @@ class SavedTensors:
                 self.scratch_bytes = past.nbytes
         use.past = past if use.count > 0 else None
         return past
+
+
+def _read_as(kind: _Kind, past: Tensor, saved: _SavedWeight) -> Tensor:
+    start = past.storage_offset() * past.itemsize + saved.offset
+    view = torch.empty(0, dtype=kind.dtype, device=past.device)
+    view.set_(past.untyped_storage(), start // kind.dtype.itemsize, saved.size, saved.stride)
+    if kind.conjugated:
+        view = view.conj()
+    return torch._neg_view(view) if kind.negated else view

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from layerpipe.stage.autograd import backward
 
@@ -76,8 +76,11 @@ def _separate(outputs: Sequence[Tensor], inputs: set[Tensor]) -> tuple[list[Tens
     leaves: list[Tensor] = []
     uses: dict[Any, int] = {}
     found: list[tuple[Any, list[Any]]] = []
-    todo = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(todo)
+    roots = [get_gradient_edge(y).node for y in outputs]
+    for root in roots:  # a gradient arrives there besides those that come from other nodes
+        uses[root] = uses.get(root, 0) + 1
+    seen = set(roots)
+    todo = [*dict.fromkeys(roots)]
     while todo:
         node = todo.pop()
         following = [child for child, _ in node.next_functions if child is not None]

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from layerpipe.errors import DivergenceError
@@ -85,8 +86,8 @@ class Stage:
         self._all_params = list(module.parameters())
         self._params = [p for p in self._all_params if p.requires_grad]
         self._look_for_copies = delay > 0  # in the first forward
-        self._recomputes: bool | None = None if delay else False  # not known before the first backward
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
+        self._recomputes: bool | None = None  # not known before the first backward
         self._rest: SplitBackward | None = None
         self._options: Options | None = None
         if optimizer is not None:
@@ -128,7 +129,7 @@ class Stage:
             warn_of_copies(self.name, self.module, flight.outputs)
         if hooked:
             self._count(flight)
-        return tuple([y.detach() for y in flight.outputs])
+        return tuple([self._handed_on(y, inputs) for y in flight.outputs])
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
@@ -151,6 +152,19 @@ class Stage:
             self._check_finite((loss,), "loss", minibatch)
         flight.outputs = (loss,)
         return loss.detach()
+
+    def _handed_on(self, output: Tensor, inputs: Tensors) -> Tensor:
+        """An output cut off from the graph; a copy of what is a weight or a buffer, which the stage will change."""
+        made = output if output._base is None else output._base
+        if made.is_leaf and not any(made is x for x in inputs):  # not computed by the layers
+            memory = output.untyped_storage()
+            if memory.data_ptr() in {t.untyped_storage().data_ptr() for t in (*self._params, *self.module.buffers())}:
+                if output.is_conj() or output.is_neg():
+                    return output.detach().clone()
+                # Of the memory as it lies: an expanded buffer stays as small as it is.
+                copy = torch.empty(0, dtype=output.dtype, device=output.device)
+                return copy.set_(memory.clone(), output.storage_offset(), output.shape, output.stride())
+        return output.detach()
 
     def _drawing(self, what: str) -> contextlib.AbstractContextManager[object]:
         return _NOTHING if self.random is None else self.random.during(what)
@@ -246,8 +260,25 @@ class Stage:
         """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0."""
         self.base = self.version
         self._options = None  # a state may have been loaded
+        if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
+            self._recomputes = None if self.delay or self._split_backward else False
+        self.look_again()
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
+
+    @torch.no_grad()
+    def weights_loaded(self) -> None:
+        """A float32 master that does not round to its weight is of the weights before, and would bring them back."""
+        states = self.optimizer.state if self.optimizer is not None else {}
+        for param in self._params:
+            master = states.get(param, {}).get("master")
+            if master is not None:
+                master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+
+    def look_again(self) -> None:
+        """Whether layers draw random numbers may have changed."""
+        if self.random is not None:
+            self.random.look_again()
 
     @property
     def recomputes(self) -> bool:
@@ -261,7 +292,7 @@ class Stage:
     @property
     def scratch_bytes(self) -> int:
         """Of the largest past weight made for a backward, or of all where a backward recomputes."""
-        return sum(p.nbytes for p in self._params) if self._recomputes else self._saved.scratch_bytes
+        return sum(p.nbytes for p in self._params) if self._recomputes and self.delay else self._saved.scratch_bytes
 
     def watch(self, spans: Recorder | None) -> None:
         """Write down what takes how long from now on, or stop."""
