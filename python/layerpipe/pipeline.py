@@ -383,6 +383,7 @@ class Pipeline(Network):
 
     def _refuse_minibatches(self) -> None:
         if self.tick:
+            self._executor.check()  # after an error nothing drains it any more
             raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
 
     # -- reports -------------------------------------------------------------------------------------------------

@@ -58,6 +58,8 @@ def test_an_exception_reaches_the_caller_with_the_stage(executor: str, where: st
         with pytest.raises(RuntimeError, match="stopped after an error"):
             pipe.step(*minibatches(1)[0])
         with pytest.raises(RuntimeError, match="stopped after an error"):
+            pipe.load_state_dict(pipe.state_dict())
+        with pytest.raises(RuntimeError, match="stopped after an error"):
             pipe.drain()
 
 
