@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from layerpipe import checkpoint, executors
+from layerpipe import arguments, checkpoint, executors
 from layerpipe import schedule as schedules
 from layerpipe.errors import divergence_advice
 from layerpipe.executors import ranks
@@ -90,22 +90,7 @@ class Pipeline(Network):
         split_backward: bool = False,
         check_finite: bool = True,
     ) -> None:
-        if isinstance(stages, nn.Module) and not isinstance(stages, (nn.Sequential, nn.ModuleList)):
-            raise TypeError(
-                f"stages is a {type(stages).__name__}; cut it with layerpipe.split, or give a list of modules"
-            )
-        for name, function in (("loss_fn", loss_fn), ("optimizer", optimizer)):
-            if not callable(function):
-                how = "function that makes one: lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
-                wanted = "function of output and target" if name == "loss_fn" else how
-                raise TypeError(f"{name} is a {type(function).__name__}, not a {wanted}")
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm must be more than 0, got {max_norm}")
-        if not stages:
-            raise ValueError("a pipeline needs at least one stage")
-        for i, module in enumerate(stages):
-            if not isinstance(module, nn.Module):
-                raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
+        arguments.check_made_of(stages, loss_fn, optimizer, max_norm)
         executors.check(executor)
         threads = executors.per_stage(threads_per_stage, len(stages))
         self.schedule = schedules.make(schedule, len(stages), executor)
@@ -191,13 +176,8 @@ class Pipeline(Network):
             RuntimeError: inside ``torch.no_grad()`` or ``torch.autocast``, which reach no other thread.
             ValueError: the inputs require gradients.
         """
-        if not torch.is_grad_enabled():
-            raise RuntimeError("pipe.step() trains; call it outside torch.no_grad()")
-        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            raise RuntimeError("autocast does not reach the stages' threads; enter it inside a stage's forward")
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
-        if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            raise ValueError("the pipeline computes no gradient of its inputs; pass inputs.detach()")
+        arguments.check_fed(inputs)
         self._submit((inputs, target))
         expected = self.fed - self.latency
         if expected <= 0:

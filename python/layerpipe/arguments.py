@@ -1,0 +1,47 @@
+"""What a pipeline is made of and fed, checked before anything is built of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_made_of(stages: Sequence[nn.Module], loss_fn: Any, optimizer: Any, max_norm: float | None) -> None:
+    """What :class:`layerpipe.Pipeline` is given.
+
+    Raises:
+        TypeError: stages that are one module or not modules, a loss or an optimizer that is no function.
+        ValueError: no stages, or a norm that is not more than 0.
+    """
+    if isinstance(stages, nn.Module) and not isinstance(stages, (nn.Sequential, nn.ModuleList)):
+        raise TypeError(f"stages is a {type(stages).__name__}; cut it with layerpipe.split, or give a list of modules")
+    for name, function in (("loss_fn", loss_fn), ("optimizer", optimizer)):
+        if not callable(function):
+            how = "function that makes one: lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
+            wanted = "function of output and target" if name == "loss_fn" else how
+            raise TypeError(f"{name} is a {type(function).__name__}, not a {wanted}")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm must be more than 0, got {max_norm}")
+    if not stages:
+        raise ValueError("a pipeline needs at least one stage")
+    for i, module in enumerate(stages):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
+
+
+def check_fed(inputs: tuple[Any, ...]) -> None:
+    """What a tick is given, and in which of torch's modes.
+
+    Raises:
+        RuntimeError: inside ``torch.no_grad()`` or ``torch.autocast``, which reach no other thread.
+        ValueError: the inputs require gradients.
+    """
+    if not torch.is_grad_enabled():
+        raise RuntimeError("pipe.step() trains; call it outside torch.no_grad()")
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise RuntimeError("autocast does not reach the stages' threads; enter it inside a stage's forward")
+    if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        raise ValueError("the pipeline computes no gradient of its inputs; pass inputs.detach()")
