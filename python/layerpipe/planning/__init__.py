@@ -1,1 +1,1 @@
-"""A pipeline before it is trained: where to cut, what memory each stage needs, what each schedule would give."""
+"""A pipeline before it is trained: where to cut, what memory stages need, what schedules give and delays allow."""
