@@ -158,7 +158,7 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
                 seconds[key].append(run(steps))
             for pipe in pipes.values():
                 pipe.drain()
-        names = pipe.names
+        names = {key: pipe.names for key, pipe in pipes.items()}
     finally:
         for started in (*pipes.values(), *others):
             started.close()
@@ -174,7 +174,7 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
                     "options": dataclasses.asdict(options),
                     "code": "compiled" if compiled else "eager",
                     "schedule": schedule,
-                    "stages": names,
+                    "stages": names[f"{compiled} {schedule}"],
                     "rounds": rounds,
                     "steps_per_round": steps,
                     "seconds": {
@@ -214,6 +214,11 @@ def table(results: list[dict[str, Any]]) -> Table:
     return out
 
 
+def _in_parts(results: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
+    size = len(results) // count
+    return [results[i * size : (i + 1) * size] for i in range(count)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_cases(parser, "resnet18:16:64", "resnet18:16:8", "resnet18:8:32", "gpt:256:16")
@@ -240,8 +245,10 @@ def main() -> None:
         steps = max(5, round(given.seconds / plain(case, 1)(3)))
         results += measure(case, options, given.rounds, steps)
     console(110).print(table(results))
-    for case, result in zip(given.case, results[:: len(results) // len(given.case)], strict=True):
-        print(f"{case}: stages {' | '.join(result['stages'])}")
+    for case, of_case in zip(given.case, _in_parts(results, len(given.case)), strict=True):
+        cuts = {" | ".join(result["stages"]): f"{result['code']} {result['schedule']}" for result in of_case}
+        for cut, whose in cuts.items():
+            print(f"{case}{f', {whose}' if len(cuts) > 1 else ''}: stages {cut}")
     save(given.json, results=results)
 
 
