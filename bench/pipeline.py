@@ -214,11 +214,6 @@ def table(results: list[dict[str, Any]]) -> Table:
     return out
 
 
-def _in_parts(results: list[dict[str, Any]], count: int) -> list[list[dict[str, Any]]]:
-    size = len(results) // count
-    return [results[i * size : (i + 1) * size] for i in range(count)]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_cases(parser, "resnet18:16:64", "resnet18:16:8", "resnet18:8:32", "gpt:256:16")
@@ -245,10 +240,9 @@ def main() -> None:
         steps = max(5, round(given.seconds / plain(case, 1)(3)))
         results += measure(case, options, given.rounds, steps)
     console(110).print(table(results))
-    for case, of_case in zip(given.case, _in_parts(results, len(given.case)), strict=True):
-        cuts = {" | ".join(result["stages"]): f"{result['code']} {result['schedule']}" for result in of_case}
-        for cut, whose in cuts.items():
-            print(f"{case}{f', {whose}' if len(cuts) > 1 else ''}: stages {cut}")
+    for result in results:
+        what = f"{Case(**result['case'])}, {result['code']} {result['schedule']}"
+        print(f"{what}: stages {' | '.join(result['stages'])}")
     save(given.json, results=results)
 
 

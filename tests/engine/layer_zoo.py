@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 WIDTH = 8
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, ABC):
     """What earlier stages have sent besides is mixed in."""
 
     def forward(self, h: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -21,8 +22,8 @@ class Stage(nn.Module):
                 h = h + 0.3 * (x.real if x.is_complex() else x).mean()
         return self.run(h)
 
-    def run(self, h: Tensor) -> Tensor | tuple[Tensor, ...]:
-        raise NotImplementedError
+    @abstractmethod
+    def run(self, h: Tensor) -> Tensor | tuple[Tensor, ...]: ...
 
 
 class Layers(Stage):
@@ -55,9 +56,9 @@ def _attention(layer: Weights, h: Tensor) -> Tensor:
 
 
 def _spectral(layer: Weights, h: Tensor) -> Tensor:
-    filters = torch.view_as_complex(layer.w[: WIDTH // 2 + 1, :2].contiguous() * 1)
-    whole = torch.view_as_complex(layer.w.view(WIDTH, WIDTH // 2, 2))[: WIDTH // 2 + 1, 0].conj()
-    return h + torch.fft.irfft(torch.fft.rfft(h) * filters * whole, n=WIDTH)
+    copied = torch.view_as_complex(layer.w[: WIDTH // 2 + 1, :2].contiguous())
+    viewed = torch.view_as_complex(layer.w.view(WIDTH, WIDTH // 2, 2))[: WIDTH // 2 + 1, 0].conj()
+    return h + torch.fft.irfft(torch.fft.rfft(h) * copied * viewed, n=WIDTH)
 
 
 def _running(layer: Weights, h: Tensor) -> tuple[Tensor, Tensor]:

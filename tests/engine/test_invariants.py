@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ import layerpipe
 import layerpipe_kernels as lk
 from layerpipe import schedule as schedules
 from layerpipe.stage.probe import ReconstructionProbe
+from tests.engine.delayed_training import DelayedTraining
 from tests.engine.models import chain, images, minibatches
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
@@ -71,45 +71,10 @@ def test_sequential_schedule_of_many_stages_is_ordinary_training() -> None:
 
 
 def delayed_sgd(stages: list[nn.Module], data: list[tuple[Tensor, Tensor]], schedule: str = "lockstep") -> nn.Module:
-    """Delayed SGD by copying whole stages: slow, obvious, and without a line of the engine.
-
-    Minibatch ``m`` passes stage ``s`` in tick ``m + s`` on a copy of its weights of that moment, keeps the copy, and
-    comes back in tick ``m + 2 (P - 1) - s`` (lockstep) or ``m + P - 1`` (1F1B, from the last stage to the first), where
-    the copy's gradient updates the stage as it is then.
-    """
-    last = len(stages) - 1
-
-    def forwards_then_backwards(tick: int) -> Iterator[tuple[str, int, int]]:
-        for s in range(last + 1):
-            yield "F", s, tick - s
-            if schedule == "lockstep":
-                yield "B", s, tick - 2 * last + s
-        if schedule == "1f1b":
-            yield from (("B", s, tick - last) for s in range(last, -1, -1))
-
-    optimizers = [torch.optim.SGD(stage.parameters(), **SGD) for stage in stages]
-    kept: dict[tuple[int, int], tuple[nn.Module, Tensor, Tensor]] = {}
-    grads: dict[tuple[int, int], Tensor] = {}
-    for tick in range(len(data) + 2 * last):
-        for kind, s, m in forwards_then_backwards(tick):
-            stage = stages[s]
-            if not 0 <= m < len(data):
-                continue
-            if kind == "F":
-                x = data[m][0] if s == 0 else kept[s - 1, m][2].detach().requires_grad_()
-                then = copy.deepcopy(stage)
-                y = then(x)
-                stage.load_state_dict({**stage.state_dict(), **dict(then.named_buffers())})
-                kept[s, m] = then, x, F.cross_entropy(y, data[m][1]) if s == last else y
-            else:
-                then, x, y = kept[s, m]
-                y.backward(None if s == last else grads.pop((s, m)))
-                if s:
-                    assert x.grad is not None
-                    grads[s - 1, m] = x.grad
-                for now, past in zip(stage.parameters(), then.parameters(), strict=True):
-                    now.grad = past.grad
-                optimizers[s].step()
+    simulated = DelayedTraining(
+        stages, F.cross_entropy, lambda params: torch.optim.SGD(params, **SGD), schedule=schedule, past="stash"
+    )
+    simulated.train(data)
     return nn.Sequential(*stages)
 
 
