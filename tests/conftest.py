@@ -34,3 +34,5 @@ def _seeded() -> Iterator[None]:
 
 
 needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="built without a compiler")
+#: The backends of the CPU, for tests of each.
+BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]

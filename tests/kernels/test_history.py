@@ -10,10 +10,9 @@ from torch import Tensor
 
 import layerpipe_kernels as lk
 from layerpipe_kernels.history import KINDS
-from tests.conftest import needs_cpp
+from tests.conftest import BACKENDS
 from tests.kernels.runs import Run
 
-BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 COUPLED: dict[str, Any] = {"past": "blend", "ema_decay": "coupled"}
 ESTIMATES = ["ema", "momentum", "blend"]
 AVERAGES: list[dict[str, Any]] = [
@@ -258,10 +257,8 @@ def test_out_may_have_any_strides(past: str) -> None:
 
 
 @pytest.mark.parametrize("past", KINDS)
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_graph_that_has_saved_out_notices_that_it_was_written(past: str, backend: str) -> None:
-    if backend not in lk.available_backends():
-        pytest.skip("not built")
     run = Run(delay=2, past=past, backend=backend)
     run.step(4)
     out = run.optimizer.past_weight(run.param)

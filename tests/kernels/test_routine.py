@@ -14,8 +14,7 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from layerpipe_kernels.native import all_finite
 from layerpipe_kernels.optim.routine import Routine
-
-needs_extension = pytest.mark.skipif("cpp" not in lk.available_backends(), reason="built without the C++ kernels")
+from tests.conftest import needs_cpp
 
 Optimizer = Callable[..., Any]
 KINDS: list[tuple[Optimizer, dict[str, Any]]] = [
@@ -93,7 +92,7 @@ def trajectory(kind: Optimizer, options: dict[str, Any], device: str = "cpu") ->
     return seen
 
 
-@needs_extension
+@needs_cpp
 @pytest.mark.parametrize(
     ("kind", "options"), KINDS, ids=[f"{k.__name__}-{o['past']}-{i}" for i, (k, o) in enumerate(KINDS)]
 )
@@ -108,7 +107,7 @@ def check(kind: Optimizer, options: dict[str, Any], monkeypatch: pytest.MonkeyPa
     assert all(map(torch.equal, quick, slow))
 
 
-@needs_extension
+@needs_cpp
 def test_most_steps_are_routine(monkeypatch: pytest.MonkeyPatch) -> None:
     looked: list[int] = []
     step_group = lk.SGD._step_group
@@ -122,7 +121,7 @@ def test_most_steps_are_routine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert looked == [0]
 
 
-@needs_extension
+@needs_cpp
 def test_a_learning_rate_that_is_no_number_changes_no_group() -> None:
     params = parameters()
     optimizer = lk.SGD([{"params": params[:2]}, {"params": params[2:]}], lr=0.1, momentum=0.9, delay=3, backend="cpp")
@@ -137,7 +136,7 @@ def test_a_learning_rate_that_is_no_number_changes_no_group() -> None:
     assert [group["updates"] for group in optimizer.param_groups] == [3, 3]
 
 
-@needs_extension
+@needs_cpp
 def test_a_routine_step_counts_versions() -> None:
     params = parameters()
     optimizer = lk.SGD(params, lr=0.1, delay=3, past="ema", backend="cpp")

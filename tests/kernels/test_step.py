@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 
 import layerpipe_kernels as lk
 from layerpipe_kernels.options import AdamOptions, Moment, PastDesign, SgdOptions
-from tests.conftest import needs_cpp
+from tests.conftest import BACKENDS, needs_cpp
 from tests.kernels import steps
 from tests.kernels.steps import BF16, F16, F32, F64, Case
 
 CHUNK = 1 << 15
-BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
