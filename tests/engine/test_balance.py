@@ -1,8 +1,8 @@
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -82,64 +82,66 @@ def fused(costs: np.ndarray, cuts: Sequence[int], discount: float) -> list[float
             for a, b in itertools.pairwise(cuts)]  # fmt: skip
 
 
-def test_refined_cuts_are_the_best_of_those_measured_and_mostly_of_all() -> None:
+class Bench:
+    """Measures all the cuts it is given, on a machine that is slower every time."""
+
+    def __init__(self, taken: Callable[[Sequence[int]], Sequence[float]], slowdown: float = 1.0) -> None:
+        self.taken, self.slowdown = taken, slowdown
+        self.runs: list[list[tuple[int, ...]]] = []
+
+    def __call__(self, tried: Sequence[tuple[int, ...]]) -> list[list[float]]:
+        speed = self.slowdown ** len(self.runs)
+        self.runs.append(list(tried))
+        return [[speed * t for t in self.taken(cuts)] for cuts in tried]
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 1.5, 0.6])
+def test_refined_cuts_are_the_best_of_those_measured_and_mostly_of_all(slowdown: float) -> None:
+    """Whether the machine becomes slower or faster meanwhile."""
     random = np.random.default_rng(2)
     hits = 0
     for _ in range(60):
         costs, parts, discount = random.random(10) + 0.1, int(random.integers(2, 4)), random.random()
-        measured: list[tuple[list[int], list[float]]] = []
-
-        def measure(cuts: Sequence[int], costs: Any = costs, discount: float = discount, seen: Any = measured) -> Any:
-            seen.append((list(cuts), fused(costs, cuts, discount)))
-            return seen[-1][1]
-
-        cuts, taken = refine(costs.tolist(), parts, measure)
-        assert 1 <= len(measured) <= 4
-        assert len({tuple(c) for c, _ in measured}) == len(measured)  # nothing is measured twice
-        assert (cuts, taken) in measured
-        assert max(taken) == min(max(t) for _, t in measured)
-        best = min(max(fused(costs, c, discount)) for c in every_cut(10, parts))
-        hits += max(taken) < 1.02 * best
-        assert max(taken) <= max(fused(costs, balance(costs.tolist(), parts), discount))
+        taken_by = functools.partial(fused, costs, discount=discount)
+        bench = Bench(taken_by, slowdown)
+        cuts, taken = refine(costs.tolist(), parts, bench)
+        tried = bench.runs[-1]
+        assert bench.runs == [tried[: i + 1] for i in range(len(tried))]  # one more every time, beside all before
+        assert 1 <= len(set(tried)) == len(tried) <= 4
+        assert tuple(cuts) in tried
+        assert taken == pytest.approx([slowdown ** (len(tried) - 1) * t for t in taken_by(cuts)])
+        assert max(taken_by(cuts)) == min(max(taken_by(c)) for c in tried)
+        best = min(max(taken_by(c)) for c in every_cut(10, parts))
+        hits += max(taken_by(cuts)) < 1.02 * best
+        assert max(taken_by(cuts)) <= max(taken_by(balance(costs.tolist(), parts)))
     assert hits > 45
 
 
 def test_layers_that_seemed_to_cost_nothing_are_balanced_too() -> None:
     costs = [0.0] * 4
-    cuts, taken = refine(costs, 2, lambda cuts: [3.0 * (b - a) for a, b in itertools.pairwise(cuts)])
+    cuts, taken = refine(costs, 2, Bench(lambda cuts: [3.0 * (b - a) for a, b in itertools.pairwise(cuts)]))
     assert (cuts, taken) == ([0, 2, 4], [6.0, 6.0])
 
 
-def test_refining_measures_no_more_often_than_it_may() -> None:
-    measured: list[Sequence[int]] = []
-
-    def measure(cuts: Sequence[int]) -> list[float]:
-        measured.append(cuts)
-        return fused(np.ones(12), cuts, 0.2)
-
-    for rounds in (1, 2):
-        measured.clear()
-        refine([1.0] * 12, 3, measure, rounds=rounds)
-        assert len(measured) == rounds
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_refining_measures_no_more_often_than_it_may(rounds: int) -> None:
+    bench = Bench(lambda cuts: fused(np.ones(12), cuts, 0.2))
+    refine([1.0] * 12, 3, bench, rounds=rounds)
+    assert len(bench.runs) == rounds
 
 
 def test_a_cut_that_no_sum_of_layers_predicts_is_found_beside_the_best() -> None:
     """As where a residual block is compiled into one: cuts within it cost both parts, those around it nothing."""
     costs, block = [2.0] * 13, range(6, 8)
 
-    def measure(cuts: Sequence[int]) -> list[float]:
+    def taken_by(cuts: Sequence[int]) -> list[float]:
         return [sum(costs[a:b]) + 9.0 * (cuts[1] in block) for a, b in itertools.pairwise(cuts)]
 
-    _, taken = refine(costs, 2, measure)
-    assert max(taken) == min(max(measure(c)) for c in every_cut(13, 2)) == 16.0
+    _, taken = refine(costs, 2, Bench(taken_by))
+    assert max(taken) == min(max(taken_by(c)) for c in every_cut(13, 2)) == 16.0
 
 
 def test_balanced_parts_are_measured_once() -> None:
-    measured: list[Sequence[int]] = []
-
-    def measure(cuts: Sequence[int]) -> list[float]:
-        measured.append(cuts)
-        return [2.01 * (b - a) for a, b in itertools.pairwise(cuts)]
-
-    refine([2.0] * 12, 2, measure)
-    assert measured == [(0, 6, 12)]
+    bench = Bench(lambda cuts: [2.01 * (b - a) for a, b in itertools.pairwise(cuts)])
+    refine([2.0] * 12, 2, bench)
+    assert bench.runs == [[(0, 6, 12)]]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerpipe import models, split
 from layerpipe.partition import cut_at, partition, share_threads
 from layerpipe.partition.balance import balance as balanced
-from layerpipe.partition.profile import _now, seconds
+from layerpipe.partition.profile import Rehearsal, _now, seconds
 from layerpipe.partition.split_stage import is_split, label
 
 
@@ -311,7 +311,7 @@ def test_stages_know_where_they_were_cut(copied: bool) -> None:
 
 @pytest.mark.parametrize("wrap", [None, nn.Sequential])
 def test_stages_take_turns_when_they_are_measured(wrap: Any) -> None:
-    """So that a slow moment of the machine meets all of them alike, and no weight is still in a cache."""
+    """And so do those of several cuts: a slow moment of the machine meets all alike, no weight is still in a cache."""
     order = list[int]()
 
     class Watched(nn.Linear):
@@ -319,10 +319,16 @@ def test_stages_take_turns_when_they_are_measured(wrap: Any) -> None:
             order.append(self.out_features)
             return super().forward(x)
 
-    taken = seconds([Watched(4, 5), Watched(5, 6), Watched(6, 7)], (torch.randn(2, 4),), wrap)
-    assert len(taken) == 3
-    assert all(0 < t < float("inf") for t in taken)
-    assert order == [5, 6, 7] * (len(order) // 3)
+    x, (a, b, c) = (torch.randn(2, 4),), (Watched(4, 5), Watched(5, 6), Watched(6, 7))
+    ways = [Rehearsal([a, b, c], x, wrap), Rehearsal([nn.Sequential(a, b), c], x, wrap)]
+    del order[:]
+    taken = seconds(ways)
+    assert [len(stages) for stages in taken] == [3, 2]
+    assert all(0 < t < float("inf") for stages in taken for times in stages for t in times)
+    assert order == [5, 6, 7] * 2 * 8
+    del order[:]
+    seconds(ways, at_least=60.0)  # of something this fast, not for a minute
+    assert order == [5, 6, 7] * 2 * 30
 
 
 def test_a_device_is_waited_for_where_its_work_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,13 +367,16 @@ def test_wrapped_stages_are_measured_on_copies_and_returned_untouched() -> None:
 def test_the_cut_follows_what_whole_stages_take(wrap: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here a stage takes as long as it has Linear layers, whatever these cost alone."""
 
-    def fake_seconds(stages: list[nn.Module], *_: object) -> list[float]:
-        return [0.01 + sum(isinstance(m, nn.Linear) for m in stage.modules()) for stage in stages]
+    def count(stage: nn.Module) -> int:
+        return sum(isinstance(m, nn.Linear) for m in stage.modules())
+
+    def fake_seconds(tried: list[Rehearsal], **_: object) -> list[list[tuple[float, float]]]:
+        return [[(0.01, count(stage)) for stage, _, _ in rehearsal.runs] for rehearsal in tried]
 
     monkeypatch.setattr(partition, "seconds", fake_seconds)
     model = nn.Sequential(nn.Linear(64, 64), *[nn.Linear(2**i, 2 ** (i - 1)) for i in range(6, 0, -1)], nn.Tanh())
     stages: list[Any] = split(model, 2, (torch.randn(8, 64),), balance="time", wrap=wrap)
-    counts = [sum(isinstance(m, nn.Linear) for m in stage.modules()) for stage in stages]
+    counts = [count(stage) for stage in stages]
     assert max(counts) == 4
     assert [round((stage[0] if wrap else stage).meta["cost"]) for stage in stages] == counts
 
@@ -384,13 +393,14 @@ def test_wrapped_stages_are_first_measured_with_residual_blocks_left_whole(monke
     pytest.importorskip("torchvision")
     measured: list[list[int]] = []
 
-    def fake_seconds(stages: list[nn.Module], *_: object) -> list[float]:
-        measured.append([sum(isinstance(m, nn.Conv2d) for m in stage.modules()) for stage in stages])
-        return [1.0, 2.0]
+    def fake_seconds(tried: list[Rehearsal], **_: object) -> list[list[tuple[float, float]]]:
+        newest = [stage for stage, _, _ in tried[-1].runs]
+        measured.append([sum(isinstance(m, nn.Conv2d) for m in stage.modules()) for stage in newest])
+        return [[(0.5, 0.5), (1.0, 1.0)] for _ in tried]
 
     monkeypatch.setattr(partition, "seconds", fake_seconds)
     model = models.make("resnet18", width=4, channels=1, size=8, classes=3)
-    split(model, 2, (torch.randn(2, 1, 8, 8),), balance="time", wrap=nn.Sequential)
+    split(model, 2, (torch.randn(2, 1, 8, 8),), balance="time", wrap=Wrapped)
     assert measured[0][0] in {1, 3, 5, 8, 10, 13, 15, 18}  # of 20, after the stem or a whole block
     assert len(measured) == 4
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
+Cuts = tuple[int, ...]
 _BALANCED = 1.02  # what the slowest part may take, in what they take on average
 
 
@@ -66,7 +67,7 @@ def balance(
 def refine(
     costs: Sequence[float],
     parts: int,
-    measure: Callable[[Sequence[int]], Sequence[float]],
+    measure: Callable[[Sequence[Cuts]], Sequence[Sequence[float]]],
     *,
     begin: Sequence[int] | None = None,
     rounds: int = 4,
@@ -80,40 +81,42 @@ def refine(
     Args:
         costs: of each layer, in any unit.
         parts: how many.
-        measure: what each part takes between cuts.
+        measure: what each part takes, for every one of these cuts. It gets all that were tried before, too: only times
+            of one moment can be compared on a machine whose speed drifts.
         begin: the first cuts to measure, by default those of :func:`balance`.
         rounds: measurements at most.
 
     Returns:
-        The cuts whose slowest part is fastest, of those measured, and what their parts take.
+        The cuts whose slowest part is fastest, of those measured, and what their parts took when all were.
     """
-    current, seen = [float(cost) for cost in costs], dict[tuple[int, ...], list[float]]()
+    current, taken = [float(cost) for cost in costs], dict[Cuts, list[float]]()
 
-    def fastest() -> tuple[int, ...]:
-        return min(seen, key=lambda cuts: max(seen[cuts]))
+    def fastest() -> Cuts:
+        return min(taken, key=lambda cuts: max(taken[cuts]))
 
-    while len(seen) < rounds:
-        cuts = tuple(balance(current, parts) if begin is None or seen else begin)
-        if cuts in seen:
+    while len(taken) < rounds:
+        cuts = tuple(balance(current, parts) if begin is None or taken else begin)
+        if cuts in taken:
             best = fastest()
-            if max(seen[best]) * parts <= _BALANCED * sum(seen[best]):
+            if max(taken[best]) * parts <= _BALANCED * sum(taken[best]):
                 break
-            cuts = min((c for c in _moved(best) if c not in seen), key=lambda c: _slowest(current, c), default=cuts)
-            if cuts in seen:
+            cuts = min((c for c in _moved(best) if c not in taken), key=lambda c: _slowest(current, c), default=cuts)
+            if cuts in taken:
                 break
-        seen[cuts] = [float(taken) for taken in measure(cuts)]
-        for (a, b), taken in zip(itertools.pairwise(cuts), seen[cuts], strict=True):
+        tried = [*taken, cuts]
+        taken = {c: [float(t) for t in times] for c, times in zip(tried, measure(tried), strict=True)}
+        for (a, b), time in zip(itertools.pairwise(cuts), taken[cuts], strict=True):
             layers = sum(current[a:b])
-            current[a:b] = [cost * taken / layers if layers else taken / (b - a) for cost in current[a:b]]
+            current[a:b] = [cost * time / layers if layers else time / (b - a) for cost in current[a:b]]
     best = fastest()
-    return list(best), seen[best]
+    return list(best), taken[best]
 
 
 def _slowest(costs: Sequence[float], cuts: Sequence[int]) -> float:
     return max(sum(costs[a:b]) for a, b in itertools.pairwise(cuts))
 
 
-def _moved(cuts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def _moved(cuts: Cuts) -> Iterator[Cuts]:
     """All cuts that differ in one place."""
     for i in range(1, len(cuts) - 1):
         for at in range(cuts[i - 1] + 1, cuts[i + 1]):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerpipe.partition.balance import Cuts, refine
 from layerpipe.partition.balance import balance as balanced
-from layerpipe.partition.balance import refine
 from layerpipe.partition.cuts import Piece, find_cuts, hindrances, pieces, unique_names
 from layerpipe.partition.forward import Forward, trace
 from layerpipe.partition.layers import FLOPS_PER_ELEMENT, LayerGraph
-from layerpipe.partition.profile import intraop_threads, profile_units, seconds
+from layerpipe.partition.profile import Rehearsal, intraop_threads, profile_units, seconds
 from layerpipe.partition.split_stage import SplitStage, is_split, label, uncompiled
 
 BALANCES = ("flops", "time", "params", "bytes")
@@ -43,11 +43,12 @@ def split(
         example_inputs: arguments of a forward, needed to balance by all but ``params``, and by ``torch.export``.
         balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine),
             ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have: of every
-            layer, then of whole stages, at most :func:`four times <layerpipe.partition.balance.refine>`),
+            layer, then of the whole stages of at most :func:`four cuts <layerpipe.partition.balance.refine>`, a second
+            or so for each),
             ``"bytes"`` (weights and what the backward needs) or ``"params"``.
         at: instead of balancing, the layers that begin the second stage, the third, ..., by name.
         wrap: what every stage is returned as, such as ``torch.compile``. ``balance="time"`` then measures stages
-            wrapped, on copies: a compiled stage takes less than its layers do one by one.
+            wrapped, on copies of each cut: a compiled stage takes less than its layers do one by one.
 
     Raises:
         ValueError: the model cannot be traced, has fewer places to cut than stages are wanted, or uses tied weights on
@@ -64,7 +65,7 @@ def split(
         raise ValueError(f"balance={balance!r} runs the model: give example_inputs, or use balance='params'")
     if at is not None and len(at) != stages - 1:
         raise ValueError(f"{stages} stages have {stages - 1} cuts between them, got at={list(at)}")
-    forward = trace(model, example_inputs)
+    forward, inputs = trace(model, example_inputs), example_inputs or ()
     parts = pieces(forward)
     if stages > len(parts):
         raise ValueError(
@@ -75,16 +76,25 @@ def split(
     def between(cuts: Sequence[int]) -> list[SplitStage]:
         return [SplitStage(forward.root, parts[a:b]) for a, b in itertools.pairwise(cuts)]
 
+    rehearsals: dict[Cuts, Rehearsal] = {}
+
+    def measure(tried: Sequence[Cuts]) -> list[list[float]]:
+        for cuts in tried:
+            if cuts not in rehearsals:
+                rehearsals[cuts] = Rehearsal(between(cuts), inputs, wrap)
+        times = seconds([rehearsals[cuts] for cuts in tried], at_least=1.0)
+        return [[sum(stage) for stage in stages] for stages in times]
+
     taken: list[float] | None = None  # by each stage
     if at is not None:
         cuts = [0, *find_cuts(forward, parts, at), len(parts)]
     else:
-        units, inputs = between(range(len(parts) + 1)), example_inputs or ()
+        units = between(range(len(parts) + 1))
         with intraop_threads(max(1, torch.get_num_threads() // stages)):  # as a worker will have
             costs = _costs(parts, units, inputs, balance)
             if balance == "time":
                 begin = _between_blocks(parts, costs, stages) if wrap is not None else None
-                cuts, taken = refine(costs, stages, lambda cuts: seconds(between(cuts), inputs, wrap), begin=begin)
+                cuts, taken = refine(costs, stages, measure, begin=begin)
             else:
                 cuts = balanced(costs, stages)
                 taken = [sum(costs[a:b]) for a, b in itertools.pairwise(cuts)]

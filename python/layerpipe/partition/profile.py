@@ -56,7 +56,7 @@ def profile_units(
     parts: list[Piece], units: Sequence[nn.Module], example_inputs: Sequence[Any], *, measure: bool
 ) -> LayerGraph:
     """:func:`profile` of a model that is already in pieces."""
-    measured = _measure(units, example_inputs) if measure else []
+    measured = seconds([Rehearsal(units, example_inputs)])[0] if measure else []
     with FakeTensorMode():
         return _profile(parts, units, tuple(_fake(x) for x in example_inputs), measured)
 
@@ -155,37 +155,58 @@ def _backward_flops(outputs: Tensors, wanted: list[Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def seconds(
-    stages: Sequence[nn.Module], example_inputs: Sequence[Any], wrap: Callable[[nn.Module], Any] | None = None
-) -> list[float]:
-    """Of each stage's forward and backward; or of copies, run as ``wrap(stage)``, which alone change."""
-    if wrap is None:
-        return [sum(times) for times in _measure(stages, example_inputs)]
-    copies = [wrap(copy.deepcopy(stage)) for stage in stages]
-    return [sum(times) for times in _measure(copies, example_inputs, keep_buffers=False)]
+class Rehearsal:
+    """Stages of one cut, ready to be timed: each with its buffers and what the one before puts out."""
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        example_inputs: Sequence[Any],
+        wrap: Callable[[nn.Module], Any] | None = None,
+    ) -> None:
+        """With ``wrap``, of copies, run as ``wrap(stage)``, which alone change; without, buffers stay as they are."""
+        if wrap is not None:
+            stages = [wrap(copy.deepcopy(stage)) for stage in stages]
+        self.runs = list[tuple[nn.Module, dict[str, Tensor], Tensors]]()
+        values = tuple(example_inputs)
+        with _random_numbers_kept(stages):
+            for i, stage in enumerate(stages):
+                buffers = {} if wrap is not None else {name: b.clone() for name, b in stage.named_buffers()}
+                self.runs.append((stage, buffers, tuple(_like(x, requires_grad=i > 0) for x in values)))
+                with torch.no_grad():
+                    result = torch.func.functional_call(stage, buffers, values)
+                values = result if isinstance(result, tuple) else (result,)
 
 
-def _measure(
-    units: Sequence[nn.Module], example_inputs: Sequence[Any], *, keep_buffers: bool = True, repeats: int = 8
-) -> list[tuple[float, float]]:
-    """Seconds of each unit's forward and backward, on what the one before puts out. No random numbers are used up.
+def seconds(rehearsals: Sequence[Rehearsal], *, at_least: float = 0.0) -> list[list[tuple[float, float]]]:
+    """Of each stage's forward and of its backward, for every rehearsal. No random numbers are used up.
 
-    The least of several, since what else the machine does can only add. All units take turns, as in training: none
-    finds its weights still in a cache, and a slow moment of the machine meets all of them.
+    The least of several, since what else the machine does can only add. All stages of all rehearsals take turns: none
+    finds its weights still in a cache, as in training, and a slow moment of the machine meets all of them.
+
+    Args:
+        rehearsals: which may share stages.
+        at_least: seconds to go on for, per rehearsal; but no more than 30 turns.
     """
-    runs, values = list[tuple[nn.Module, dict[str, Tensor], Tensors]](), tuple(example_inputs)
+    turns: list[list[list[tuple[float, float]]]] = []
+    with _random_numbers_kept([stage for rehearsal in rehearsals for stage, _, _ in rehearsal.runs]):
+        began = time.perf_counter()
+        while len(turns) < 8 or (len(turns) < 30 and time.perf_counter() - began < at_least * len(rehearsals)):
+            turns.append([[_seconds(*run) for run in rehearsal.runs] for rehearsal in rehearsals])
+            if len(turns) == 1:
+                began = time.perf_counter()
+    kept = turns[1:]  # the first also builds and tunes kernels
+    return [
+        [(min(f for f, _ in stage), min(b for _, b in stage)) for stage in zip(*takes, strict=True)]
+        for takes in zip(*kept, strict=True)
+    ]
+
+
+@contextmanager
+def _random_numbers_kept(units: Iterable[nn.Module]) -> Iterator[None]:
     devices = {p.device for unit in units for p in unit.parameters() if p.device.type != "cpu"}
     with torch.random.fork_rng(list(devices), device_type=next(iter(devices)).type if devices else "cuda"):
-        for i, unit in enumerate(units):
-            buffers = {name: b.clone() for name, b in unit.named_buffers()} if keep_buffers else {}
-            runs.append((unit, buffers, tuple(_like(x, requires_grad=i > 0) for x in values)))
-            with torch.no_grad():
-                result = torch.func.functional_call(unit, buffers, values)
-            values = result if isinstance(result, tuple) else (result,)
-        taken = [[_seconds(*run) for run in runs] for _ in range(repeats)][
-            1:
-        ]  # the first also builds and tunes kernels
-    return [(min(f for f, _ in times), min(b for _, b in times)) for times in zip(*taken, strict=True)]
+        yield
 
 
 def _seconds(unit: nn.Module, buffers: dict[str, Tensor], inputs: Tensors) -> tuple[float, float]:
