@@ -2,10 +2,10 @@
 
     python -m bench.distributed
 
-GPipe and 1F1B of :mod:`torch.distributed.pipelining` run in one process per stage over gloo, each minibatch cut into 8
-microbatches, one intra-op thread per process, torch's fused SGD. Ours runs once in one process with a thread per stage
-and once as they do, in one process per stage over gloo. The variants take turns within a round while the others'
-processes wait; ratios are formed within a round.
+GPipe and 1F1B of :mod:`torch.distributed.pipelining` run in one process per stage over gloo, each minibatch cut into 2,
+4 and 8 microbatches, one intra-op thread per process, torch's fused SGD. Ours runs once in one process with a thread
+per stage and once as they do, in one process per stage over gloo. The variants take turns within a round while the
+others' processes wait; ratios are formed within a round.
 
 The two train differently: theirs is ordinary training whose BatchNorm sees microbatches, ours is asynchronous. This
 compares how fast they get through the same data, nothing else.
@@ -32,14 +32,13 @@ from bench.networks import Case, add_cases, loss_fn
 from bench.report import save, spread
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-MICROBATCHES = 8
 
 
-def theirs(rank: int, cuts: list[torch.nn.Module], case: Case, name: str) -> Callable[[], object]:
+def theirs(rank: int, cuts: list[torch.nn.Module], case: Case, name: str, microbatches: int) -> Callable[[], object]:
     """A step of one stage of torch's pipeline."""
     x, y = case.minibatch()
     stage = PipelineStage(cuts[rank], rank, len(cuts), torch.device("cpu"))
-    schedule = SCHEDULES[name](stage, n_microbatches=MICROBATCHES, loss_fn=loss_fn)
+    schedule = SCHEDULES[name](stage, n_microbatches=microbatches, loss_fn=loss_fn)
     optimizer = torch.optim.SGD(cuts[rank].parameters(), lr=0.01, momentum=0.9, fused=True)
     last = rank == len(cuts) - 1
 
@@ -66,6 +65,7 @@ def rank_main(
     rank: int,
     kind: str,
     name: str,
+    microbatches: int,
     case: Case,
     cuts: list[torch.nn.Module],
     store: str,
@@ -76,7 +76,7 @@ def rank_main(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(cuts))
     if kind == "torch":
-        step = theirs(rank, cuts, case, name)
+        step = theirs(rank, cuts, case, name, microbatches)
     else:
         step = functools.partial(pipeline(cuts, name, "distributed").step, *case.minibatch())
         for _ in range(2 * len(cuts) + 1):  # fill
@@ -98,9 +98,10 @@ class Processes:
     Args:
         kind: ``"torch"`` or ``"layerpipe"``.
         name: of its schedule.
+        microbatches: that torch's cuts a minibatch into.
     """
 
-    def __init__(self, kind: str, name: str, case: Case, cuts: list[torch.nn.Module]) -> None:
+    def __init__(self, kind: str, name: str, microbatches: int, case: Case, cuts: list[torch.nn.Module]) -> None:
         context = mp.get_context("spawn")
         self._answers = context.Queue()
         self._commands = [context.Queue() for _ in cuts]
@@ -109,7 +110,7 @@ class Processes:
         self._processes = [
             context.Process(
                 target=rank_main,
-                args=(rank, kind, name, case, cuts, store, self._commands[rank], self._answers),
+                args=(rank, kind, name, microbatches, case, cuts, store, self._commands[rank], self._answers),
                 daemon=True,
             )
             for rank in range(len(cuts))
@@ -137,7 +138,9 @@ class Processes:
         self._directory.cleanup()
 
 
-def measure(case: Case, stages: int, schedule: str, rounds: int, steps: int) -> dict[str, list[float]]:
+def measure(
+    case: Case, stages: int, schedule: str, microbatches: list[int], rounds: int, steps: int
+) -> dict[str, list[float]]:
     """Seconds per minibatch of every variant and round."""
     cuts = case.stages(stages)
     pipe = pipeline(cuts, schedule, "threads")
@@ -151,8 +154,12 @@ def measure(case: Case, stages: int, schedule: str, rounds: int, steps: int) -> 
             pipe.step(x, y)
         return (time.perf_counter() - start) / count
 
-    processes = {f"torch {name}": Processes("torch", name, case, cuts) for name in SCHEDULES}
-    processes[f"layerpipe {schedule}, processes"] = Processes("layerpipe", schedule, case, cuts)
+    processes = {
+        f"torch {name}, {count}": Processes("torch", name, count, case, cuts)
+        for name in SCHEDULES
+        for count in microbatches
+    }
+    processes[f"layerpipe {schedule}, processes"] = Processes("layerpipe", schedule, 1, case, cuts)
     variants = {f"layerpipe {schedule}": ours, **processes}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     try:
@@ -174,23 +181,34 @@ def main() -> None:
     add_cases(parser, "resnet18:16:64", "gpt:256:16")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--schedule", choices=("lockstep", "1f1b"), default="lockstep", help="ours")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[2, 4, 8], help="that torch's pipelines try")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--steps", type=int, default=8, help="minibatches per round and variant")
     parser.add_argument("--json", type=Path, help="write the measurements here")
     options = parser.parse_args()
     if options.rounds < 2:
         parser.error("--rounds: quartiles need at least 2")
+    for case in options.case:
+        for count in options.microbatches:
+            if count < options.stages or case.batch % count:
+                parser.error(
+                    f"--microbatches {count}: at least as many as stages, {options.stages}, and a divisor of the batch "
+                    f"of {case}"
+                )
     results = {}
     for case in options.case:
-        if case.batch % MICROBATCHES:
-            parser.error(f"--case {case}: a batch of a multiple of {MICROBATCHES}")
-        seconds = results[str(case)] = measure(case, options.stages, options.schedule, options.rounds, options.steps)
+        seconds = results[str(case)] = measure(
+            case, options.stages, options.schedule, options.microbatches, options.rounds, options.steps
+        )
         ours = next(iter(seconds.values()))
-        print(f"{case}, {options.stages} stages: samples per second, and ours over it; median (quartiles)")
+        print(
+            f"{case}, {options.stages} stages: samples per second, and how many times as long as our threads it takes"
+        )
+        print("  medians (quartiles); torch's with the number of microbatches")
         for name, values in seconds.items():
             rate = spread([case.batch / s for s in values], ".1f")
             ratio = spread([a / b for a, b in zip(values, ours, strict=True)], ".2f")
-            print(f"  {name:<20} {rate:<22} {ratio}")
+            print(f"  {name:<30} {rate:<22} {ratio}")
     save(options.json, seconds=results)
 
 
