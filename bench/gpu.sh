@@ -6,11 +6,14 @@
 #     bench/gpu.sh tests executors     # only these steps; the build stays from call to call
 #     LIMIT=580 bench/gpu.sh           # done in that many seconds: a step is cut short, and what is left is left out
 #
-# All steps together may take three quarters of an hour. Where a call ends after ten minutes, three of these do it:
+# All steps together may take three quarters of an hour. Where a call must end sooner, share them among several, what must
+# hold before what is measured:
 #
-#     LIMIT=580 bench/gpu.sh build tests-executors tests triton executors
-#     LIMIT=580 bench/gpu.sh build bench executors-gpt chunk-4096 chunk-16384 chunk-32768 cli
-#     LIMIT=580 bench/gpu.sh build bench-compiled memcheck racecheck
+#     LIMIT=560 bench/gpu.sh build tests-executors tests triton
+#     LIMIT=540 bench/gpu.sh memcheck racecheck executors executors-gpt cli
+#     LIMIT=540 bench/gpu.sh bench bench-compiled chunk-4096 chunk-16384 chunk-32768
+#
+# The built module is among the results: on another machine of this kind, put into layerpipe_kernels/, it saves the build.
 #
 # Needs torch with CUDA, Triton, nvcc, g++, cmake, ninja, pybind11 and pytest; no network. PYTHON names the interpreter.
 # What a step lacks besides is said at the beginning, and the others run. All that they print is in gpu.log.
@@ -38,7 +41,8 @@ run() { # name, seconds, command...
     echo "==> $name" | tee -a "$log"
     local before
     before=$(wc -c <"$log")
-    timeout -k 10 $((seconds < left ? seconds : left)) "$@" >>"$log" 2>&1
+    # An interrupt, not a kill: pytest then still prints the failures that it has seen.
+    timeout -s INT -k 20 $((seconds < left ? seconds : left)) "$@" >>"$log" 2>&1
     local status=$?
     ((status)) && failed+=("$name ($status)")
     tail -c "+$((before + 1))" "$log" | tail -n "${TAIL:-12}"
@@ -54,21 +58,32 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.mem --f
 for module in setuptools cmake ninja pybind11 triton pytest hypothesis networkx numpy rich matplotlib torchvision typer sklearn; do
     has "$module" || echo "==> $python has no $module"
 done
-pytest=("$python" -m pytest -q)
-has pytest_timeout && pytest+=(--timeout=150)
-parallel=()
-has xdist && parallel=(-n 8)
+pytest=("$python" -m pytest -q --tb=short -o faulthandler_timeout=60)
+has pytest_timeout && pytest+=(--timeout=240)
+# In several processes also because a device's error, or a capture that failed, stays with its process.
+parallel() { has xdist && echo -n "$1"; }
 
 arch=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
 LAYERPIPE_CUDA_ARCHS="$arch" run build 180 "$python" setup.py -q build_ext --inplace
+[[ -n ${OUT:-} && $ran == *" build "* ]] && cp layerpipe_kernels/_C.*.so "$out"
 "$python" -c 'import layerpipe_kernels as lk; print(lk.build_info())' 2>&1 | tee -a "$log"
 ((PIPESTATUS[0])) && exit 1
 "$python" -c 'import layerpipe_kernels as lk; assert "cuda" in lk.available_backends()' 2>/dev/null || failed+=("no CUDA kernels")
 
 device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))')
-run tests-executors 180 "${pytest[@]}" tests/gpu/test_executors_gpu.py
-run tests 300 "${pytest[@]}" ${parallel[@]+"${parallel[@]}"} tests/gpu --ignore=tests/gpu/test_executors_gpu.py
-run triton 240 "${pytest[@]}" ${parallel[@]+"${parallel[@]}"} tests/kernels/triton_*_cases.py
+# shellcheck disable=SC2046  # two words or none
+run tests-executors 180 "${pytest[@]}" $(parallel "-n 4") tests/gpu/test_executors_gpu.py
+run tests 300 "${pytest[@]}" $(parallel "-n 8") tests/gpu --ignore=tests/gpu/test_executors_gpu.py
+run triton 240 "${pytest[@]}" $(parallel "-n 8") tests/kernels/triton_*_cases.py
+if command -v compute-sanitizer >/dev/null; then
+    # Every tensor in an allocation of its own: beyond its end lies nothing that may be touched.
+    sanitized=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 9)
+    # Not calls that fail: torch tries some that may.
+    run memcheck 240 "${sanitized[@]}" --tool memcheck --report-api-errors no "$python" -m tests.gpu.sanitize
+    run racecheck 150 "${sanitized[@]}" --tool racecheck "$python" -m tests.gpu.sanitize
+else
+    echo "==> no compute-sanitizer on the PATH"
+fi
 TAIL=40 run executors 300 "$python" -m bench.executors --json "$out/$device-executors.json"
 TAIL=60 run bench 300 "$python" -m bench.step --device cuda --no-compile --rounds 7 --seconds 0.05 \
     --json "$out/$device-step.json" --plot "$out/$device-step.png"
@@ -82,15 +97,6 @@ for chunk in 4096 16384 32768; do
 done
 TAIL=40 run cli 90 "$python" -m layerpipe.cli train --device cuda --executor graphs --steps 300 --profile \
     --out "${TMPDIR:-/tmp}/layerpipe-run"
-if command -v compute-sanitizer >/dev/null; then
-    # Every tensor in an allocation of its own: beyond its end lies nothing that may be touched.
-    export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    # Not calls that fail: torch tries some that may.
-    run memcheck 240 compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 "$python" -m tests.gpu.sanitize
-    run racecheck 240 compute-sanitizer --tool racecheck --error-exitcode 9 "$python" -m tests.gpu.sanitize
-else
-    echo "==> no compute-sanitizer on the PATH"
-fi
 
 for name in "$@"; do
     [[ $ran == *" $name "* ]] || failed+=("$name: no such step")

@@ -33,6 +33,7 @@ def gpt(layers: int, width: int, vocabulary: int = 50257, context: int = 1024) -
 NETWORKS: dict[str, list[Shape]] = {
     "resnet18": resnet18(),
     "gpt2": gpt(12, 768),
+    "layer450m": gpt(1, 6144, vocabulary=0),  # one layer of 453 million parameters: fits 80 GB
     "layer1b": gpt(1, 9216, vocabulary=0),  # one layer of a billion parameters
 }
 

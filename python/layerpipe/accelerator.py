@@ -57,13 +57,15 @@ class Accelerator:
         return self._module.graph_pool_handle()
 
     def forget_workspaces(self) -> None:
-        """Let cuBLAS ask for new workspaces; the old ones stay in their pools.
+        """Let cuBLAS ask for new workspaces; the old ones stay in their pools. Memory that nobody uses goes back to the
+        device: a capture cannot take what torch keeps for streams.
 
         It keeps one per thread and stream, and torch has 32 streams per device, which it gives out again and again: one
         from before a capture may lie in another graph's memory, and one of a graph be taken for other work.
         """
         if self.device.type == "cuda" and hasattr(torch._C, "_cuda_clearCublasWorkspaces"):
             torch._C._cuda_clearCublasWorkspaces()
+        self._module.empty_cache()
 
     def capture(self, pool: Any, stream: Any, work: Callable[[], None]) -> Any:
         """A graph of what ``work`` launches, and nothing of it is run; ``graph.replay()`` runs it.

@@ -35,7 +35,8 @@ def test_random_bits_are_those_of_the_reference(seed: int, offset: int) -> None:
     ema_update_(emas, update, [0.0] * 3, seed)  # the average is then the update itself, exactly
     for k, ema in enumerate(emas):
         want = reference.round_stochastic(update, reference.hash32(reference.hash32(seed) + k))
-        assert torch.equal(ema.view(torch.int16), want.view(torch.int16))
+        same = ema.view(torch.int16) == want.view(torch.int16)
+        assert (same | (ema.isnan() & want.isnan())).all()  # what a GPU computes from a NaN is its own NaN
 
 
 @pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 1023, 2048, 2049, 5000])
