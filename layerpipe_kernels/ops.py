@@ -216,8 +216,9 @@ def sgd_step_(
 ) -> None:
     """SGD, the EMAs of the updates and the past weights of a list of tensors, in one pass and in place.
 
-    The formulas are those of :func:`layerpipe_kernels.reference.sgd_step_`, the bytes moved those of MATH's table. An
-    optimizer that steps again and again keeps its :class:`layerpipe_kernels.plan.StepPlan` instead of calling this.
+    The formulas are those of :func:`layerpipe_kernels.reference.sgd_step_`, the bytes moved those of
+    :mod:`layerpipe_kernels.traffic`. An optimizer that steps again and again keeps its
+    :class:`layerpipe_kernels.plan.StepPlan` instead of calling this.
 
     Raises:
         TypeError: a sparse or non-floating-point tensor.

@@ -1,4 +1,4 @@
-"""The semantics of every kernel, in plain torch and MATH notation. Every backend is tested against it.
+"""The semantics of every kernel, in plain torch and the notation of docs/maths.md. Every backend is tested against it.
 
 Symbols: ``W`` weights, ``g`` gradient, ``v`` momentum buffer, ``m`` and ``q`` Adam's averages, ``u`` update, ``E`` EMA
 of updates, ``What`` past weights.

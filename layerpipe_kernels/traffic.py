@@ -2,7 +2,7 @@
 
 One pass reads ``W, g``, the optimizer's states and the averages, and writes all but ``g``; the past weights are only
 written. Separate passes are torch's fused optimizer, then one pass per average (read it and the update, write it), then
-one that reads the weights and all averages and writes the past weights (MATH, "Optimizer steps fused with the EMA").
+one that reads the weights and all averages and writes the past weights (docs/maths.md).
 """
 
 from __future__ import annotations

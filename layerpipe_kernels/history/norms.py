@@ -17,8 +17,8 @@ State = dict[str, Any]
 class Norms:
     """The norms of every tensor's last ``n`` versions, version ``t`` in slot ``t mod n``: no copies of weights.
 
-    An estimate that overshoots amplifies the activations' gradient, stage after stage; scaled, it cannot (MATH,
-    "Past weights"). Nothing here waits for a device.
+    An estimate that overshoots amplifies the activations' gradient, stage after stage; scaled, it cannot
+    (docs/past_weights.md). Nothing here waits for a device.
 
     Args:
         n: the delay, in updates.

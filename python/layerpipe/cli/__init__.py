@@ -10,7 +10,9 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         from layerpipe.cli.app import app
     except ImportError as error:
-        _fail(f"{error}; the command line needs more than the library: pip install 'layerpipe[cli]'")
+        _fail(
+            f"{error}; the command line needs more than the library: pip install '.[cli]' where layerpipe's sources are"
+        )
     from layerpipe.errors import CheckpointError, DataError, StageError, UsageError
 
     arguments = sys.argv[1:] if arguments is None else arguments

@@ -48,7 +48,10 @@ def compare(
     ] = None,
     past_norm: o.PastNorm = None,
     schedule: Annotated[
-        str, typer.Option(help="Schedules to compare, with commas: lockstep, 1f1b.", rich_help_panel=o.METHOD)
+        str,
+        typer.Option(
+            help="Schedules to compare, with commas: lockstep, 1f1b, sequential, auto.", rich_help_panel=o.METHOD
+        ),
     ] = TrainConfig.schedule,
     executor: o.ExecutorName = "threads",
     lr: o.Lr = TrainConfig.lr,

@@ -83,16 +83,18 @@ PastNorm = Annotated[
 Schedule = Annotated[
     Literal["lockstep", "1f1b", "sequential", "auto"],
     _option(
-        "lockstep: a forward and a backward per stage and tick, n = 2 S. 1f1b: the same in turn, without a register "
-        "between backwards, n = S. sequential: one minibatch at a time. auto: by the executor.",
+        "lockstep: every stage runs a forward and a backward in every tick, and its gradients are 2 S updates late, S "
+        "being the stages after it. 1f1b: PipeDream's order, S updates late. sequential: one minibatch at a time, no "
+        "delay. auto: lockstep for streams and graphs, else 1f1b.",
         METHOD,
     ),
 ]
 ExecutorName = Annotated[
     Literal["serial", "threads", "streams", "graphs", "distributed"],
     _option(
-        "All stages in one thread, or a worker thread per stage. On a CUDA device: streams per stage, or replayed CUDA "
-        "graphs. distributed: a process per stage, started here, or as many as torchrun starts on several machines.",
+        "serial: all stages in one thread. threads: a worker thread per stage. streams, graphs: on a CUDA device (with "
+        "--device cuda), each stage on streams of its own, or replayed as CUDA graphs. distributed: a process per "
+        "stage, started here, or as many as torchrun starts on several machines.",
         METHOD,
     ),
 ]

@@ -1,7 +1,7 @@
 """Weights whose past no backward reads: those of the network's first layer.
 
 A linear layer's weight enters the backward only through the gradient of the layer's input, and nobody wants the
-gradient of the data. So the layer with the largest delay keeps no history at all (MATH.md, end); where it is an
+gradient of the data. So the layer with the largest delay keeps no history at all (docs/maths.md); where it is an
 embedding, that is often the largest weight of the network.
 """
 
