@@ -192,6 +192,46 @@ class Counting(TwoLinears):
         return self.b(self.a(x))
 
 
+class Rotating(TwoLinears):
+    """Angles without gradients and in one precision whatever surrounds them, as rotary embeddings are made."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] == 4
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            angles = torch.arange(4, device=x.device, dtype=torch.float32) * (self.seen.to(x.device) + 1)
+            sine, cosine = angles.sin(), angles.cos()
+        y = self.a(x)
+        with torch.no_grad():
+            scale = self.b(y).abs().mean(1, keepdim=True)
+        with torch.no_grad(), torch.enable_grad():
+            y = y * cosine + y.flip(1) * sine
+        return self.b(y) / (1 + scale)
+
+
+class ChangingUnseen(TwoLinears):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) if x.shape[0] else x
+        with torch.no_grad():
+            self.seen += 1
+        return self.b(y)
+
+
+class CastingOnMode(TwoLinears):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) if x.shape[0] else x
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            z = nn.functional.dropout(self.b(y), 0.5, self.training)
+        return y + z
+
+
+class ChangingCast(TwoLinears):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) if x.shape[0] else x
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y.view(-1).mul_(2)
+        return self.b(y)
+
+
 class OnMode(TwoLinears):
     def forward(self, x: Tensor) -> Tensor:
         y = self.a(x)
@@ -205,6 +245,12 @@ class OnMode(TwoLinears):
     [
         (OnValues(), r"OnValues cannot be traced \(torch.fx: .*; torch.export: .*data-dependent.*\); give the stages"),
         (Counting(), r"torch.export: its forward changes its buffer seen\); give the stages by hand"),
+        (
+            ChangingUnseen(),
+            r"torch.export: its forward changes b_seen in place where gradients are switched off\); give",
+        ),
+        (CastingOnMode(), r"torch.export: its code under torch.autocast depends on self.training\); give the stages"),
+        (ChangingCast(), r"torch.export: its forward changes linear in place under torch.autocast\); give the stages"),
         (OnMode(), r"torch.export: its code depends on self.training\); give the stages by hand"),
     ],
 )
@@ -220,6 +266,23 @@ def test_what_cannot_be_exported_is_refused_with_the_way_out(
 def test_without_inputs_the_message_asks_for_them() -> None:
     with pytest.raises(ValueError, match=r"give example_inputs, so that torch\.export can try"):
         split(ShapedBranches(), 2, balance="params")
+
+
+def test_what_runs_without_gradients_still_does() -> None:
+    torch.manual_seed(0)
+    model, x = Rotating(), torch.randn(3, 4)
+    reference, parts = copy.deepcopy(model), split(model, 2, (torch.randn(2, 4),))
+    results = []
+    for network, run in ((model, lambda x: through(parts, x)), (reference, reference)):
+        y = run(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    wide = [
+        part.double() for part in copy.deepcopy(parts)
+    ]  # nothing remembers the dtypes and the device of the example
+    assert through(wide, x.double()).dtype is torch.float64
+    assert through([part.to("meta") for part in parts], x.to("meta")).is_meta
 
 
 def test_a_dict_as_output_stays_one() -> None:

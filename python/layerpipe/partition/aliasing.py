@@ -8,8 +8,6 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from layerpipe.partition.exported import written
-
 _IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.imatmul, operator.ipow)
 #: Methods and functions whose result may lie in the memory of their first argument.
 _VIEWS = frozenset(
@@ -42,6 +40,17 @@ def _viewed(model: nn.Module, node: fx.Node) -> fx.Node | None:
         return node.all_input_nodes[0] if isinstance(layer, nn.Flatten | nn.Unflatten | nn.Identity) else None
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return node.all_input_nodes[0] if name in _VIEWS else None
+
+
+def written(node: fx.Node) -> fx.Node | None:
+    """The value that one of torch's operations changes in place."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        for place, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                found = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
+                if isinstance(found, fx.Node):
+                    return found
+    return None
 
 
 def _overwrites(model: nn.Module, node: fx.Node) -> fx.Node | None:

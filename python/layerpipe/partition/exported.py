@@ -19,6 +19,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from layerpipe.partition.aliasing import written
+from layerpipe.partition.regions import follow_the_inputs_device, unfold
+
 
 class Unflatten(nn.Module):
     """Values as the structure that a model returns, such as a dict or a dataclass."""
@@ -38,7 +41,8 @@ def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph,
     the examples'.
 
     Raises:
-        ValueError: the forward changes a buffer of its own, or takes something else than a flat list of inputs.
+        ValueError: the forward changes a buffer of its own, or in place what :func:`unfold` does not allow, or takes
+            something else than a flat list of inputs.
         Exception: whatever ``torch.export`` raises.
     """
     shapes = torch.export.ShapesCollection()
@@ -54,16 +58,17 @@ def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph,
     graph.set_codegen(fx.graph.CodeGen())
     for node in graph.find_nodes(op="call_module", target="_guards_fn"):
         graph.erase_node(node)
+    unfold(graph, module)
     _regroup(graph, model)
     _refuse_changed_buffers(graph)
-    _follow_the_inputs_device(graph, example_inputs)
+    follow_the_inputs_device(graph, next(filter(is_tensor, graph.find_nodes(op="placeholder")), None))
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
     extra: dict[str, nn.Module | Tensor] = {}
     for node in graph.find_nodes(op="get_attr"):
-        if str(node.target) in program.constants and not _has(model, str(node.target)):
-            extra[str(node.target)] = getattr(module, str(node.target))
+        if not _has(model, str(node.target)):
+            extra[str(node.target)] = getattr(module, str(node.target))  # a constant, or the body of a ``with``
     if len(graph.find_nodes(op="placeholder")) != len(example_inputs):
         raise ValueError("its inputs are nested; they must be tensors")
     _restore_output(graph, structure, extra)
@@ -123,21 +128,6 @@ def _refuse_changed_buffers(graph: fx.Graph) -> None:
             raise ValueError(f"its forward changes its buffer {changed.target}")
 
 
-def _follow_the_inputs_device(graph: fx.Graph, example_inputs: Sequence[Any]) -> None:
-    """What is made where the inputs are shall be made there in a stage that has been moved, too."""
-    tensors = [i for i, x in enumerate(example_inputs) if isinstance(x, Tensor)]
-    made = [node for node in graph.nodes if "device" in node.kwargs]
-    if not tensors or not made:
-        return
-    first = graph.find_nodes(op="placeholder")[tensors[0]]
-    after = graph.find_nodes(op="placeholder")[-1]
-    with graph.inserting_after(after):
-        device = graph.call_function(getattr, (first, "device"))
-    for node in made:
-        if node.kwargs["device"] == example_inputs[tensors[0]].device:
-            node.update_kwarg("device", device)
-
-
 def _restore_output(graph: fx.Graph, spec: pytree.TreeSpec, extra: dict[str, nn.Module | Tensor]) -> None:
     output = graph.output_node()
     values: Any = tuple(pytree.tree_leaves(output.args))
@@ -154,17 +144,6 @@ def _restore_output(graph: fx.Graph, spec: pytree.TreeSpec, extra: dict[str, nn.
 def is_tensor(node: fx.Node) -> bool:
     """Of a node that ``torch.export`` made."""
     return isinstance(node.meta.get("val"), Tensor)
-
-
-def written(node: fx.Node) -> fx.Node | None:
-    """The value that one of torch's operations changes in place."""
-    if isinstance(node.target, torch._ops.OpOverload):
-        for place, argument in enumerate(node.target._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                found = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name)
-                if isinstance(found, fx.Node):
-                    return found
-    return None
 
 
 def _has(model: nn.Module, path: str) -> bool:

@@ -131,6 +131,9 @@ def _both_modes(model: nn.Module, trained: _Captured, evaluated: _Captured) -> F
 
     if [_spelled(node) for node in nodes] != [_spelled(node) for node in others]:
         raise ValueError("its code depends on self.training")
+    for name, body in trained.extra.items():
+        if isinstance(body, fx.GraphModule) and body.code != getattr(evaluated.extra[name], "code", None):
+            raise ValueError("its code under torch.autocast depends on self.training")
     for node, other in zip(nodes, others, strict=True):
         count = max(len(node.args), len(other.args))
         node.args = either(_arguments(node, count), _arguments(other, count), node)
