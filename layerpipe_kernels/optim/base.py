@@ -11,7 +11,7 @@ from layerpipe_kernels import history
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
-from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
+from layerpipe_kernels.optim.checkpoint import CLOCK, HISTORY_KEYS
 from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, settings_of
 from layerpipe_kernels.optim.still import StillParameters
 
@@ -50,15 +50,15 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         super().__setstate__({key: value for key, value in state.items() if key not in marks})
         self._still, self._fresh, self._moved = set(marks["still"]), set(marks["fresh"]), dict(marks["moved"])
         for group in self.param_groups:
-            for key, value in {**PAST_DEFAULTS, "updates": 0, "last_lr": 0.0}.items():
+            for key, value in {**PAST_DEFAULTS, **CLOCK}.items():
                 group.setdefault(key, value)
         self._reset_caches()
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group.setdefault("updates", 0)
-        group.setdefault("last_lr", 0.0)
+        for key, value in CLOCK.items():
+            group.setdefault(key, value)
         try:
             self._check_group(group)
         except Exception:
@@ -85,11 +85,15 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         """How this group has its past weights; ``None`` for a delay of 0."""
         if not group["delay"]:
             return None
-        # A schedule may move the momentum in every step; a design for the first one stays good, and its averages valid.
+        # A schedule may move the momentum in every step. A blend for the first one stays near, and its averages valid.
         made_for = (*map(group.get, DESIGNED_BY), bool(group.get("momentum", 0.0)))
         made = self._histories.get(id(group))
-        if made is None or made[0] != made_for:
-            made = self._histories[id(group)] = made_for, history.make(group["past"], self._settings(group))
+        if made is not None and made[0] != made_for:
+            group["designed_for"] = None
+        if made is None or group["designed_for"] is None:
+            past = history.make(group["past"], self._settings(group))
+            group["designed_for"] = past.settings.correlation
+            made = self._histories[id(group)] = made_for, past
         return made[1]
 
     def state_dict(self) -> dict[str, Any]:

@@ -60,16 +60,18 @@ def check_past(group: Group, names: Sequence[str]) -> None:
 
 
 def settings_of(group: Group) -> history.Settings:
-    """What a group's history is made with."""
-    momentum = group.get("momentum", 0.0)
+    """What a group's history is made with: for the correlation that its averages were designed for, if they were."""
+    momentum, betas, correlation = group.get("momentum", 0.0), group.get("betas"), group.get("designed_for")
+    if correlation is None:
+        correlation = float(betas[0] if betas else momentum)
     return history.Settings(
         delay=group["delay"],
         order=group["order"],
         ema_decay=group["ema_decay"],
         ema_of=group["ema_of"],
-        momentum=momentum,
+        momentum=correlation if momentum else 0.0,
         nesterov=group.get("nesterov", False),
-        correlation=float(group["betas"][0]) if "betas" in group else momentum,
+        correlation=correlation,
         newest=momentum > 0 and not group.get("nesterov", False),
         materialize=group["materialize"],
         backend=group["backend"],

@@ -15,7 +15,7 @@ from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
 from layerpipe_kernels.optim.base import PastOptimizer
-from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
+from layerpipe_kernels.optim.checkpoint import CLOCK, HISTORY_KEYS
 from layerpipe_kernels.optim.settings import past_given
 
 
@@ -87,7 +87,7 @@ class PastWeights(AveragingOptimizer):
         if self._complete:
             self.optimizer.add_param_group(param_group)
             group = self.param_groups[-1]
-        for key, value in {**self._options, "updates": 0, "last_lr": 0.0}.items():
+        for key, value in {**self._options, **CLOCK}.items():
             group.setdefault(key, value)
         try:
             self._check_group(group)
@@ -98,10 +98,9 @@ class PastWeights(AveragingOptimizer):
         self._reset_caches()
 
     def _settings(self, group: Group) -> history.Settings:
-        betas = group.get("betas")
-        correlation = float(betas[0] if betas else group.get("momentum", 0.0))
         known = super()._settings(group)
-        return known._replace(momentum=0.0, nesterov=False, correlation=min(max(correlation, 0.0), 0.99), newest=False)
+        correlation = min(max(known.correlation, 0.0), 0.99)
+        return known._replace(momentum=0.0, nesterov=False, correlation=correlation, newest=False)
 
     @_disable_dynamo  # its scalars are new in every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -149,8 +148,8 @@ class PastWeights(AveragingOptimizer):
         self.state.clear()
         self._reset_caches()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            group.setdefault("updates", 0)
-            group.setdefault("last_lr", 0.0)
+            for key, value in CLOCK.items():
+                group.setdefault(key, value)
             for param, index in zip(group["params"], packed["params"], strict=True):
                 for key, value in saved["state"].get(index, {}).items():
                     if key in HISTORY_KEYS:

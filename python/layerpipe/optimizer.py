@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerpipe_kernels.optim.checkpoint import CLOCK
+
 #: Of one stage: a dict per parameter group.
 Options = list[dict[str, Any]]
 
@@ -38,7 +40,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
             raise ValueError("no stage has parameters to train")
         self._optimizers, self._synchronize = list(optimizers), synchronize
         own = [
-            {key: _on_host(value) for key, value in group.items() if key not in _CLOCK}
+            {key: _on_host(value) for key, value in group.items() if key not in CLOCK}
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]
@@ -212,7 +214,5 @@ def _frozen(value: Any) -> Any:
 
 #: What a stage's history was made for.
 _PAST = ("delay", "past", "order", "ema_decay")
-#: Counted by each stage's own optimizer.
-_CLOCK = ("updates", "last_lr")
-#: What does not travel from the common view to a stage.
-_OWN = ("params", "param_names", *_CLOCK)
+#: What does not travel from the common view to a stage, whose own optimizer counts its updates.
+_OWN = ("params", "param_names", *CLOCK)

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import layerpipe
+import layerpipe_kernels as lk
 from layerpipe import checkpoint
 from tests import forks
 from tests.engine.models import chain, minibatches
@@ -67,6 +70,38 @@ def test_a_resumed_pipeline_does_what_the_one_that_went_on_does(
         for a, b in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda params, **past: lk.SGD(params, lr=0.05, momentum=0.9, **past),
+    "AdamW": lambda params, **past: lk.AdamW(params, lr=0.01, **past),
+    "PastWeights": lambda params, **past: lk.PastWeights(torch.optim.SGD(params, lr=0.05, momentum=0.9), **past),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_resumed_pipeline_keeps_its_averages_design_while_the_momentum_is_scheduled(
+    kind: str, tmp_path: Path
+) -> None:
+    data = minibatches(40)
+
+    def started(seed: int) -> tuple[layerpipe.Pipeline, torch.optim.lr_scheduler.OneCycleLR]:
+        pipe = layerpipe.Pipeline(chain(seed=seed), F.cross_entropy, OPTIMIZERS[kind])
+        return pipe, torch.optim.lr_scheduler.OneCycleLR(pipe.optimizer, max_lr=0.1, total_steps=60)
+
+    (whole, scheduler), (resumed, other) = started(0), started(9)
+    with whole, resumed:
+        for x, y in data[:15]:
+            whole.step(x, y)
+            scheduler.step()
+        whole.checkpoint(tmp_path / "c.pt", scheduler=scheduler.state_dict())
+        other.load_state_dict(resumed.resume(tmp_path / "c.pt")["scheduler"])
+        for pipe, each in ((whole, scheduler), (resumed, other)):
+            for x, y in data[15:]:
+                pipe.step(x, y)
+                each.step()
+            pipe.drain()
+        assert_equal(whole.state_dict(), resumed.state_dict())
 
 
 def test_a_checkpoint_of_the_same_model_cut_elsewhere_is_refused_whole(tmp_path: Path) -> None:
