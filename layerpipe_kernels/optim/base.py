@@ -253,6 +253,18 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
                 if "past" in state:
                     history.copy_into(state["past"], param)
 
+    @torch.no_grad()
+    def weights_loaded(self) -> None:
+        """Take the parameters' values over from whoever has replaced them; their past, :meth:`restart_history` forgets.
+
+        A float32 master that does not round to its weight is of the weights before, and the next step would bring them
+        back. Not needed where the optimizer's state is loaded, too.
+        """
+        for param, state in self.state.items():
+            master = state.get("master")
+            if master is not None:
+                master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+
     def history_bytes(self) -> int:
         """Bytes kept for past weights, the weights themselves and the optimizer's own state not counted."""
         return sum(s[k].nbytes for s in self.state.values() for k in HISTORY_KEYS if k in s)

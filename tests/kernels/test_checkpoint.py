@@ -223,6 +223,21 @@ def test_float32_state_survives_on_bfloat16_parameters() -> None:
             assert torch.equal(optimizer.state[a][key], other.state[b][key])
 
 
+def test_weights_that_were_loaded_alone_replace_their_masters() -> None:
+    params = parameters(BF16)
+    start = [p.detach().clone() for p in params]
+    optimizer = lk.SGD(params, lr=0.1, master_weights=True)
+    steps(optimizer, params, 5, seed=1)
+    masters = [optimizer.state[p]["master"].clone() for p in params]
+    optimizer.weights_loaded()  # they were not, and what bfloat16 does not hold is kept
+    assert all(torch.equal(optimizer.state[p]["master"], master) for p, master in zip(params, masters, strict=True))
+    take(params, start)
+    optimizer.weights_loaded()
+    optimizer.param_groups[0]["lr"] = 0.0
+    steps(optimizer, params, 1, seed=2)
+    assert all(map(torch.equal, params, start))
+
+
 def test_bfloat16_averages_survive_on_float32_parameters() -> None:
     params = parameters()
     optimizer = lk.AdamW(params, delay=4, ema_dtype=BF16)
