@@ -34,7 +34,8 @@ class PastWeights(AveragingOptimizer):
 
     Raises:
         TypeError: not an optimizer, or one that knows its past weights itself.
-        ValueError: an option out of its range, or options that contradict each other.
+        ValueError: an option out of its range, options that contradict each other, or an optimizer that is wrapped
+            already.
     """
 
     def __init__(
@@ -55,10 +56,23 @@ class PastWeights(AveragingOptimizer):
             raise TypeError(f"PastWeights wraps a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, PastOptimizer):
             raise TypeError(f"{type(optimizer).__name__} knows its past weights itself; give it delay={delay}")
+        for group in optimizer.param_groups:
+            if "updates" in group:
+                raise ValueError(
+                    f"this {type(optimizer).__name__} has a past of its own already (delay={group.get('delay')}): wrap "
+                    "an optimizer once, and load a checkpoint into the PastWeights that wraps it"
+                )
         self.optimizer = optimizer
         self._options = past_given(locals())
         self._complete = False
-        super().__init__(optimizer.param_groups, {**optimizer.defaults, **self._options})
+        groups = [{**group} for group in optimizer.param_groups]
+        try:
+            super().__init__(optimizer.param_groups, {**optimizer.defaults, **self._options})
+        except Exception:
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)
+            raise
         self._complete = True
 
     @property
