@@ -38,7 +38,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         self._histories: dict[int, tuple[Any, history.History]] = {}
         self._group_of: dict[Tensor, Group] = {}
         # Per group: what its past weights are made with after the update that the clock shows.
-        self._ready: dict[int, tuple[history.Clock, history.History | None, history.Mixture | None]] = {}
+        self._ready: dict[int, tuple[tuple[Any, Any], history.History | None, history.Mixture | None]] = {}
         self._clocks: dict[int, tuple[history.History, DeviceClock]] = {}
         self._norms: dict[int, Norms] = {}
 
@@ -171,23 +171,25 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         clock = self.device_clock(group)
         if clock is not None:
             return self._past_on_device(param, group, clock, out)
-        now = history.Clock(group["updates"], group["last_lr"])
+        t, lr = now = group["updates"], group["last_lr"]
         ready = self._ready.get(id(group))
         if ready is None or ready[0] != now:
             past = self.history(group)
-            ready = self._ready[id(group)] = now, past, past.mixture(now) if past is not None else None
+            # A learning rate that lies on a device is read here, once for all parameters.
+            made = past.mixture(history.Clock(t, float(lr))) if past is not None else None
+            ready = self._ready[id(group)] = now, past, made
         _, past, mixture = ready
         if past is None or mixture is None:
             return history.copy_into(out, param.detach())
         state = self.state[param]
-        if group["materialize"] and "past" in state and now.t:
+        if group["materialize"] and "past" in state and t:
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
         result = past.past(param, state, mixture, moved=param not in self._still, out=out)
         if norms is not None:
-            norms.match([result], [state], now.t)
+            norms.match([result], [state], t)
         return result
 
     def _past_on_device(self, param: Tensor, group: Group, clock: DeviceClock, out: Tensor | None) -> Tensor:

@@ -179,7 +179,10 @@ class FusedOptimizer(PastOptimizer):
             clock.tick(options.lr, found_inf, counted=ready is not None)
             self._mark_moved(moving, still, clock, found_inf)
         else:
-            group["updates"], group["last_lr"] = group["updates"] + 1, options.lr
+            lr = options.lr
+            if past is not None and isinstance(lr, Tensor):
+                lr = lr.clone()  # a schedule may fill it before the past is asked for
+            group["updates"], group["last_lr"] = group["updates"] + 1, lr
         self._begin_routine(index, group, ready, past)
         if past is None:
             return
