@@ -170,6 +170,27 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
             assert not other.optimizer.state
 
 
+def test_another_optimizers_checkpoint_is_refused_whole(tmp_path: Path) -> None:
+    def made(kind: str) -> layerpipe.Pipeline:
+        return layerpipe.Pipeline(chain(2), F.cross_entropy, OPTIMIZERS[kind])
+
+    with made("SGD") as pipe:
+        pipe.step(*minibatches(1)[0])
+        pipe.checkpoint(tmp_path / "c.pt")
+    for kind, name in (("AdamW", "AdamW"), ("PastWeights", "PastWeights of SGD")):
+        with made(kind) as other:
+            message = rf"the state is of \['SGD', 'SGD'\], this pipeline trains with \['{name}', '{name}'\]"
+            with pytest.raises(layerpipe.CheckpointError, match=message):
+                other.resume(tmp_path / "c.pt")
+            assert not other.optimizer.state
+    content = checkpoint.read(tmp_path / "c.pt")
+    del content["optimizer"]["kinds"]  # as files were before
+    checkpoint.write(tmp_path / "old.pt", content)
+    with made("SGD") as again:
+        again.resume(tmp_path / "old.pt")
+        assert_equal(again.state_dict(), pipe.state_dict())
+
+
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pipeline() as pipe:
         with pytest.raises(FileNotFoundError):
