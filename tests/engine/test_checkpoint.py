@@ -250,6 +250,23 @@ def test_killed_at_any_moment_the_last_checkpoint_is_whole(kills: int, tmp_path:
             assert torch.equal(weights, torch.full((200_000,), float(content["count"])))
 
 
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_checkpoint_that_fails_keeps_the_losses_for_the_next_drain(executor: str, tmp_path: Path) -> None:
+    def trained(pipe: layerpipe.Pipeline, count: int) -> list[Tensor | None]:
+        return [pipe.step(x, y) for x, y in minibatches(count)]
+
+    with pipeline(executor=executor) as one, pipeline(executor=executor) as other:
+        for count in (5, 2):
+            expected, given = trained(one, count), trained(other, count)
+            for path, extra in ((None, {}), (tmp_path / "no" / "c.pt", {}), (tmp_path / "c.pt", {"data": object()})):
+                with pytest.raises((ValueError, OSError, TypeError)):
+                    other.checkpoint(path, **extra)
+            expected += one.checkpoint(tmp_path / "one.pt")
+            given += other.drain() if count == 5 else other.checkpoint(tmp_path / "other.pt")
+            assert [x for x in given if x is not None] == [x for x in expected if x is not None]
+        assert other.drain() == []
+
+
 def test_batchnorm_is_in_a_checkpoint(tmp_path: Path) -> None:
     with pipeline() as pipe:
         for x, y in minibatches(5):
