@@ -62,12 +62,14 @@ def mark(packed: StateDict, params: list[Tensor], still: set[Tensor], fresh: set
 
 
 def with_options(groups: list[Group], state_dict: StateDict) -> StateDict:
-    """Options that a torch checkpoint does not have stay as they are here; a clock that it does not have starts."""
+    """Options that a torch checkpoint does not have stay as they are here; a clock that it does not have starts. The
+    backend stays in any case: it is a matter of the machine."""
     saved = state_dict["param_groups"]
     if len(groups) != len(saved):
         return state_dict  # torch says what does not fit
     kept = [{k: v for k, v in own.items() if k not in ("params", "param_names", *CLOCK)} for own in groups]
-    return {**state_dict, "param_groups": [{**own, **other} for own, other in zip(kept, saved, strict=True)]}
+    merged = [{**own, **other, "backend": own["backend"]} for own, other in zip(kept, saved, strict=True)]
+    return {**state_dict, "param_groups": merged}
 
 
 def restore_precision(groups: list[Group], state: dict[Tensor, Any], saved: StateDict) -> None:

@@ -116,7 +116,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         for optimizer, state in zip(self._optimizers, state_dict["stages"], strict=True):
             optimizer.load_state_dict(state)
         for group, values in zip(self.param_groups, state_dict["options"], strict=True):
-            group.update(values)
+            group.update({key: value for key, value in values.items() if key != "backend"})  # the machine's
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Refuse what :meth:`load_state_dict` would refuse, and load nothing.

@@ -267,6 +267,20 @@ def test_a_checkpoint_that_fails_keeps_the_losses_for_the_next_drain(executor: s
         assert other.drain() == []
 
 
+def test_a_file_brings_no_backend(tmp_path: Path) -> None:
+    with pipeline() as pipe:
+        pipe.step(*minibatches(1)[0])
+        pipe.checkpoint(tmp_path / "c.pt")
+    content = checkpoint.read(tmp_path / "c.pt")
+    for group in content["optimizer"]["options"]:
+        group["backend"] = "one that this machine lacks"
+    checkpoint.write(tmp_path / "c.pt", content)
+    with pipeline() as pipe:
+        pipe.resume(tmp_path / "c.pt")
+        pipe.step(*minibatches(1)[0])
+        pipe.drain()
+
+
 def test_batchnorm_is_in_a_checkpoint(tmp_path: Path) -> None:
     with pipeline() as pipe:
         for x, y in minibatches(5):

@@ -394,6 +394,21 @@ def test_a_checkpoint_that_was_made_with_another_default_dtype_loads() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_backend_is_the_machines_and_no_checkpoints(kind: str) -> None:
+    make, _ = MAKERS[kind]
+    params = parameters()
+    optimizer = make(params, delay=3, backend="reference")
+    steps(optimizer, params, 4, seed=1)
+    state = saved(optimizer)
+    for group in state["param_groups"]:
+        group["backend"] = "one that this machine lacks"
+    other = make(parameters(), delay=3)
+    other.load_state_dict(state)
+    assert other.param_groups[0]["backend"] == "auto"
+    steps(other, other.param_groups[0]["params"], 1, seed=2)
+
+
 def test_hooks_may_change_what_is_loaded() -> None:
     """Another number of groups, and state of 16-bit parameters."""
     params = parameters(BF16)
