@@ -49,6 +49,11 @@ def check_past(group: Group, names: Sequence[str]) -> None:
             raise TypeError(
                 f"parameter {names[i]} of dtype {param.dtype} is not supported; only real floating-point parameters are"
             )
+        if param.dtype == torch.float64 and delay and group["ema_dtype"] is not None:
+            raise ValueError(
+                f"parameter {names[i]} of dtype torch.float64 has averages of the same dtype; leave out "
+                f"ema_dtype={group['ema_dtype']}"
+            )
     if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"ema_dtype must be torch.float32 or torch.bfloat16, got {group['ema_dtype']}")
     if group["past"] not in history.KINDS:

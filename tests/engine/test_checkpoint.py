@@ -281,6 +281,14 @@ def test_a_file_brings_no_backend(tmp_path: Path) -> None:
         pipe.drain()
 
 
+def test_random_numbers_of_more_devices_than_there_are_here_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", told.extend)
+    checkpoint.set_random_state({**checkpoint.random_state(), "cuda": ["first", "second"]})
+    assert told == ["first"]
+
+
 def test_batchnorm_is_in_a_checkpoint(tmp_path: Path) -> None:
     with pipeline() as pipe:
         for x, y in minibatches(5):
