@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -92,7 +93,7 @@ class StepPlan:
         runner = _runners.pop(key, None) or self._runner(0)
         _runners[key] = runner
         while len(_runners) > MAX_REUSED:
-            del _runners[next(iter(_runners))]
+            _runners.popitem(last=False)  # in one go: other threads do the same
         return runner
 
     def _runner(self, chunk: int) -> Runner:
@@ -216,7 +217,7 @@ class StepPlan:
 
 
 #: The tables of the last groups stepped through an operator, the latest used last.
-_runners: dict[object, Runner] = {}
+_runners: collections.OrderedDict[object, Runner] = collections.OrderedDict()
 MAX_REUSED = 32
 
 

@@ -7,7 +7,10 @@ from layerpipe_kernels.options import PastDesign
 
 
 class Momentum(History):
-    """``What(t-n) = W(t) + lr v(t) (1 - mu**n) / (1 - mu)``: no state beyond the momentum buffer."""
+    """``What(t-n) = W(t) + lr v(t) (1 - mu**n) / (1 - mu)``: no state beyond the momentum buffer.
+
+    ``mu`` is the last update's momentum; the first one's where the device counts updates, as what is captured keeps it.
+    """
 
     kind = "momentum"
 

@@ -20,13 +20,13 @@ class AveragingOptimizer(PastOptimizer):
     and a :class:`torch.amp.GradScaler` decides on the host whether it steps."""
 
     def _check_group(self, group: Group) -> None:
+        if group["delay"] and group["past"] == "momentum":
+            raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         super()._check_group(group)
         if group["ema_of"] != "update":
             raise ValueError(f"ema_of={group['ema_of']!r} is for SGD alone; {type(self).__name__} averages its updates")
         if group["master_weights"]:
             raise ValueError(f"master_weights=True is for SGD, Adam and AdamW, not for {type(self).__name__}")
-        if group["delay"] and group["past"] == "momentum":
-            raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         if group["delay"]:
             for i, param in enumerate(group["params"]):
                 checks.check_tensor(self.name(group, i), param, "parameter")

@@ -11,7 +11,7 @@ from layerpipe_kernels import history
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
-from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
+from layerpipe_kernels.optim.checkpoint import CLOCK, HISTORY_KEYS
 from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, settings_of
 from layerpipe_kernels.optim.still import StillParameters
 
@@ -38,7 +38,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         self._histories: dict[int, tuple[Any, history.History]] = {}
         self._group_of: dict[Tensor, Group] = {}
         # Per group: what its past weights are made with after the update that the clock shows.
-        self._ready: dict[int, tuple[history.Clock, history.History | None, history.Mixture | None]] = {}
+        self._ready: dict[int, tuple[tuple[Any, Any], history.History | None, history.Mixture | None]] = {}
         self._clocks: dict[int, tuple[history.History, DeviceClock]] = {}
         self._norms: dict[int, Norms] = {}
 
@@ -50,15 +50,15 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         super().__setstate__({key: value for key, value in state.items() if key not in marks})
         self._still, self._fresh, self._moved = set(marks["still"]), set(marks["fresh"]), dict(marks["moved"])
         for group in self.param_groups:
-            for key, value in {**PAST_DEFAULTS, "updates": 0, "last_lr": 0.0}.items():
+            for key, value in {**PAST_DEFAULTS, **CLOCK}.items():
                 group.setdefault(key, value)
         self._reset_caches()
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        group.setdefault("updates", 0)
-        group.setdefault("last_lr", 0.0)
+        for key, value in CLOCK.items():
+            group.setdefault(key, value)
         try:
             self._check_group(group)
         except Exception:
@@ -85,11 +85,15 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         """How this group has its past weights; ``None`` for a delay of 0."""
         if not group["delay"]:
             return None
-        # A schedule may move the momentum in every step; a design for the first one stays good, and its averages valid.
+        # A schedule may move the momentum in every step. A blend for the first one stays near, and its averages valid.
         made_for = (*map(group.get, DESIGNED_BY), bool(group.get("momentum", 0.0)))
         made = self._histories.get(id(group))
-        if made is None or made[0] != made_for:
-            made = self._histories[id(group)] = made_for, history.make(group["past"], self._settings(group))
+        if made is not None and made[0] != made_for:
+            group["designed_for"] = None
+        if made is None or group["designed_for"] is None:
+            past = history.make(group["past"], self._settings(group))
+            group["designed_for"] = past.settings.correlation
+            made = self._histories[id(group)] = made_for, past
         return made[1]
 
     def state_dict(self) -> dict[str, Any]:
@@ -167,23 +171,25 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         clock = self.device_clock(group)
         if clock is not None:
             return self._past_on_device(param, group, clock, out)
-        now = history.Clock(group["updates"], group["last_lr"])
+        t, lr = now = group["updates"], group["last_lr"]
         ready = self._ready.get(id(group))
         if ready is None or ready[0] != now:
             past = self.history(group)
-            ready = self._ready[id(group)] = now, past, past.mixture(now) if past is not None else None
+            # A learning rate that lies on a device is read here, once for all parameters.
+            made = past.mixture(history.Clock(t, float(lr))) if past is not None else None
+            ready = self._ready[id(group)] = now, past, made
         _, past, mixture = ready
         if past is None or mixture is None:
             return history.copy_into(out, param.detach())
         state = self.state[param]
-        if group["materialize"] and "past" in state and now.t:
+        if group["materialize"] and "past" in state and t:
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
         result = past.past(param, state, mixture, moved=param not in self._still, out=out)
         if norms is not None:
-            norms.match([result], [state], now.t)
+            norms.match([result], [state], t)
         return result
 
     def _past_on_device(self, param: Tensor, group: Group, clock: DeviceClock, out: Tensor | None) -> Tensor:
@@ -248,6 +254,18 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
                     past.restart(param, state)
                 if "past" in state:
                     history.copy_into(state["past"], param)
+
+    @torch.no_grad()
+    def weights_loaded(self) -> None:
+        """Take the parameters' values over from whoever has replaced them; their past, :meth:`restart_history` forgets.
+
+        A float32 master that does not round to its weight is of the weights before, and the next step would bring them
+        back. Not needed where the optimizer's state is loaded, too.
+        """
+        for param, state in self.state.items():
+            master = state.get("master")
+            if master is not None:
+                master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
 
     def history_bytes(self) -> int:
         """Bytes kept for past weights, the weights themselves and the optimizer's own state not counted."""

@@ -22,8 +22,10 @@ HISTORY_KEYS = ("ema", "stash", "past", "norms")
 #: State that need not be of its parameter's dtype, which torch gives it when it loads.
 FULL_PRECISION = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master", "norms")
 
-#: A group's place in time; it goes with the averages and not with the options.
-CLOCK = ("updates", "last_lr")
+#: A group's place in time, and the correlation of updates that its averages were designed for: SGD's momentum or Adam's
+#: beta1, which a schedule may move; ``None`` asks for a new design. As they begin. These go with the averages and not
+#: with the options.
+CLOCK: dict[str, Any] = {"updates": 0, "last_lr": 0.0, "designed_for": None}
 
 #: In a checkpoint: the last update did not reach this parameter, so its momentum buffer is not the newest update.
 STILL = "still"
@@ -60,12 +62,14 @@ def mark(packed: StateDict, params: list[Tensor], still: set[Tensor], fresh: set
 
 
 def with_options(groups: list[Group], state_dict: StateDict) -> StateDict:
-    """Options that a torch checkpoint does not have stay as they are here; a clock that it does not have starts."""
+    """Options that a torch checkpoint does not have stay as they are here; a clock that it does not have starts. The
+    backend stays in any case: it is a matter of the machine."""
     saved = state_dict["param_groups"]
     if len(groups) != len(saved):
         return state_dict  # torch says what does not fit
     kept = [{k: v for k, v in own.items() if k not in ("params", "param_names", *CLOCK)} for own in groups]
-    return {**state_dict, "param_groups": [{**own, **other} for own, other in zip(kept, saved, strict=True)]}
+    merged = [{**own, **other, "backend": own["backend"]} for own, other in zip(kept, saved, strict=True)]
+    return {**state_dict, "param_groups": merged}
 
 
 def restore_precision(groups: list[Group], state: dict[Tensor, Any], saved: StateDict) -> None:
@@ -100,7 +104,7 @@ def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved
             continue
         if "updates" in other and all(history.remembers(state.get(p, {})) for p in trained):
             continue
-        own["updates"], own["last_lr"] = 0, 0.0
+        own.update(CLOCK)
         if history.kind != "latest":
             warnings.warn(
                 f"the loaded state of param_groups[{i}] has no past (past={own['past']!r}, delay={own['delay']}); it "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import backend, native
-from layerpipe_kernels.history import Clock, History
+from layerpipe_kernels.history import Clock, History, Momentum
 from layerpipe_kernels.optim.arguments import Group, scalar_on
 from layerpipe_kernels.optim.arrays import Kept, complete
 from layerpipe_kernels.optim.base import PastOptimizer
@@ -147,6 +147,9 @@ class FusedOptimizer(PastOptimizer):
         past, params = self.history(group), group["params"]
         if not params:
             return
+        if isinstance(past, Momentum) and past.settings.momentum != group["momentum"] and type(group["updates"]) is int:
+            group["designed_for"] = None
+            past = self.history(group)
         device = params[0].device
         scale, found_inf = (None if told is None else scalar_on(told, device) for told in (scale, found_inf))
         told = found_inf is not None or group["capturable"]
@@ -176,7 +179,10 @@ class FusedOptimizer(PastOptimizer):
             clock.tick(options.lr, found_inf, counted=ready is not None)
             self._mark_moved(moving, still, clock, found_inf)
         else:
-            group["updates"], group["last_lr"] = group["updates"] + 1, options.lr
+            lr = options.lr
+            if past is not None and isinstance(lr, Tensor):
+                lr = lr.clone()  # a schedule may fill it before the past is asked for
+            group["updates"], group["last_lr"] = group["updates"] + 1, lr
         self._begin_routine(index, group, ready, past)
         if past is None:
             return

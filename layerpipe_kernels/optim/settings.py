@@ -49,6 +49,11 @@ def check_past(group: Group, names: Sequence[str]) -> None:
             raise TypeError(
                 f"parameter {names[i]} of dtype {param.dtype} is not supported; only real floating-point parameters are"
             )
+        if param.dtype == torch.float64 and delay and group["ema_dtype"] is not None:
+            raise ValueError(
+                f"parameter {names[i]} of dtype torch.float64 has averages of the same dtype; leave out "
+                f"ema_dtype={group['ema_dtype']}"
+            )
     if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"ema_dtype must be torch.float32 or torch.bfloat16, got {group['ema_dtype']}")
     if group["past"] not in history.KINDS:
@@ -60,16 +65,18 @@ def check_past(group: Group, names: Sequence[str]) -> None:
 
 
 def settings_of(group: Group) -> history.Settings:
-    """What a group's history is made with."""
-    momentum = group.get("momentum", 0.0)
+    """What a group's history is made with: for the correlation that its averages were designed for, if they were."""
+    momentum, betas, correlation = group.get("momentum", 0.0), group.get("betas"), group.get("designed_for")
+    if correlation is None:
+        correlation = float(betas[0] if betas else momentum)
     return history.Settings(
         delay=group["delay"],
         order=group["order"],
         ema_decay=group["ema_decay"],
         ema_of=group["ema_of"],
-        momentum=momentum,
+        momentum=correlation if momentum else 0.0,
         nesterov=group.get("nesterov", False),
-        correlation=float(group["betas"][0]) if "betas" in group else momentum,
+        correlation=correlation,
         newest=momentum > 0 and not group.get("nesterov", False),
         materialize=group["materialize"],
         backend=group["backend"],

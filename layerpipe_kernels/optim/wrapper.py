@@ -15,7 +15,7 @@ from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
 from layerpipe_kernels.optim.base import PastOptimizer
-from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
+from layerpipe_kernels.optim.checkpoint import CLOCK, HISTORY_KEYS
 from layerpipe_kernels.optim.settings import past_given
 
 
@@ -34,7 +34,8 @@ class PastWeights(AveragingOptimizer):
 
     Raises:
         TypeError: not an optimizer, or one that knows its past weights itself.
-        ValueError: an option out of its range, or options that contradict each other.
+        ValueError: an option out of its range, options that contradict each other, or an optimizer that is wrapped
+            already.
     """
 
     def __init__(
@@ -55,10 +56,23 @@ class PastWeights(AveragingOptimizer):
             raise TypeError(f"PastWeights wraps a torch.optim.Optimizer, got {type(optimizer).__name__}")
         if isinstance(optimizer, PastOptimizer):
             raise TypeError(f"{type(optimizer).__name__} knows its past weights itself; give it delay={delay}")
+        for group in optimizer.param_groups:
+            if "updates" in group:
+                raise ValueError(
+                    f"this {type(optimizer).__name__} has a past of its own already (delay={group.get('delay')}): wrap "
+                    "an optimizer once, and load a checkpoint into the PastWeights that wraps it"
+                )
         self.optimizer = optimizer
         self._options = past_given(locals())
         self._complete = False
-        super().__init__(optimizer.param_groups, {**optimizer.defaults, **self._options})
+        groups = [{**group} for group in optimizer.param_groups]
+        try:
+            super().__init__(optimizer.param_groups, {**optimizer.defaults, **self._options})
+        except Exception:
+            for group, before in zip(optimizer.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)
+            raise
         self._complete = True
 
     @property
@@ -87,7 +101,7 @@ class PastWeights(AveragingOptimizer):
         if self._complete:
             self.optimizer.add_param_group(param_group)
             group = self.param_groups[-1]
-        for key, value in {**self._options, "updates": 0, "last_lr": 0.0}.items():
+        for key, value in {**self._options, **CLOCK}.items():
             group.setdefault(key, value)
         try:
             self._check_group(group)
@@ -98,10 +112,9 @@ class PastWeights(AveragingOptimizer):
         self._reset_caches()
 
     def _settings(self, group: Group) -> history.Settings:
-        betas = group.get("betas")
-        correlation = float(betas[0] if betas else group.get("momentum", 0.0))
         known = super()._settings(group)
-        return known._replace(momentum=0.0, nesterov=False, correlation=min(max(correlation, 0.0), 0.99), newest=False)
+        correlation = min(max(known.correlation, 0.0), 0.99)
+        return known._replace(momentum=0.0, nesterov=False, correlation=correlation, newest=False)
 
     @_disable_dynamo  # its scalars are new in every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -149,8 +162,8 @@ class PastWeights(AveragingOptimizer):
         self.state.clear()
         self._reset_caches()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            group.setdefault("updates", 0)
-            group.setdefault("last_lr", 0.0)
+            for key, value in CLOCK.items():
+                group.setdefault(key, value)
             for param, index in zip(group["params"], packed["params"], strict=True):
                 for key, value in saved["state"].get(index, {}).items():
                     if key in HISTORY_KEYS:

@@ -25,13 +25,13 @@ class StageMemory(NamedTuple):
     optimizer: int  # momentum and the like
     scratch: int  # the largest past weight made for a backward
     activations: int  # the most that was kept between forwards and backwards
-    stash: int  # what weight stashing would keep as history
+    stash: int  # what weight stashing under the same schedule would keep as history
 
 
 def stage_memory(stage: Stage) -> StageMemory:
     """What a stage has kept so far, from the tensors themselves; optimizers of another kind count as 0 bytes."""
     weights = sum(p.nbytes for p in stage.module.parameters())
-    trained = sum(p.nbytes for p in stage.module.parameters() if p.requires_grad)
+    with_past = sum(p.nbytes for p in stage.module.parameters() if p.requires_grad and p not in stage.without_past)
     optimizer: Any = stage.optimizer
     return StageMemory(
         weights=weights,
@@ -39,5 +39,5 @@ def stage_memory(stage: Stage) -> StageMemory:
         optimizer=optimizer.optimizer_bytes() if hasattr(optimizer, "optimizer_bytes") else 0,
         scratch=stage.scratch_bytes,
         activations=stage.activation_bytes,
-        stash=stage.delay * trained,
+        stash=stage.delay * with_past,
     )

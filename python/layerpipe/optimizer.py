@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from layerpipe_kernels.optim.checkpoint import CLOCK
+
 #: Of one stage: a dict per parameter group.
 Options = list[dict[str, Any]]
 
@@ -38,7 +40,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
             raise ValueError("no stage has parameters to train")
         self._optimizers, self._synchronize = list(optimizers), synchronize
         own = [
-            {key: _on_host(value) for key, value in group.items() if key not in _CLOCK}
+            {key: _on_host(value) for key, value in group.items() if key not in CLOCK}
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]
@@ -98,6 +100,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._synchronize()
         return {
             "stages": [optimizer.state_dict() for optimizer in self._optimizers],
+            "kinds": [_kind(optimizer) for optimizer in self._optimizers],
             "options": [{k: v for k, v in g.items() if k not in _OWN} for g in self.param_groups],
         }
 
@@ -105,7 +108,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         """Load what :meth:`state_dict` gave, into a pipe of the same stages.
 
         Raises:
-            ValueError: another number of stages or groups.
+            ValueError: what :meth:`check` refuses.
         """
         self.check(state_dict)
         self._synchronize()
@@ -113,13 +116,13 @@ class PipelineOptimizer(torch.optim.Optimizer):
         for optimizer, state in zip(self._optimizers, state_dict["stages"], strict=True):
             optimizer.load_state_dict(state)
         for group, values in zip(self.param_groups, state_dict["options"], strict=True):
-            group.update(values)
+            group.update({key: value for key, value in values.items() if key != "backend"})  # the machine's
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Refuse what :meth:`load_state_dict` would refuse, and load nothing.
 
         Raises:
-            ValueError: another number of stages or groups, or other past weights.
+            ValueError: another number of stages or groups, other optimizers, or other past weights.
         """
         stages, options = state_dict["stages"], state_dict["options"]
         if len(stages) != len(self._optimizers) or len(options) != len(self.param_groups):
@@ -127,6 +130,9 @@ class PipelineOptimizer(torch.optim.Optimizer):
                 f"the state is of {len(stages)} stages with {len(options)} groups, this pipeline has "
                 f"{len(self._optimizers)} with {len(self.param_groups)}"
             )
+        kinds = [_kind(optimizer) for optimizer in self._optimizers]
+        if state_dict.get("kinds", kinds) != kinds:
+            raise ValueError(f"the state is of {state_dict['kinds']}, this pipeline trains with {kinds}")
         for i in self.own:
             group, values = self.param_groups[i], options[i]
             for key in _PAST:
@@ -156,13 +162,15 @@ def joined(states: Sequence[dict[str, Any]], own: Sequence[range]) -> dict[str, 
     """One state of :class:`PipelineOptimizer` from those of all processes, each of which has its ``own`` groups."""
     return {
         "stages": [stage for state in states for stage in state["stages"]],
+        "kinds": [kind for state in states for kind in state["kinds"]],
         "options": [state["options"][i] for state, groups in zip(states, own, strict=True) for i in groups],
     }
 
 
 def part(state: dict[str, Any], stages: range) -> dict[str, Any]:
     """What a process with these stages, counted among those with parameters, has of what :func:`joined` made."""
-    return {"stages": state["stages"][stages.start : stages.stop], "options": state["options"]}
+    own: dict[str, Any] = {key: state[key][stages.start : stages.stop] for key in ("stages", "kinds") if key in state}
+    return {**own, "options": state["options"]}
 
 
 def set_options(group: dict[str, Any], values: dict[str, Any]) -> None:
@@ -200,6 +208,12 @@ def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> No
             )
 
 
+def _kind(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer's name, and of which one a wrapper is."""
+    name, inner = type(optimizer).__name__, getattr(optimizer, "optimizer", None)
+    return f"{name} of {_kind(inner)}" if isinstance(inner, torch.optim.Optimizer) else name
+
+
 def _on_host(value: Any) -> Any:
     """Reading an option must not wait for a device."""
     return value.item() if isinstance(value, torch.Tensor) and not value.is_cpu else value
@@ -212,7 +226,5 @@ def _frozen(value: Any) -> Any:
 
 #: What a stage's history was made for.
 _PAST = ("delay", "past", "order", "ema_decay")
-#: Counted by each stage's own optimizer.
-_CLOCK = ("updates", "last_lr")
-#: What does not travel from the common view to a stage.
-_OWN = ("params", "param_names", *_CLOCK)
+#: What does not travel from the common view to a stage, whose own optimizer counts its updates.
+_OWN = ("params", "param_names", *CLOCK)

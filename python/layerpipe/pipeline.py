@@ -58,7 +58,8 @@ class Pipeline(Network):
             :func:`layerpipe.partition.share_threads`.
         max_norm: clip the norm of each stage's gradient to this before its update.
         split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
-        check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity (CPU only).
+        check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity; on a device,
+            :meth:`drain` finds it in the weights.
 
     Raises:
         ValueError: no stages, an unknown name, options that contradict each other.
@@ -101,6 +102,7 @@ class Pipeline(Network):
         self.stages: list[Stage] = []
         self.loss_fn = loss_fn
         self.losses: collections.deque[Tensor] = collections.deque()
+        self._undelivered: list[Tensor] = []  # losses that a checkpoint which failed had drained
         self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
         self._watched: Trace | None = None
         names = [f"stage {i} ({name})" for i, name in enumerate(self.names)]
@@ -203,7 +205,8 @@ class Pipeline(Network):
         except BaseException as error:
             self._executor.abort(error)  # other processes' stages may wait for this one's
             raise
-        rest = self._executor.hand_over(self.losses)
+        rest = [*self._undelivered, *self._executor.hand_over(self.losses)]
+        self._undelivered = []
         self._restart()
         return rest
 
@@ -336,10 +339,15 @@ class Pipeline(Network):
             The losses that :meth:`step` had still to return, as :meth:`drain` does.
 
         Raises:
-            TypeError: ``extra`` holds something else, which :meth:`resume` would refuse. The file is left as it was.
+            TypeError: ``extra`` holds something else, which :meth:`resume` would refuse. As after every error, the file
+                is left as it was, and the next :meth:`drain` returns the losses.
         """
         losses = self.drain()
-        checkpoint.save(self, None if path is None else Path(path), extra)
+        try:
+            checkpoint.save(self, None if path is None else Path(path), extra)
+        except BaseException:
+            self._undelivered = losses
+            raise
         return losses
 
     def resume(self, path: str | os.PathLike[str] | None) -> dict[str, Any]:

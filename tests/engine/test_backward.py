@@ -277,6 +277,23 @@ def test_loaded_weights_replace_their_masters() -> None:
         assert_equal({name: start[name] for name, _ in pipe.named_parameters()}, pipe.state_dict())
 
 
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("options", [{"past": "stash"}, {"materialize": True}], ids=str)
+def test_loaded_weights_are_their_own_past(options: dict[str, Any], capturable: bool) -> None:
+    def optimizer(params: Any, **past: Any) -> lk.SGD:
+        return lk.SGD(params, lr=0.05, capturable=capturable, **{**past, **options})
+
+    with layerpipe.Pipeline(chain(), F.cross_entropy, optimizer) as pipe:
+        start = copy.deepcopy(pipe.state_dict())
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+        pipe.drain()
+        pipe.load_state_dict(start)
+        for stage in pipe.stages:
+            assert isinstance(stage.optimizer, lk.SGD)
+            assert all(torch.equal(stage.optimizer.past_weight(p), p) for p in stage.module.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
 def test_compiled_stages_see_past_weights(schedule: str) -> None:

@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import layerpipe
+import layerpipe_kernels as lk
 from layerpipe import checkpoint
 from tests import forks
 from tests.engine.models import chain, minibatches
@@ -67,6 +70,38 @@ def test_a_resumed_pipeline_does_what_the_one_that_went_on_does(
         for a, b in zip(whole.optimizer.state.values(), resumed.optimizer.state.values(), strict=True):
             assert a.keys() == b.keys()
             assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "SGD": lambda params, **past: lk.SGD(params, lr=0.05, momentum=0.9, **past),
+    "AdamW": lambda params, **past: lk.AdamW(params, lr=0.01, **past),
+    "PastWeights": lambda params, **past: lk.PastWeights(torch.optim.SGD(params, lr=0.05, momentum=0.9), **past),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_resumed_pipeline_keeps_its_averages_design_while_the_momentum_is_scheduled(
+    kind: str, tmp_path: Path
+) -> None:
+    data = minibatches(40)
+
+    def started(seed: int) -> tuple[layerpipe.Pipeline, torch.optim.lr_scheduler.OneCycleLR]:
+        pipe = layerpipe.Pipeline(chain(seed=seed), F.cross_entropy, OPTIMIZERS[kind])
+        return pipe, torch.optim.lr_scheduler.OneCycleLR(pipe.optimizer, max_lr=0.1, total_steps=60)
+
+    (whole, scheduler), (resumed, other) = started(0), started(9)
+    with whole, resumed:
+        for x, y in data[:15]:
+            whole.step(x, y)
+            scheduler.step()
+        whole.checkpoint(tmp_path / "c.pt", scheduler=scheduler.state_dict())
+        other.load_state_dict(resumed.resume(tmp_path / "c.pt")["scheduler"])
+        for pipe, each in ((whole, scheduler), (resumed, other)):
+            for x, y in data[15:]:
+                pipe.step(x, y)
+                each.step()
+            pipe.drain()
+        assert_equal(whole.state_dict(), resumed.state_dict())
 
 
 def test_a_checkpoint_of_the_same_model_cut_elsewhere_is_refused_whole(tmp_path: Path) -> None:
@@ -135,6 +170,27 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
             assert not other.optimizer.state
 
 
+def test_another_optimizers_checkpoint_is_refused_whole(tmp_path: Path) -> None:
+    def made(kind: str) -> layerpipe.Pipeline:
+        return layerpipe.Pipeline(chain(2), F.cross_entropy, OPTIMIZERS[kind])
+
+    with made("SGD") as pipe:
+        pipe.step(*minibatches(1)[0])
+        pipe.checkpoint(tmp_path / "c.pt")
+    for kind, name in (("AdamW", "AdamW"), ("PastWeights", "PastWeights of SGD")):
+        with made(kind) as other:
+            message = rf"the state is of \['SGD', 'SGD'\], this pipeline trains with \['{name}', '{name}'\]"
+            with pytest.raises(layerpipe.CheckpointError, match=message):
+                other.resume(tmp_path / "c.pt")
+            assert not other.optimizer.state
+    content = checkpoint.read(tmp_path / "c.pt")
+    del content["optimizer"]["kinds"]  # as files were before
+    checkpoint.write(tmp_path / "old.pt", content)
+    with made("SGD") as again:
+        again.resume(tmp_path / "old.pt")
+        assert_equal(again.state_dict(), pipe.state_dict())
+
+
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pipeline() as pipe:
         with pytest.raises(FileNotFoundError):
@@ -192,6 +248,45 @@ def test_killed_at_any_moment_the_last_checkpoint_is_whole(kills: int, tmp_path:
         assert content["count"] >= max(said)  # nothing that was said to be written is lost
         for weights in content["weights"]:
             assert torch.equal(weights, torch.full((200_000,), float(content["count"])))
+
+
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_checkpoint_that_fails_keeps_the_losses_for_the_next_drain(executor: str, tmp_path: Path) -> None:
+    def trained(pipe: layerpipe.Pipeline, count: int) -> list[Tensor | None]:
+        return [pipe.step(x, y) for x, y in minibatches(count)]
+
+    with pipeline(executor=executor) as one, pipeline(executor=executor) as other:
+        for count in (5, 2):
+            expected, given = trained(one, count), trained(other, count)
+            for path, extra in ((None, {}), (tmp_path / "no" / "c.pt", {}), (tmp_path / "c.pt", {"data": object()})):
+                with pytest.raises((ValueError, OSError, TypeError)):
+                    other.checkpoint(path, **extra)
+            expected += one.checkpoint(tmp_path / "one.pt")
+            given += other.drain() if count == 5 else other.checkpoint(tmp_path / "other.pt")
+            assert [x for x in given if x is not None] == [x for x in expected if x is not None]
+        assert other.drain() == []
+
+
+def test_a_file_brings_no_backend(tmp_path: Path) -> None:
+    with pipeline() as pipe:
+        pipe.step(*minibatches(1)[0])
+        pipe.checkpoint(tmp_path / "c.pt")
+    content = checkpoint.read(tmp_path / "c.pt")
+    for group in content["optimizer"]["options"]:
+        group["backend"] = "one that this machine lacks"
+    checkpoint.write(tmp_path / "c.pt", content)
+    with pipeline() as pipe:
+        pipe.resume(tmp_path / "c.pt")
+        pipe.step(*minibatches(1)[0])
+        pipe.drain()
+
+
+def test_random_numbers_of_more_devices_than_there_are_here_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", told.extend)
+    checkpoint.set_random_state({**checkpoint.random_state(), "cuda": ["first", "second"]})
+    assert told == ["first"]
 
 
 def test_batchnorm_is_in_a_checkpoint(tmp_path: Path) -> None:

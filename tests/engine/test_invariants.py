@@ -243,6 +243,19 @@ def test_measured_delay_is_that_of_the_retimed_graph(executor: str, schedule: st
             assert measured == {**dict.fromkeys(range(n), 1), n: len(data) - n}
 
 
+def test_a_probe_that_comes_to_a_running_pipe_reads_from_when_it_knows_the_past() -> None:
+    data = minibatches(30)
+    with pipeline(chain(4), past="stash") as pipe:
+        for x, y in data[:10]:
+            pipe.step(x, y)
+        first, second = (ReconstructionProbe(stage, every=1) for stage in pipe.stages[:2])
+        begun = [stage.version for stage in pipe.stages]
+        train(pipe, data[10:])
+    for i, probe in enumerate((first, second)):
+        assert [r.update for r in probe.readings] == list(range(begun[i] + pipe.delays[i], len(data)))
+        assert probe.relative_error() == 0
+
+
 @pytest.mark.parametrize("past", ["ema", "blend"])
 def test_past_weights_in_the_engine_are_exact_while_it_fills_and_good_after(past: str) -> None:
     data = minibatches(120, size=32)

@@ -118,6 +118,50 @@ def test_resume_is_bitwise(
         assert torch.equal(optimizer.past_weight(a), other.past_weight(b))
 
 
+@pytest.mark.parametrize("how", ["file", "deepcopy", "another group"])
+@pytest.mark.parametrize("past", ["blend", "momentum"])
+def test_resume_is_bitwise_while_the_momentum_is_scheduled(past: str, how: str) -> None:
+    """What the averages were designed for goes with them."""
+    params = parameters()
+    make = lambda of: lk.SGD(of, lr=0.1, momentum=0.95, delay=4, past=past)
+    optimizer = make(params)
+
+    def train(optimizer: lk.SGD, params: list[Tensor], momenta: list[float]) -> None:
+        for i, momentum in enumerate(momenta):
+            steps(optimizer, params, 1, seed=i)
+            optimizer.param_groups[0]["momentum"] = momentum
+
+    train(optimizer, params, [0.94, 0.92, 0.9, 0.88, 0.86, 0.85])
+    twins, other = copy.deepcopy((params, optimizer))
+    if how == "file":
+        twins = parameters()
+        other = make(twins)
+        take(twins, params)
+        other.load_state_dict(saved(optimizer))
+    if how == "another group":
+        other.add_param_group({"params": [torch.ones(2, requires_grad=True)]})
+    for momenta in ([], [0.86, 0.9, 0.95]):
+        train(optimizer, params, momenta)
+        train(other, twins, momenta)
+        for a, b in zip(params, twins, strict=True):
+            assert torch.equal(optimizer.past_weight(a), other.past_weight(b))
+
+
+def test_a_checkpoint_that_does_not_say_what_its_averages_were_designed_for_loads() -> None:
+    params = parameters()
+    optimizer = lk.AdamW(params, lr=0.05, delay=3)
+    steps(optimizer, params, 8, seed=1)
+    state = saved(optimizer)
+    for group in state["param_groups"]:
+        del group["designed_for"]
+    others = parameters()
+    take(others, params)
+    other = lk.AdamW(others, lr=0.05, delay=3)
+    other.load_state_dict(state)
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(optimizer.past_weight(a), other.past_weight(b))
+
+
 MAKERS: dict[str, tuple[Any, Any]] = {
     "SGD": (lambda p, **past: lk.SGD(p, 0.1, momentum=0.9, **past), lambda p: torch.optim.SGD(p, 0.1, momentum=0.9)),
     "plain SGD": (lambda p, **past: lk.SGD(p, 0.1, **past), lambda p: torch.optim.SGD(p, 0.1)),
@@ -177,6 +221,21 @@ def test_float32_state_survives_on_bfloat16_parameters() -> None:
         for key in ("momentum_buffer", "ema", "master", "norms"):
             assert other.state[b][key].dtype == F32
             assert torch.equal(optimizer.state[a][key], other.state[b][key])
+
+
+def test_weights_that_were_loaded_alone_replace_their_masters() -> None:
+    params = parameters(BF16)
+    start = [p.detach().clone() for p in params]
+    optimizer = lk.SGD(params, lr=0.1, master_weights=True)
+    steps(optimizer, params, 5, seed=1)
+    masters = [optimizer.state[p]["master"].clone() for p in params]
+    optimizer.weights_loaded()  # they were not, and what bfloat16 does not hold is kept
+    assert all(torch.equal(optimizer.state[p]["master"], master) for p, master in zip(params, masters, strict=True))
+    take(params, start)
+    optimizer.weights_loaded()
+    optimizer.param_groups[0]["lr"] = 0.0
+    steps(optimizer, params, 1, seed=2)
+    assert all(map(torch.equal, params, start))
 
 
 def test_bfloat16_averages_survive_on_float32_parameters() -> None:
@@ -333,6 +392,21 @@ def test_a_checkpoint_that_was_made_with_another_default_dtype_loads() -> None:
         steps(optimizer, each, 2, seed=2)
     for a, b in zip(params, twins, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_backend_is_the_machines_and_no_checkpoints(kind: str) -> None:
+    make, _ = MAKERS[kind]
+    params = parameters()
+    optimizer = make(params, delay=3, backend="reference")
+    steps(optimizer, params, 4, seed=1)
+    state = saved(optimizer)
+    for group in state["param_groups"]:
+        group["backend"] = "one that this machine lacks"
+    other = make(parameters(), delay=3)
+    other.load_state_dict(state)
+    assert other.param_groups[0]["backend"] == "auto"
+    steps(other, other.param_groups[0]["params"], 1, seed=2)
 
 
 def test_hooks_may_change_what_is_loaded() -> None:

@@ -115,6 +115,22 @@ def test_momentum_is_the_geometric_extrapolation() -> None:
     torch.testing.assert_close(run.optimizer.past_weight(run.param), want)
 
 
+@pytest.mark.parametrize("materialize", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_momentum_is_extrapolated_with_that_of_the_last_update(backend: str, materialize: bool) -> None:
+    run = Run(delay=6, past="momentum", momentum=0.95, backend=backend, materialize=materialize)
+    run.step(10)
+    (group,) = run.optimizer.param_groups
+    for momentum in (0.85, 0.86):
+        group["momentum"] = momentum
+        run.step()
+        group["momentum"] = 0.5  # a schedule goes on before the past is asked for
+        velocity: Tensor = run.optimizer.state[run.param]["momentum_buffer"]
+        want = run.param.detach() + 0.1 * velocity * (1 - momentum**6) / (1 - momentum)
+        torch.testing.assert_close(run.optimizer.past_weight(run.param), want)
+        assert torch.equal(run.optimizer.past_view(run.param), run.optimizer.past_weight(run.param))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("past", ESTIMATES)
 def test_materialized_past_weights_are_those_made_later(backend: str, past: str) -> None:

@@ -49,6 +49,18 @@ def test_options_are_refused_by_name(options: dict[str, Any], message: str) -> N
         lk.SGD([P(torch.ones(3))], **{"lr": 0.1, "momentum": 0.9, "delay": 4, **options})
 
 
+@pytest.mark.parametrize("ema_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "make", [lk.SGD, lk.Lamb, lambda params, **past: lk.PastWeights(torch.optim.SGD(params), **past)]
+)
+def test_averages_of_float64_weights_are_refused_any_other_dtype_before_a_step(
+    make: Any, ema_dtype: torch.dtype
+) -> None:
+    params = [P(torch.ones(3)), P(torch.ones(3, dtype=torch.float64))]
+    with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[1\] of dtype torch.float64"):
+        make(params, delay=4, ema_dtype=ema_dtype)
+
+
 def test_a_nan_learning_rate_is_refused_before_any_group_is_written() -> None:
     params = [P(torch.ones(3)), P(torch.ones(3))]
     optimizer = lk.SGD([{"params": [p]} for p in params], lr=0.1)

@@ -139,6 +139,25 @@ def test_a_momentum_schedule_does_not_redesign_the_blend() -> None:
     assert run.optimizer.history(run.optimizer.param_groups[0]) is first
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_schedule_that_fills_the_learning_rate_does_not_reach_the_last_update(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor beside the weights is handed to the step as it lies, as on a GPU, and only then changed in place."""
+    monkeypatch.setattr("layerpipe_kernels.optim.sgd.learning_rate", lambda group: group["lr"])
+    runs = [
+        Run(delay=4, past="momentum", dtype=torch.float32, lr=lr, backend=backend) for lr in (0.5, torch.tensor(0.5))
+    ]
+    with torch.no_grad():
+        runs[1].param.copy_(runs[0].param)
+    runs[1].drift = runs[0].drift
+    for run in runs:
+        torch.manual_seed(5)
+        run.step(8)
+    runs[1].optimizer.param_groups[0]["lr"].fill_(0.1)
+    assert torch.equal(*(run.optimizer.past_weight(run.param) for run in runs))
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("past", ["ema", "momentum"])
 def test_past_weights_that_are_no_longer_materialized_are_made_again(past: str, capturable: bool) -> None:

@@ -222,3 +222,30 @@ def test_bytes_count_the_history_apart_from_the_optimizers_state() -> None:
     weights = sum(p.nbytes for p in run.params)
     assert run.optimizer.history_bytes() == 2 * weights
     assert run.optimizer.optimizer_bytes() == 2 * weights + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [({"past": "momentum"}, "use past='ema' or past='blend'"), ({"order": 7}, "order must be")]
+)
+def test_a_wrapping_that_failed_leaves_nothing_behind(wrong: dict[str, Any], message: str) -> None:
+    inner = INNER["sgd"]([torch.randn(3, requires_grad=True)])
+    group = inner.param_groups[0]
+    before = {**group}
+    with pytest.raises(ValueError, match=message):
+        lk.PastWeights(inner, delay=6, **wrong)
+    assert group == before
+    lk.PastWeights(inner, delay=4, past="ema")
+    assert (group["delay"], group["past"]) == (4, "ema")
+
+
+def test_an_optimizer_is_wrapped_once() -> None:
+    """What it has of a past belongs to its wrapper, or to a checkpoint's: the next one's options would not count."""
+    inner = INNER["adamw"]([torch.randn(3, requires_grad=True)])
+    wrapped = lk.PastWeights(inner, delay=6)
+    with pytest.raises(ValueError, match=r"this AdamW has a past of its own already \(delay=6"):
+        lk.PastWeights(inner, delay=4)
+    assert wrapped.param_groups[0]["delay"] == 6
+    another = INNER["adamw"]([torch.randn(3, requires_grad=True)])
+    another.load_state_dict(wrapped.state_dict())
+    with pytest.raises(ValueError, match="load a checkpoint into the PastWeights"):
+        lk.PastWeights(another, delay=6)

@@ -92,8 +92,8 @@ def history_sentence(result: Result) -> str | None:
     if not stashed:
         return None
     return (
-        f"Kept for past weights: {decimal(kept)}, where weight stashing keeps {decimal(stashed)}: "
-        f"{kept / stashed:.2f} of it."
+        f"Kept for past weights: {decimal(kept)}, where weight stashing under the same schedule keeps "
+        f"{decimal(stashed)}: {kept / stashed:.2f} of it."
     )
 
 

@@ -133,6 +133,8 @@ def make(executor: str, stages: int) -> Ranks:
             "executor='distributed' has a process for each stage: start them with torchrun, and call "
             "torch.distributed.init_process_group() in each before the pipeline is made"
         )
+    # The group lives as long as the default one: when close() returns, another process may still have to take the last
+    # message, and a receive for which none will come cannot be called off.
     return Ranks(stages, dist.new_group(backend="gloo", timeout=_timeout(dist.group.WORLD)))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from torch import fx, nn
 
 from layerpipe.partition.split_stage import is_split, uncompiled
+from layerpipe_kernels.optim.checkpoint import CLOCK
 
 #: Layers that are linear in their weights, or look them up.
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.EmbeddingBag)
@@ -72,7 +73,7 @@ def drop_history(optimizer: Any, params: set[nn.Parameter]) -> None:
         names = group.pop("param_names", None)
         kept = [i for i, p in enumerate(group["params"]) if p not in params]
         moved = [i for i, p in enumerate(group["params"]) if p in params]
-        options = {k: v for k, v in group.items() if k not in ("params", "updates", "last_lr")}
+        options = {k: v for k, v in group.items() if k not in ("params", *CLOCK)}
         members: list[Any] = group["params"]
         group["params"] = [members[i] for i in kept]
         added = [members[i] for i in moved]

@@ -55,7 +55,7 @@ class ReconstructionProbe:
         now = self._sample([p for p, _ in self._chosen])
         self._past.append((stage.version, now))
         n = min(stage.version - stage.base, stage.delay)
-        if not n or stage.version % self.every:
+        if not n or stage.version % self.every or len(self._past) <= n:  # it may have come to a running pipe
             return
         version, true = self._past[-1 - n]
         assert version == stage.version - n

@@ -266,14 +266,11 @@ class Stage:
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
 
-    @torch.no_grad()
     def weights_loaded(self) -> None:
-        """A float32 master that does not round to its weight is of the weights before, and would bring them back."""
-        states = self.optimizer.state if self.optimizer is not None else {}
-        for param in self._params:
-            master = states.get(param, {}).get("master")
-            if master is not None:
-                master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
+        """The pipe is empty, and somebody has replaced the weights."""
+        if isinstance(self.optimizer, PastOptimizer):
+            self.optimizer.weights_loaded()
+        self.restart()
 
     def look_again(self) -> None:
         """Whether layers draw random numbers may have changed."""
