@@ -177,8 +177,8 @@ def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> No
     """Refuse an optimizer that a stage's factory made and that cannot serve it.
 
     Raises:
-        ValueError: it lacks a parameter, or was made for another delay.
-        TypeError: a delay needs past weights, and it does not know them.
+        ValueError: it lacks a parameter, or a group was made for another delay or for none.
+        TypeError: a delay needs past weights, and it does not know them or cannot begin them anew.
     """
     held = {p for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in module.named_parameters() if p.requires_grad and p not in held]
@@ -187,16 +187,18 @@ def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> No
     if not delay:
         return
     advice = "optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
-    if not hasattr(optimizer, "past_view"):
-        raise TypeError(
-            f"{stage} gets its gradients {delay} updates late, and {type(optimizer).__name__} does not know its past "
-            f"weights; use layerpipe_kernels.SGD and pass it the pipeline's keywords: {advice}"
-        )
+    for method in ("past_view", "restart_history"):
+        if not hasattr(optimizer, method):
+            raise TypeError(
+                f"{stage} gets its gradients {delay} updates late, and {type(optimizer).__name__} does not know its "
+                f"past weights: it has no {method}; use layerpipe_kernels.SGD and pass it the pipeline's keywords: "
+                f"{advice}"
+            )
     for group in optimizer.param_groups:
-        if group["delay"] != delay:
+        if group.get("delay") != delay:
             raise ValueError(
-                f"{stage} has a delay of {delay}, its optimizer one of {group['delay']}; pass the pipeline's keywords "
-                f"on: {advice}"
+                f"{stage} has a delay of {delay}, a parameter group of its optimizer one of {group.get('delay')}; pass "
+                f"the pipeline's keywords on: {advice}"
             )
 
 

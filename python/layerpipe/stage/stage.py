@@ -46,8 +46,8 @@ class Stage:
 
     Args:
         module: the layers.
-        optimizer: of the module's parameters, or ``None`` if it has none. With a delay it must have ``past_view``, as
-            the optimizers of :mod:`layerpipe_kernels` do.
+        optimizer: of the module's parameters, or ``None`` if it has none. With a delay it must have ``past_view``,
+            ``restart_history`` and in its groups ``delay``, as the optimizers of :mod:`layerpipe_kernels` do.
         index: position in the pipeline, from the input.
         delay: ``n`` of this stage in steady state, in updates.
         name: what messages call it.
