@@ -42,8 +42,8 @@ from layerpipe.executors.capturable import (
 )
 from layerpipe.executors.channels import Lent
 from layerpipe.executors.streams import Lane, Streams
-from layerpipe.optimizer import Options, set_options
 from layerpipe.stage import Stage, Tensors
+from layerpipe.stage.options import Options, set_options
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 
 

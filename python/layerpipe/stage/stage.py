@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe.errors import DivergenceError
-from layerpipe.optimizer import Options, check_stage, set_options
 from layerpipe.stage import autograd, first_layer
 from layerpipe.stage.copies import warn_of_copies
+from layerpipe.stage.options import Options, check_stage, set_options
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
 from layerpipe.stage.saved import SavedTensors
