@@ -249,6 +249,5 @@ class ReferenceRunner:
                     weight, grad, states[0], states[1], largest, count, ema, past, options, design, moment,
                     master=master, tensor=i,
                 )  # fmt: skip
-        overflowed = moment.found_inf is not None and bool(moment.found_inf != 0)
-        if moment.clock is not None and not overflowed:
+        if moment.clock is not None and not reference.overflowed(moment):
             moment.clock.add_(1)

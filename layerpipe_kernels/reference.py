@@ -42,7 +42,7 @@ def sgd_step_(
     :class:`layerpipe_kernels.options.PastDesign`. ``first`` says that ``velocity`` holds nothing yet; where there is a
     ``count``, that says it. ``tensor`` is the number of this one in its group: of its random numbers.
     """
-    if _overflowed(moment):
+    if overflowed(moment):
         return
     w = _full(weight, master)
     g = _gradient(grad, w, moment, o.maximize)
@@ -79,7 +79,7 @@ def adam_step_(
     tensor: int = 0,
 ) -> None:
     """One step of Adam or AdamW, otherwise as :func:`sgd_step_`. The update ``u`` includes the weight decay."""
-    if _overflowed(moment):
+    if overflowed(moment):
         return
     count.add_(1)
     w = _full(weight, master)
@@ -107,7 +107,7 @@ def _log(x: float) -> float:
     return math.log(x) if x else -math.inf
 
 
-def _overflowed(moment: Moment) -> bool:
+def overflowed(moment: Moment) -> bool:
     return moment.found_inf is not None and bool(moment.found_inf != 0)
 
 

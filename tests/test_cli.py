@@ -22,7 +22,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
+from typer.main import get_command
+
 from layerpipe.cli import main
+from layerpipe.cli.app import app
 from layerpipe.cli.config import TrainConfig, parse_decay
 from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Step
@@ -366,21 +369,14 @@ def test_what_cannot_be_resumed_is_said(
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("train", "compare"):
-        assert run(command, "--help") == 0
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    assert commands.keys() == {"train", "compare", "plan"}
+    for name, command in commands.items():
+        assert run(name, "--help") == 0
         printed = capsys.readouterr().out
-        for option in (
-            "--past",
-            "--order",
-            "--ema-decay",
-            "--past-norm",
-            "--stages",
-            "--lr-schedule",
-            "--seed",
-            "--executor",
-            "--out",
-        ):
-            assert option in printed
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+            assert all(option in printed for option in parameter.opts if option.startswith("--"))
 
 
 def test_learning_rate_warms_up_and_falls() -> None:

@@ -66,6 +66,11 @@ class FusedOptimizer(PastOptimizer):
         self._routines: dict[int, Routine] = {}
         self._past_makers: dict[int, PastMaker] = {}  # by the parameter's id, which is cheaper to hash
 
+    def tables(self) -> list[object]:
+        """What steps and past weights read besides weights and their state. A graph that captured them reads it at
+        every replay and does not keep it; the optimizer may drop it when a group or a state changes."""
+        return [*self._ready_groups.values(), *self._clocks.values(), *self._norms.values(), *self._moved.values()]
+
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights, and with them what their past is made of.
 

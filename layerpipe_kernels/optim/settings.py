@@ -10,7 +10,6 @@ import torch
 from layerpipe_kernels import backend, history
 from layerpipe_kernels.optim.arguments import Group
 
-#: The options that every optimizer here takes besides torch's own.
 PAST_DEFAULTS: dict[str, Any] = {
     "delay": 0,
     "past": "blend",

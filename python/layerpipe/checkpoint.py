@@ -82,7 +82,7 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
     """
     ranks = pipe.ranks
     writer = _keeper(pipe, path)
-    random = ranks.gather(random_state())
+    states = ranks.gather(random_state())
     content = {
         "schedule": pipe.schedule.name,
         "model": pipe.state_dict(),
@@ -92,12 +92,12 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
         ),
         "versions": ranks.by_stage([stage.version for stage in pipe.stages]),
         "measured": pipe.measured_delays(),
-        "random": random[0],
+        "random": states[0],
         "random_of_stages": ranks.by_stage([s.random and s.random.generator.get_state() for s in pipe.stages]),
         "extra": extra,
     }
-    if len(random) > 1:
-        content["random_of_ranks"] = random
+    if len(states) > 1:
+        content["random_of_ranks"] = states
     error = None
     if ranks.rank == writer:
         assert path is not None
@@ -187,8 +187,8 @@ def _fill(pipe: Pipeline, content: dict[str, Any], own: range) -> None:
         numbers = content.get("random_of_stages", [None] * len(pipe.delays))[stage.index]
         if stage.random is not None and numbers is not None:
             stage.random.generator.set_state(numbers)
-    random = content.get("random_of_ranks", [])
-    set_random_state(random[pipe.ranks.rank] if len(random) == pipe.ranks.size else content["random"])
+    states = content.get("random_of_ranks", [])
+    set_random_state(states[pipe.ranks.rank] if len(states) == pipe.ranks.size else content["random"])
 
 
 def _stages(pipe: Pipeline) -> list[list[str]]:

@@ -7,12 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
+from layerpipe.stage.options import Options
 from layerpipe_kernels.optim.checkpoint import CLOCK
-
-#: Of one stage: a dict per parameter group.
-Options = list[dict[str, Any]]
 
 
 class PipelineOptimizer(torch.optim.Optimizer):
@@ -171,41 +168,6 @@ def part(state: dict[str, Any], stages: range) -> dict[str, Any]:
     """What a process with these stages, counted among those with parameters, has of what :func:`joined` made."""
     own: dict[str, Any] = {key: state[key][stages.start : stages.stop] for key in ("stages", "kinds") if key in state}
     return {**own, "options": state["options"]}
-
-
-def set_options(group: dict[str, Any], values: dict[str, Any]) -> None:
-    """Give a stage's parameter group its options; a learning rate that is a tensor stays one and changes its value."""
-    lr = group.get("lr")
-    group.update(values)
-    if isinstance(lr, torch.Tensor):
-        group["lr"] = lr.fill_(values["lr"])
-
-
-def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> None:
-    """Refuse an optimizer that a stage's factory made and that cannot serve it.
-
-    Raises:
-        ValueError: it lacks a parameter, or was made for another delay.
-        TypeError: a delay needs past weights, and it does not know them.
-    """
-    held = {p for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for n, p in module.named_parameters() if p.requires_grad and p not in held]
-    if missing:
-        raise ValueError(f"{stage}: the optimizer was given {missing[0]}, but holds it in no parameter group")
-    if not delay:
-        return
-    advice = "optimizer=lambda params, **past: layerpipe_kernels.SGD(params, lr=..., **past)"
-    if not hasattr(optimizer, "past_view"):
-        raise TypeError(
-            f"{stage} gets its gradients {delay} updates late, and {type(optimizer).__name__} does not know its past "
-            f"weights; use layerpipe_kernels.SGD and pass it the pipeline's keywords: {advice}"
-        )
-    for group in optimizer.param_groups:
-        if group["delay"] != delay:
-            raise ValueError(
-                f"{stage} has a delay of {delay}, its optimizer one of {group['delay']}; pass the pipeline's keywords "
-                f"on: {advice}"
-            )
 
 
 def _kind(optimizer: torch.optim.Optimizer) -> str:

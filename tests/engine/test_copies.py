@@ -25,7 +25,7 @@ def test_a_copied_weight_is_reported_once_with_its_name() -> None:
     assert "0.parametrizations.weight.original1" in messages[0]
 
 
-def test_autocast_is_reported_and_its_copies_are_still_right() -> None:
+def test_autocast_is_reported() -> None:
     class Cast(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast("cpu", torch.bfloat16):

@@ -142,6 +142,21 @@ def test_bad_options_are_refused_by_name(change: dict[str, Any], error: type[Exc
         layerpipe.Pipeline(**options)
 
 
+def test_what_an_optimizer_of_ones_own_lacks_is_named() -> None:
+    class Own(torch.optim.SGD):
+        def past_view(self, param: Tensor) -> Tensor:
+            return param.detach()
+
+    def make(params: Any, **_: Any) -> Any:
+        return Own(params, lr=0.1)
+
+    with pytest.raises(TypeError, match=r"stage 0 .*Own does not know its past weights: it has no restart_history"):
+        layerpipe.Pipeline(chain(), F.cross_entropy, make)
+    Own.restart_history = lambda self: None  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"stage 0 .*has a delay of 6, a parameter group of its optimizer one of None"):
+        layerpipe.Pipeline(chain(), F.cross_entropy, make)
+
+
 def test_a_parameter_in_two_stages_is_refused() -> None:
     shared = nn.Linear(6, 6)
     with pytest.raises(ValueError, match="stage 0 and in stage 1"):
@@ -187,7 +202,7 @@ def test_a_state_trained_with_other_delays_is_refused() -> None:
 
 
 def test_a_factory_that_drops_the_delay_or_a_parameter_is_found_out() -> None:
-    with pytest.raises(ValueError, match=r"stage 0 .*has a delay of 6, its optimizer one of 0"):
+    with pytest.raises(ValueError, match=r"stage 0 .*has a delay of 6, a parameter group of its optimizer one of 0"):
         layerpipe.Pipeline(chain(), F.cross_entropy, lambda params, **past: lk.SGD(params, lr=0.1))
     with pytest.raises(ValueError, match=r"stage 0 .*given 0\.weight, but holds it"):
         layerpipe.Pipeline(chain(), F.cross_entropy, lambda params, **past: sgd(params[1:], **past))

@@ -18,6 +18,9 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels as lk
 from layerpipe.executors.channels import Lent
+from layerpipe.tracing.spans import HostClock, Recorder
+from layerpipe_kernels.history import DeviceClock, Norms
+from layerpipe_kernels.plan import StepPlan
 from tests.engine import test_streams
 from tests.engine.fake_device import FakeDevice, fake_device
 from tests.engine.models import chain, minibatches
@@ -246,15 +249,76 @@ def test_graphs_are_kept_where_nothing_was_replaced() -> None:
         assert len(device.captured) == captured
 
 
-def test_graphs_hold_the_tables_that_their_steps_read() -> None:
+def test_graphs_hold_whatever_their_steps_read_and_the_optimizer_may_drop() -> None:
     with fake_device():
-        pipe = pipeline(chain(2), "graphs")
+        make = functools.partial(lk.SGD, lr=0.05, momentum=0.9, backend="reference", capturable=True, past_norm="match")
+        pipe = layerpipe.Pipeline(chain(2), F.cross_entropy, make, executor="graphs", check_finite=False)
         for x, y in minibatches(20):
             pipe.step(x, y)
-        step: Any = pipe.stages[0].optimizer
-        plan = weakref.ref(step._ready_groups[0].plan)
-        step._reset_caches()  # as adding a group or loading a state does
-        assert plan() is not None
+        held = dropped(pipe.stages[0].optimizer)
+        assert {type(x()) for x in held} == {nn.Parameter, Tensor, StepPlan, DeviceClock, Norms}
+
+
+def dropped(optimizer: Any) -> list[weakref.ref[Any]]:
+    """The objects with tensors in what an optimizer lets go of when a group is added or a state loaded, and those."""
+    before = dict(vars(optimizer))
+    optimizer._reset_caches()
+    found = [value for name, value in before.items() if vars(optimizer)[name] is not value]
+    for x in found:  # which grows
+        if isinstance(x, dict | list | tuple) or type(x).__module__.startswith("layerpipe_kernels."):
+            found += [y for y in gc.get_referents(x) if not any(y is z for z in found)]
+    return [weakref.ref(x) for x in found if isinstance(x, Tensor | StepPlan | DeviceClock | Norms)]
+
+
+def test_a_second_capture_has_the_options_of_the_last_update() -> None:
+    states = []
+    for executor in ("serial", "graphs"):
+        with fake_device():
+            pipe = pipeline(chain(3), executor)
+            for i, (x, y) in enumerate(minibatches(40)):
+                if i == 20:
+                    pipe.drain()
+                    for group in pipe.optimizer.param_groups:
+                        group["lr"] = torch.tensor(0.2)
+                if i == 20 + 9:  # stage 0's fifth update was its last before it is captured anew
+                    for p in pipe.stages[0].module.parameters():
+                        p.data = p.data.clone()
+                    pipe.state_dict()
+                pipe.step(x, y)
+            pipe.drain()
+            states.append(copy.deepcopy(pipe.state_dict()))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_replayed_backward_of_the_wrong_age_is_refused_as_any_other() -> None:
+    with fake_device():
+        pipe = pipeline(chain(2), "graphs")
+        for x, y in minibatches(10):
+            pipe.step(x, y)
+        pipe.stages[0].version += 1  # an update that the schedule does not have
+        with pytest.raises(layerpipe.StageError, match=r"minibatch 8 is 3 updates old; the schedule says 2"):
+            pipe.step(x, y)
+
+
+def test_a_rehearsal_that_fails_leaves_a_stage_where_it_was() -> None:
+    pipe = pipeline(chain(3), "serial", split_backward=True)
+    stage, seen = pipe.stages[1], list[Any]()
+    for x, y in minibatches(8):
+        pipe.step(x, y)
+    stage.probe = seen.append
+    stage.watch(recorder := Recorder(HostClock()))
+    before = stage.version, stage.measured.copy(), stage.in_flight
+    with contextlib.suppress(ZeroDivisionError), stage.rehearsal():
+        stage.version -= 2
+        (y,) = stage.forward(0, (torch.ones(8, 6),))
+        stage.version += 2
+        stage.backward(0, (torch.ones_like(y),))
+        assert stage.half_done
+        stage.version += 1 / 0
+    assert (stage.version, stage.measured, stage.in_flight) == before
+    assert (stage.probe, stage.spans, stage.half_done) == (seen.append, recorder, False)
+    assert not seen
+    assert not recorder.spans()
 
 
 def test_nothing_is_collected_during_a_capture() -> None:

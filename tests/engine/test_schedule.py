@@ -47,7 +47,7 @@ def test_1f1b_is_the_order_of_pipedream(stages: int) -> None:
         assert [f"{a.kind}{a.minibatch}" for a in actions if a.stage == s] == order
 
 
-@pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("executor", ["serial", "threads", "distributed"])
 def test_auto_is_1f1b_where_one_processor_runs_forward_and_backward_in_turn(executor: str) -> None:
     assert schedules.make("auto", 3, executor).name == "1f1b"
 

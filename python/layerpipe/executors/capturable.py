@@ -54,6 +54,32 @@ def addresses(stage: Stage) -> list[Any]:
     return found
 
 
+def count_update(stage: Stage) -> None:
+    """What the host counts of a step that was replayed: of a group without a past, whose clock nobody reads."""
+    for group in groups(stage):
+        if isinstance(group.get("updates"), int):
+            group["updates"] += 1
+
+
+@contextmanager
+def uncounted(stage: Stage) -> Iterator[None]:
+    """A capture runs nothing: what the host has counted in it is taken back."""
+    counts = [group.get("updates") for group in groups(stage)]
+    try:
+        yield
+    finally:
+        for group, count in zip(groups(stage), counts, strict=True):
+            if count is not None:
+                group["updates"] = count
+
+
+def held_by(stage: Stage) -> list[Any]:
+    """What a captured step reads and its graph does not keep: for as long as that is replayed."""
+    optimizer = stage.optimizer
+    states = [dict(state) for state in optimizer.state.values()] if optimizer is not None else []
+    return [*states, *optimizer.tables()] if isinstance(optimizer, FusedOptimizer) else states
+
+
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
     """What is collected may wait for the device, such as a pipeline that was forgotten, and that breaks a capture."""

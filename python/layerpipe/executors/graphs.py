@@ -33,14 +33,17 @@ from layerpipe.executors.buffers import Buffers, owned, plain
 from layerpipe.executors.capturable import (
     addresses,
     check_optimizer,
+    count_update,
     groups,
+    held_by,
     no_garbage_collection,
     own_learning_rates,
+    uncounted,
 )
 from layerpipe.executors.channels import Lent
 from layerpipe.executors.streams import Lane, Streams
-from layerpipe.optimizer import Options, set_options
-from layerpipe.stage.stage import Stage, Tensors, _Flight
+from layerpipe.stage import Stage, Tensors
+from layerpipe.stage.options import Options, set_options
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 
 
@@ -73,6 +76,7 @@ class CapturedStage:
         self.stage, self._lane, self._device = lane.stage, lane, lane.device
         check_optimizer(self.stage)
         self._slots: list[_Slot] = []
+        self._replayed: dict[int, _Slot] = {}  # of the minibatches whose forward was a replay
         self._slot: _Slot | None = None  # of the backward whose update comes next
         self._seen: dict[str, Any] = {}  # what the stage was called with, until it is captured
         self._options: Options = []  # that the graphs were captured with
@@ -93,7 +97,7 @@ class CapturedStage:
         """The caller may have replaced something: then the stage is captured anew."""
         own_learning_rates(self.stage, self._device.device)
         if self._slots and self._addresses != addresses(self.stage):
-            if not all(flight.outputs for flight in self.stage._flights.values()):
+            if self._replayed:
                 raise RuntimeError("weights or state were replaced while minibatches are in the pipe; drain it first")
             self._slots = []
 
@@ -113,18 +117,18 @@ class CapturedStage:
             return outputs
         if not self._slots:
             self._capture()
-        slot = self._slots[minibatch % len(self._slots)]
+        self._replayed[minibatch] = slot = self._slots[minibatch % len(self._slots)]
+        self.stage.enter(minibatch, ())
         slot.inputs.fill(inputs, self._device.current())
         self._replay(slot, "forward", LAYERS)
-        self.stage._flights[minibatch] = _Flight(self.stage.version, ())
         return Lent(slot.outputs)  # the gradients that come back for them say that they have been read
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
-        if self.stage._flights[minibatch].outputs:
+        slot = self._replayed.get(minibatch)
+        if slot is None:
             self._see("target", target)
             self._see("loss_fn", loss_fn)
             return self.stage.loss(minibatch, loss_fn, target)
-        slot = self._slots[minibatch % len(self._slots)]
         assert slot.target is not None
         assert slot.loss is not None
         slot.target.fill(target, self._device.current())
@@ -133,15 +137,12 @@ class CapturedStage:
 
     def backward(self, minibatch: int, grads: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
         stage, current = self.stage, self._device.current()
-        if stage._flights[minibatch].outputs:
-            self._slot, grads = None, owned(grads, current)
+        self._slot = slot = self._replayed.pop(minibatch, None)
+        if slot is None:
+            grads = owned(grads, current)
             self._see("grads", grads)
             return stage.backward(minibatch, grads)
-        self._slot = slot = self._slots[minibatch % len(self._slots)]
-        flight = stage._flights.pop(minibatch)
-        stage.measured[stage.version - flight.version] += 1
-        if stage.probe is not None:
-            stage.probe(stage)
+        stage.leave(minibatch)
         if slot.grads is not None:
             slot.grads.fill(grads, current)
         current.wait_event(slot.read)
@@ -156,15 +157,14 @@ class CapturedStage:
 
     def update(self, options: Options) -> None:
         if self._slot is None:
+            self._seen["options"] = options
             self.stage.update(options)
             return
         if "update" in self._slot.graphs:
             self._take(options)
             self._replay(self._slot, "update", STEP)
         self.stage.version += 1
-        for group in groups(self.stage):
-            if isinstance(group.get("updates"), int):  # a group without a past, whose clock nobody reads
-                group["updates"] += 1
+        count_update(self.stage)
 
     def _replay(self, slot: _Slot, graph: str, span: str) -> None:
         start = self.stage.mark()
@@ -183,7 +183,7 @@ class CapturedStage:
                         f"{new[name]!r}; only lr may change"
                     )
             set_options(group, new)
-        self.stage._options = self._taken = options
+        self._taken = options
 
     # -- capturing -----------------------------------------------------------------------------------------------
 
@@ -199,36 +199,28 @@ class CapturedStage:
                 "executor='graphs' cannot capture a stage that draws random numbers (dropout?): graphs that run at the "
                 "same time share one generator; use executor='streams'"
             )
-        self._addresses, self._options, self._taken = addresses(stage), stage._options or [], None
-        version, measured, probe, spans = stage.version, stage.measured.copy(), stage.probe, stage.spans
-        stage.probe = None
-        stage.watch(None)  # an event in a graph has no time of its own
-        updates, keys = device.pool(), range(-stage.delay - 1, 0)
-        slots = [self._make_slot() for _ in keys]
+        self._addresses, self._options, self._taken = addresses(stage), self._seen["options"], None
+        updates, now = device.pool(), stage.version
+        slots = [self._make_slot() for _ in range(stage.delay + 1)]
         device.forget_workspaces()
         try:
-            for key, slot in zip(keys, slots, strict=True):
-                activations = device.pool()
-                self._graph(slot, "forward", activations, functools.partial(_forward, stage, slot, key))
-                if slot.target is not None:
-                    self._graph(slot, "loss", activations, functools.partial(self._loss, slot, key))
-            for key, slot in zip(keys, slots, strict=True):
-                stage.version = version
-                stage._flights[key].version = version - stage.delay
-                self._graph(slot, "backward", updates, functools.partial(_backward, stage, slot, key))
-                if stage._rest is not None:
-                    self._graph(slot, "weights", updates, stage.backward_weights)
-                if stage.optimizer is not None:
-                    self._graph(slot, "update", updates, lambda: stage.update(self._options))
+            with stage.rehearsal():  # unwatched: an event in a graph has no time of its own
+                for i, slot in enumerate(slots):
+                    stage.version = now - stage.delay + i
+                    activations = device.pool()
+                    self._graph(slot, "forward", activations, functools.partial(_forward, stage, slot, i))
+                    if slot.target is not None:
+                        self._graph(slot, "loss", activations, functools.partial(self._loss, slot, i))
+                for i, slot in enumerate(slots):
+                    stage.version = now + i
+                    self._graph(slot, "backward", updates, functools.partial(_backward, stage, slot, i))
+                    if stage.half_done:
+                        self._graph(slot, "weights", updates, stage.backward_weights)
+                    if stage.optimizer is not None:
+                        self._graph(slot, "update", updates, lambda: stage.update(self._options))
         finally:
             device.forget_workspaces()
-            for key in keys:
-                stage._flights.pop(key, None)
-            stage.version, stage.measured, stage.probe = version, measured, probe
-            stage.watch(spans)
-        self._slots = slots
-        if stage.optimizer is not None:  # such as a step's table of addresses, until the optimizer makes another
-            self._held = [dict(own) for own in vars(stage.optimizer).values() if isinstance(own, dict)]
+        self._slots, self._held = slots, held_by(stage)
         content = {"inputs": slots[0].inputs, "target": slots[0].target, "grads": slots[0].grads}
         self._seen.update({what: buffers.content for what, buffers in content.items() if buffers is not None})
 
@@ -243,29 +235,25 @@ class CapturedStage:
         )
 
     def _graph(self, slot: _Slot, name: str, pool: Any, work: Callable[[], None]) -> None:
-        counts = [group.get("updates") for group in groups(self.stage)]
         try:
             # On the stream of the nodes that put gradients down, which would otherwise be one outside of the capture.
             # cuBLAS has a workspace per thread and stream: a backward's, of autograd's thread, is not a forward's.
-            with no_garbage_collection():
+            with no_garbage_collection(), uncounted(self.stage):
                 slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
         except RuntimeError as error:
             raise RuntimeError(f"executor='graphs' could not capture the {name} of this stage: {error}") from error
-        for group, count in zip(groups(self.stage), counts, strict=True):
-            if count is not None:
-                group["updates"] = count  # nothing has been run
 
-    def _loss(self, slot: _Slot, key: int) -> None:
+    def _loss(self, slot: _Slot, minibatch: int) -> None:
         assert slot.target is not None
-        slot.loss = self.stage.loss(key, self._seen["loss_fn"], slot.target.content)
+        slot.loss = self.stage.loss(minibatch, self._seen["loss_fn"], slot.target.content)
 
 
-def _forward(stage: Stage, slot: _Slot, key: int) -> None:
-    slot.outputs = stage.forward(key, slot.inputs.content)
+def _forward(stage: Stage, slot: _Slot, minibatch: int) -> None:
+    slot.outputs = stage.forward(minibatch, slot.inputs.content)
 
 
-def _backward(stage: Stage, slot: _Slot, key: int) -> None:
-    upstream = stage.backward(key, slot.grads.content if slot.grads is not None else None)
+def _backward(stage: Stage, slot: _Slot, minibatch: int) -> None:
+    upstream = stage.backward(minibatch, slot.grads.content if slot.grads is not None else None)
     if slot.room is not None:
         slot.upstream = slot.room.copied(upstream)
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from torch import fx, nn
 
 from layerpipe.partition.aliasing import overwritten
-from layerpipe.partition.exported import is_tensor
 from layerpipe.partition.forward import Forward, constants
 from layerpipe.partition.received import derivable
+from layerpipe.partition.tensors import is_tensor
 
 
 class Piece(NamedTuple):
@@ -104,7 +103,7 @@ def _cuts(forward: Forward) -> tuple[list[fx.Node], dict[int, list[fx.Node]], di
         if node.op in ("placeholder", "output") or not alive:
             continue
         changed = [n for n in alive if n in overwriter and position[overwriter[n]] >= i]
-        tensors = [n for n in alive if _is_tensor(model, n)]
+        tensors = [n for n in alive if is_tensor(model, n)]
         others = [n for n in alive if n not in tensors and not derivable(n, tensors)]
         if changed:
             by = overwriter[changed[0]]
@@ -117,25 +116,6 @@ def _cuts(forward: Forward) -> tuple[list[fx.Node], dict[int, list[fx.Node]], di
         elif tensors:
             crossing[i] = tensors
     return work, crossing, reasons
-
-
-def _is_tensor(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a value is one tensor, as far as its making shows; sizes and tuples cannot cross a boundary."""
-    if "val" in node.meta:
-        return is_tensor(node)
-    if node.op == "call_module":
-        return not isinstance(model.get_submodule(str(node.target)), nn.RNNBase | nn.MultiheadAttention)
-    if node.op == "placeholder":
-        return True
-    if node.op == "call_method":
-        return node.target not in ("size", "dim", "numel", "chunk", "split", "unbind")
-    if node.target in (getattr, operator.getitem) or getattr(node.target, "__name__", "") in (
-        "chunk",
-        "split",
-        "unbind",
-    ):
-        return False
-    return any(_is_tensor(model, source) or source.op == "get_attr" for source in node.all_input_nodes)
 
 
 def _has_parameters(model: nn.Module, nodes: list[fx.Node]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from layerpipe.partition.exported import exported
+from layerpipe.partition.tensors import run_without_data
 
 
 class Forward(NamedTuple):
@@ -56,7 +57,10 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None) -> Forw
                 evaluated = capture()
                 model.train()
                 trained = capture()
-                return _both_modes(model, trained, evaluated)
+                forward = _both_modes(model, trained, evaluated)
+                if example_inputs is not None:
+                    run_without_data(*forward, example_inputs)
+                return forward
             except Exception as error:  # whatever the model's own code raises under tracing
                 cause = error
                 reason = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"

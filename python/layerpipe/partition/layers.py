@@ -68,7 +68,6 @@ class LayerGraph:
 
 def chain(layers: Sequence[Layer]) -> LayerGraph:
     """Layers one after the other, each handing its output on."""
-    flows = [Flow(i or None, i + 1, layer.output_bytes) for i, layer in enumerate(layers[:-1])]
-    flows = [flow._replace(source=flow.target - 1) for flow in flows]
+    flows = [Flow(i, i + 1, layer.output_bytes) for i, layer in enumerate(layers[:-1])]
     sizes = [layers[0].input_bytes if layers else 0, *(layer.output_bytes for layer in layers[:-1]), 0]
     return LayerGraph(list(layers), flows, sizes)

@@ -18,6 +18,7 @@ from layerpipe.partition.cuts import Piece, pieces, unique_names
 from layerpipe.partition.forward import trace
 from layerpipe.partition.layers import Flow, Layer, LayerGraph
 from layerpipe.partition.split_stage import SplitStage
+from layerpipe.partition.tensors import fake
 
 Tensors = tuple[Any, ...]
 
@@ -58,7 +59,7 @@ def profile_units(
     """:func:`profile` of a model that is already in pieces."""
     measured = seconds([Rehearsal(units, example_inputs)])[0] if measure else []
     with FakeTensorMode():
-        return _profile(parts, units, tuple(_fake(x) for x in example_inputs), measured)
+        return _profile(parts, units, tuple(fake(x) for x in example_inputs), measured)
 
 
 def _profile(
@@ -102,8 +103,8 @@ class _Storages:
 def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, first: bool) -> tuple[Layer, Tensors]:
     """A layer's costs and its outputs."""
     inputs = tuple(_like(x, requires_grad=not first) for x in inputs)
-    params = {key: _fake(p).requires_grad_() for key, p in unit.named_parameters()}
-    state = {**params, **{key: _fake(b) for key, b in unit.named_buffers()}}
+    params = {key: fake(p).requires_grad_() for key, p in unit.named_parameters()}
+    state = {**params, **{key: fake(b) for key, b in unit.named_buffers()}}
     for param in params.values():
         storages.add(param, count=False)
     before = storages.bytes
@@ -244,11 +245,6 @@ def _tensors(values: Tensors) -> Iterator[Tensor]:
 
 def _bytes(values: Tensors) -> int:
     return sum(x.nbytes for x in _tensors(values))
-
-
-def _fake(x: Any) -> Any:
-    """Shape, strides and dtype without memory; on a processor, so that attention is the fused kernel it would be."""
-    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cpu") if isinstance(x, Tensor) else x
 
 
 def _like(x: Any, *, requires_grad: bool) -> Any:

@@ -6,7 +6,10 @@ import dataclasses
 
 from layerpipe.partition.layers import Layer
 from layerpipe.simulate import Link, StageCost
+from layerpipe_kernels.traffic import Traffic
 
+#: A pipeline's default: momentum SGD, a blend of two averages. Past weights are made in the backward and not costed.
+STEP = Traffic(states=1, emas=2, past=False)
 #: PCIe 4.0 x16, each way.
 A100_LINK = Link(bandwidth=32e9, latency=5e-6)
 
@@ -34,8 +37,7 @@ class Machine:
             backward = max(layer.backward_flops / self.flops, (kept + read) / self.memory)
             gradient = max(layer.gradient_flops / self.flops, (kept + layer.weights) / self.memory)
             gradient *= bool(layer.parameters)
-        # Momentum SGD with a blend: 32 bytes per float32 weight, 8 times its own (docs: MATH, optimizer steps).
-        update = 8 * layer.weights / self.memory
+        update = STEP.one_pass() / STEP.weight.itemsize * layer.weights / self.memory
         return StageCost(forward, backward, gradient, update, received, layer.saved)
 
 

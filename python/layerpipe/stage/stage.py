@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from layerpipe.errors import DivergenceError
-from layerpipe.optimizer import Options, check_stage, set_options
 from layerpipe.stage import autograd, first_layer
 from layerpipe.stage.copies import warn_of_copies
+from layerpipe.stage.options import Options, check_stage, set_options
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
 from layerpipe.stage.saved import SavedTensors
@@ -46,8 +46,8 @@ class Stage:
 
     Args:
         module: the layers.
-        optimizer: of the module's parameters, or ``None`` if it has none. With a delay it must have ``past_view``, as
-            the optimizers of :mod:`layerpipe_kernels` do.
+        optimizer: of the module's parameters, or ``None`` if it has none. With a delay it must have ``past_view``,
+            ``restart_history`` and in its groups ``delay``, as the optimizers of :mod:`layerpipe_kernels` do.
         index: position in the pipeline, from the input.
         delay: ``n`` of this stage in steady state, in updates.
         name: what messages call it.
@@ -99,13 +99,53 @@ class Stage:
         past_view = optimizer.past_view if delay and optimizer is not None else None
         self._saved = SavedTensors(self._all_params, past_view)
 
+    # -- a minibatch's way through -------------------------------------------------------------------------------
+
+    def enter(self, minibatch: int, inputs: Tensors) -> _Flight:
+        """Its forward begins, on the weights as they are now."""
+        self._flights[minibatch] = flight = _Flight(self.version, inputs)
+        return flight
+
+    def leave(self, minibatch: int) -> _Flight:
+        """Its backward begins: ``n`` updates after its forward.
+
+        Raises:
+            RuntimeError: ``n`` is not what the schedule says.
+        """
+        flight = self._flights.pop(minibatch)
+        self._kept_bytes -= flight.saved_bytes
+        n, rule = self.version - flight.version, min(self.version - self.base, self.delay)
+        self.measured[n] += 1
+        if n != rule:
+            raise RuntimeError(f"minibatch {minibatch} is {n} updates old; the schedule says {rule}")
+        if self.probe is not None:
+            self.probe(self)
+        return flight
+
+    @contextlib.contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """What passes through in here is no minibatch and nobody watches it: all counts are then as they were.
+
+        Weights, gradients and the optimizer's state are left as they have become.
+        """
+        version, measured, probe, spans = self.version, self.measured, self.probe, self.spans
+        flights, kept_bytes = self._flights, self._kept_bytes
+        self.measured, self.probe, self._flights = collections.Counter(), None, {}
+        self.watch(None)
+        try:
+            yield
+        finally:
+            self.version, self.measured, self.probe = version, measured, probe
+            self._flights, self._kept_bytes, self._rest = flights, kept_bytes, None
+            self.watch(spans)
+
     # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, minibatch: int, inputs: Tensors) -> Tensors:
         """Run the layers on a minibatch and keep its graph; returns outputs cut off from it."""
         if self.index:
             inputs = tuple([x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs])
-        flight = _Flight(self.version, inputs)
+        flight = self.enter(minibatch, inputs)
         # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
         hooked = self.delay > 0 or self.version == self.base
         start = self.mark()
@@ -123,7 +163,6 @@ class Stage:
                 raise TypeError(f"a stage returns a tensor or a tuple of tensors, got {type(output).__name__}")
         if self.check_finite:
             self._check_finite(flight.outputs, "output", minibatch)
-        self._flights[minibatch] = flight
         if self._look_for_copies:
             self._look_for_copies = False
             warn_of_copies(self.name, self.module, flight.outputs)
@@ -182,14 +221,7 @@ class Stage:
 
         With ``split_backward`` those of the parameters are complete after :meth:`backward_weights`.
         """
-        flight = self._flights.pop(minibatch)
-        self._kept_bytes -= flight.saved_bytes
-        n = self.version - flight.version
-        self.measured[n] += 1
-        if n != min(self.version - self.base, self.delay):
-            raise RuntimeError(f"minibatch {minibatch} is {n} updates old; the schedule says {self.delay}")
-        if self.probe is not None:
-            self.probe(self)
+        flight = self.leave(minibatch)
         for param in self._params:
             param.grad = None
         arrived = (None,) * len(flight.outputs) if grads is None else grads
@@ -228,6 +260,11 @@ class Stage:
             self._rest.activations(grads)
         else:
             autograd.backward(outputs, grads)
+
+    @property
+    def half_done(self) -> bool:
+        """Whether a split backward has left something to do for :meth:`backward_weights`."""
+        return self._rest is not None
 
     def backward_weights(self) -> None:
         """What a split backward has left to do; nothing otherwise."""

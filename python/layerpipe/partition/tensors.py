@@ -1,0 +1,91 @@
+"""Which values of a traced forward are single tensors: only those cross a boundary between stages."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+_SIZES = frozenset(("dim", "numel", "size"))
+#: Methods and functions that return several tensors. Those that do only with a ``dim``, such as ``max``, show it by
+#: what is done with their result.
+_SEVERAL = frozenset(
+    (
+        "aminmax", "chunk", "cummax", "cummin", "kthvalue", "mode", "sort", "split", "std_mean", "tensor_split", "topk",
+        "unbind", "unsafe_chunk", "unsafe_split", "var_mean",
+    )
+)  # fmt: skip
+_FIELDS = ("values", "indices")
+
+
+def is_tensor(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a value is one tensor: by :func:`run_without_data`, or as far as its making and its use show."""
+    if "val" in node.meta:  # of torch.export
+        return isinstance(node.meta["val"], Tensor)
+    if "is_tensor" in node.meta:
+        return bool(node.meta["is_tensor"])
+    if node.op == "placeholder":
+        return True
+    if node.op == "call_module" and isinstance(
+        model.get_submodule(str(node.target)), nn.RNNBase | nn.MultiheadAttention
+    ):
+        return False
+    if _name(node) in _SIZES | _SEVERAL or any(_is_part(user) and user.args[0] is node for user in node.users):
+        return False
+    if node.target is getattr:
+        return _is_part(node)
+    if node.target is operator.getitem:
+        source = node.all_input_nodes[0]
+        return is_tensor(model, source) or (_is_part(node) and not _is_size(source))
+    return not _is_size(node)
+
+
+def run_without_data(root: nn.Module, nodes: Sequence[fx.Node], example_inputs: Sequence[Any]) -> None:
+    """Note of every value whether it is a tensor, as far as the forward runs on fake ones."""
+    with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):  # whatever the model's code raises
+        state = {name: fake(p).requires_grad_(p.requires_grad) for name, p in root.named_parameters(prefix="root")}
+        state |= {name: fake(b) for name, b in root.named_buffers(prefix="root")}
+        torch.func.functional_call(_Noting(root, nodes[0].graph), state, tuple(fake(x) for x in example_inputs))
+
+
+class _Noting(nn.Module):
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__()
+        self.root, self._graph = root, graph
+
+    def forward(self, *inputs: Any) -> None:
+        class Interpreter(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                n.meta["is_tensor"] = isinstance(value, Tensor)
+                return value
+
+        Interpreter(self.root, graph=self._graph).run(*inputs)
+
+
+def fake(x: Any) -> Any:
+    """Shape, strides and dtype without memory; on a processor, so that attention is the fused kernel it would be."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cpu") if isinstance(x, Tensor) else x
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _is_part(node: fx.Node) -> bool:
+    """Whether a value is, by number or name, one of several."""
+    if node.target is operator.getitem:
+        return isinstance(node.args[1], int)
+    return node.target is getattr and node.args[1] in _FIELDS
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Whether a value is a tensor's size or made of such."""
+    sources = node.all_input_nodes
+    made_of_sizes = node.op == "call_function" and bool(sources) and all(map(_is_size, sources))
+    return node.target is getattr or _name(node) in _SIZES or made_of_sizes
