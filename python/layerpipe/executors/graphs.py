@@ -26,6 +26,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from layerpipe.executors.base import Tick
@@ -241,7 +242,11 @@ class CapturedStage:
             with no_garbage_collection(), uncounted(self.stage):
                 slot.graphs[name] = self._device.capture(pool, self._lane.home, work)
         except RuntimeError as error:
-            raise RuntimeError(f"executor='graphs' could not capture the {name} of this stage: {error}") from error
+            kind = torch.OutOfMemoryError if isinstance(error, torch.OutOfMemoryError) else RuntimeError
+            raise kind(
+                f"executor='graphs' could not capture the {name} of this stage: {error}; go on with another executor "
+                "in a new process: a failed capture may leave torch's random numbers unusable in this one"
+            ) from error
 
     def _loss(self, slot: _Slot, minibatch: int) -> None:
         assert slot.target is not None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from layerpipe.partition.aliasing import overwritten
 from layerpipe.partition.exported import exported
 from layerpipe.partition.tensors import run_without_data
 
@@ -53,10 +54,10 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None) -> Forw
     try:
         for name, capture in _captures(model, example_inputs):
             try:
-                model.eval()
-                evaluated = capture()
                 model.train()
                 trained = capture()
+                model.eval()
+                evaluated = capture()
                 forward = _both_modes(model, trained, evaluated)
                 if example_inputs is not None:
                     run_without_data(*forward, example_inputs)
@@ -87,17 +88,40 @@ class _Captured(NamedTuple):
 
 
 def _captures(model: nn.Module, inputs: Sequence[Any] | None) -> Iterator[tuple[str, Callable[[], _Captured]]]:
-    for tracer in (fx.Tracer, _Blocks):
+    for tracer in (_Layers(), _Blocks()):
         yield "torch.fx", functools.partial(_symbolic, tracer, model)
     if inputs is not None:
         yield "torch.export", lambda: _Captured(*exported(model, inputs))
 
 
-def _symbolic(tracer: type[fx.Tracer], model: nn.Module) -> _Captured:
-    return _Captured(tracer().trace(model), {})
+def _symbolic(tracer: _Layers, model: nn.Module) -> _Captured:
+    while True:
+        graph = tracer.trace(model)
+        changed = {str(value.target) for node in graph.nodes for value in overwritten(model, node)
+                   if value.op == "get_attr"}  # fmt: skip
+        owners = {name.rpartition(".")[0] for name in changed}
+        if "" in owners or owners <= tracer.whole:
+            break
+        tracer.whole |= owners
+    if changed:
+        raise ValueError(f"its forward changes its buffer {min(changed)}")
+    return _Captured(graph, {})
 
 
-class _Blocks(fx.Tracer):
+class _Layers(fx.Tracer):
+    """Looks into all modules but torch's own, and those that change their buffers: they are taken ``whole``."""
+
+    proxy_buffer_attributes = True  # else what changes a buffer is run while tracing, and no part of the trace
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = set[str]()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Blocks(_Layers):
     """Looks into the model and its nn.Sequential parts, and takes every other module as one layer."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, TypeGuard
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from layerpipe.partition.cuts import Piece
 from layerpipe.partition.exported import Unflatten
@@ -41,14 +42,18 @@ class SplitStage(fx.GraphModule):
         _leave_out_of_the_state(self, root)
         # Copies and pickling make it a plain GraphModule; these keep what is in meta, those attributes.
         self.is_split = self.meta["is_split"] = True
+        self.meta["aliases"] = _aliases(self, root)
+        _give_all_names(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
         _leave_out_of_the_state(copied, self)
+        _give_all_names(copied)
         return copied
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return *super().__reduce__(), {"_non_persistent_buffers_set": self._non_persistent_buffers_set}
+        kept = ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set")
+        return *super().__reduce__(), {name: getattr(self, name) for name in kept}
 
 
 def _leave_out_of_the_state(stage: fx.GraphModule, root: nn.Module) -> None:
@@ -62,6 +67,37 @@ def _leave_out_of_the_state(stage: fx.GraphModule, root: nn.Module) -> None:
         kept = name in origin._buffers and name not in origin._non_persistent_buffers_set
         if name in owner._buffers and not kept:
             owner.register_buffer(name, owner._buffers[name], persistent=False)
+
+
+def _tensors(module: nn.Module, *, every_name: bool) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=not every_name)
+    yield from module.named_buffers(remove_duplicate=not every_name)
+
+
+def _aliases(stage: nn.Module, root: nn.Module) -> dict[str, str]:
+    """The names in ``root`` that tensors of the stage have besides those that its graph uses."""
+    there = dict(_tensors(stage, every_name=True))
+    first = {id(tensor): name for name, tensor in there.items()}
+    return {name: first[id(tensor)] for name, tensor in _tensors(root, every_name=True)
+            if id(tensor) in first and name not in there}  # fmt: skip
+
+
+def _give_all_names(stage: fx.GraphModule) -> None:
+    """A model whose layers have several names keeps them all in its state."""
+    tensors = dict(_tensors(stage, every_name=True))
+    for alias, name in stage.meta["aliases"].items():
+        *path, last = alias.split(".")
+        owner: nn.Module = stage
+        for part in path:
+            if not hasattr(owner, part):
+                owner.add_module(part, nn.Module())
+            owner = getattr(owner, part)
+        if isinstance(tensor := tensors[name], nn.Parameter):
+            owner.register_parameter(last, tensor)
+        else:
+            source, _, buffer = name.rpartition(".")
+            kept = buffer not in stage.get_submodule(source)._non_persistent_buffers_set
+            owner.register_buffer(last, tensor, persistent=kept)
 
 
 def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:

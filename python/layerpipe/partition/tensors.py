@@ -50,7 +50,9 @@ def run_without_data(root: nn.Module, nodes: Sequence[fx.Node], example_inputs: 
     with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):  # whatever the model's code raises
         state = {name: fake(p).requires_grad_(p.requires_grad) for name, p in root.named_parameters(prefix="root")}
         state |= {name: fake(b) for name, b in root.named_buffers(prefix="root")}
-        torch.func.functional_call(_Noting(root, nodes[0].graph), state, tuple(fake(x) for x in example_inputs))
+        inputs = tuple(fake(x) for x in example_inputs)
+        # Not tied: of a layer with two names, functional_call would put back what it had put there under the other.
+        torch.func.functional_call(_Noting(root, nodes[0].graph), state, inputs, tie_weights=False)
 
 
 class _Noting(nn.Module):
