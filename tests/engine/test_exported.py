@@ -198,7 +198,9 @@ class Rotating(TwoLinears):
     def forward(self, x: Tensor) -> Tensor:
         assert x.shape[1] == 4
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            angles = torch.arange(4, device=x.device, dtype=torch.float32) * (self.seen.to(x.device) + 1)
+            angles = torch.arange(4, device=x.device, dtype=torch.float32) * (
+                self.seen.to(device=x.device, dtype=torch.float32) + 1
+            )
             sine, cosine = angles.sin(), angles.cos()
         y = self.a(x)
         with torch.no_grad():

@@ -47,25 +47,25 @@ class CountingNorm(nn.Module):
 
 
 class Masked(nn.Linear):
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return super().forward(x if mask is None else x * mask)
-
-
-class Unmasked(nn.Module):
-    """Hands on a mask that there is not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = Masked(4, 4), Masked(4, 4), Masked(4, 3)
+    """Between its mask, which there is not, and its use lies no place to cut."""
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = functional(None)
-        return self.c(self.b(self.a(x, mask), mask), mask)  # type: ignore[no-any-return]
+        mask = mask_of(x)
+        return masked(super().forward(x), mask)
+
+
+def unmasked() -> nn.Sequential:
+    return nn.Sequential(Masked(4, 4), Masked(4, 4), Masked(4, 3))
 
 
 @torch.fx.wrap
-def functional(mask: Tensor | None) -> Tensor | None:
-    return mask
+def mask_of(x: Tensor) -> Tensor | None:
+    return None if x.dim() == 2 else x > 0
+
+
+@torch.fx.wrap
+def masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask
 
 
 def counting() -> nn.Sequential:
@@ -90,7 +90,7 @@ def trained(model: nn.Module, stages: list[nn.Module] | None, x: Tensor) -> dict
 
 
 @pytest.mark.parametrize("balance", ["flops", "time", "params"])
-@pytest.mark.parametrize("make", [Shared, counting, Unmasked])
+@pytest.mark.parametrize("make", [Shared, counting, unmasked])
 def test_stages_train_as_the_model_does_and_have_all_its_names(make: Any, balance: str) -> None:
     torch.manual_seed(0)
     model, x = make(), torch.randn(5, 4)
@@ -107,8 +107,16 @@ def test_stages_train_as_the_model_does_and_have_all_its_names(make: Any, balanc
 
 
 def test_a_layer_that_counts_is_taken_whole_and_its_neighbours_are_not() -> None:
-    stages = split(counting(), 5, balance="params")
-    assert cut_at(stages) == ["1", "2", "3", "4"]
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = counting()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3] + self.layers(x)  # type: ignore[no-any-return]
+
+    stages = split(nn.Sequential(Block(), nn.Linear(3, 3)), 6, balance="params")
+    assert cut_at(stages) == ["0.layers.1", "0.layers.2", "0.layers.3", "0.layers.4", "1"]
 
 
 def test_copies_keep_all_names_of_a_tensor() -> None:
