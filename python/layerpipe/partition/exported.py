@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from layerpipe.partition.aliasing import written
-from layerpipe.partition.regions import follow_the_inputs_device, unfold
+from layerpipe.partition.regions import follow_the_inputs_device, is_tensor, unfold
 
 
 class Unflatten(nn.Module):
@@ -139,11 +139,6 @@ def _restore_output(graph: fx.Graph, spec: pytree.TreeSpec, extra: dict[str, nn.
         extra["output_structure"] = Unflatten(spec)
         with graph.inserting_before(output):
             output.args = (graph.create_node("call_module", "output_structure", values),)
-
-
-def is_tensor(node: fx.Node) -> bool:
-    """Of a node that ``torch.export`` made."""
-    return isinstance(node.meta.get("val"), Tensor)
 
 
 def _has(model: nn.Module, path: str) -> bool:

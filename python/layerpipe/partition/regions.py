@@ -34,7 +34,7 @@ def unfold(graph: fx.Graph, module: fx.GraphModule) -> None:
             for value in overwritten(body, changed):
                 if value.op == "placeholder":
                     raise ValueError(f"its forward changes {given[value]} in place under torch.autocast")
-        follow_the_inputs_device(body.graph, next((n for n in given if _is_tensor(n)), None))
+        follow_the_inputs_device(body.graph, next((n for n in given if is_tensor(n)), None))
         body.recompile()
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled):
         _put_back(node, graph, module)
@@ -70,7 +70,7 @@ def _body(node: fx.Node, module: fx.GraphModule, place: int) -> tuple[fx.GraphMo
 
 
 def _detached(graph: fx.Graph, value: Any) -> Any:
-    if not (isinstance(value, fx.Node) and _is_tensor(value)):
+    if not (isinstance(value, fx.Node) and is_tensor(value)):
         return value
     detached = graph.call_function(torch.ops.aten.detach.default, (value,))
     detached.meta = {"val": value.meta["val"]}
@@ -90,5 +90,6 @@ def follow_the_inputs_device(graph: fx.Graph, tensor: fx.Node | None) -> None:
         node.kwargs = {key: device if a == there else a for key, a in node.kwargs.items()}
 
 
-def _is_tensor(node: fx.Node) -> bool:
+def is_tensor(node: fx.Node) -> bool:
+    """Of a node that ``torch.export`` made."""
     return isinstance(node.meta.get("val"), Tensor)

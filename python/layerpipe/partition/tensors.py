@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from layerpipe.partition import regions
+
 _SIZES = frozenset(("dim", "numel", "size"))
 #: Methods and functions that return several tensors. Those that do only with a ``dim``, such as ``max``, show it by
 #: what is done with their result.
@@ -26,7 +28,7 @@ _FIELDS = ("values", "indices")
 def is_tensor(model: nn.Module, node: fx.Node) -> bool:
     """Whether a value is one tensor: by :func:`run_without_data`, or as far as its making and its use show."""
     if "val" in node.meta:  # of torch.export
-        return isinstance(node.meta["val"], Tensor)
+        return regions.is_tensor(node)
     if "is_tensor" in node.meta:
         return bool(node.meta["is_tensor"])
     if node.op == "placeholder":
