@@ -79,9 +79,7 @@ def torchvision_models() -> Iterator[tuple[str, Candidate]]:
             options |= {"aux_logits": False, "init_weights": False}
         size = 299 if name == "inception_v3" else 224 if name.startswith(("vit", "maxvit")) else 96
         make = lambda name=name, options=options: models.get_model(name, **options)
-        with torch.device("meta"):
-            count = sum(p.numel() for p in make().parameters())
-        if count <= LARGEST:
+        if models.get_model_weights(name).DEFAULT.meta["num_params"] <= LARGEST:
             yield name, Candidate(make, images(size), classes)
 
 

@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include <atomic>
+#include <memory>
 #include <system_error>
 #include <thread>
 
@@ -27,28 +28,38 @@ const InstructionSet& instruction_set() {
 
 namespace {
 
+// What the threads of one call share; the last of them that lets go frees it.
+struct Progress {
+    std::atomic<size_t> next{0}, done{0};
+};
+
 // Threads are started per call: a step large enough to share takes milliseconds, a start microseconds, and no idle
 // pool competes with torch's own threads or breaks after a fork.
+//
+// Nobody waits for a thread, only for chunks: where torch's threads still spin after an operation, one that has just
+// been started may come to run milliseconds after this one has done all the work. It then finds nothing to do, and does
+// not look at `work`, which is gone.
 template <class Work>
 void parallel_chunks(size_t chunks, int64_t numel, int threads, const Work& work) {
     if (threads <= 1 || numel <= 4 * kSmallWork || chunks <= 1) {
         for (size_t i = 0; i < chunks; ++i) work(i);
         return;
     }
-    std::atomic<size_t> next{0};
-    auto run = [&] {
-        for (size_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < chunks;) work(i);
+    const auto progress = std::make_shared<Progress>();
+    const auto run = [progress, chunks, &work] {
+        for (size_t i; (i = progress->next.fetch_add(1, std::memory_order_relaxed)) < chunks;) {
+            work(i);
+            progress->done.fetch_add(1, std::memory_order_release);
+        }
     };
-    std::vector<std::thread> helpers;
     const size_t wanted = std::min<size_t>(threads, chunks) - 1;
-    helpers.reserve(wanted);
     try {
-        while (helpers.size() < wanted) helpers.emplace_back(run);
+        for (size_t i = 0; i < wanted; ++i) std::thread(run).detach();
     } catch (const std::system_error&) {
         // No thread to be had: those that started, and this one, do the work.
     }
     run();
-    for (auto& helper : helpers) helper.join();
+    while (progress->done.load(std::memory_order_acquire) < chunks) std::this_thread::yield();
 }
 
 template <class Work>
