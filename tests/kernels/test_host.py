@@ -52,6 +52,34 @@ def test_a_gpu_threads_code_equals_the_cpus_bit_for_bit_under_sanitizers(sanitiz
     assert int(done.stdout.split()[0]) > 500, done.stdout
 
 
+@pytest.mark.parametrize("kinds", ["address,undefined", "thread"])
+def test_nobody_waits_for_late_threads_and_these_touch_nothing(
+    kinds: str, sanitizers: list[str], tmp_path: Path
+) -> None:
+    compiler, program = sanitizers[0], tmp_path / "threads_test"
+    build = subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            f"-fsanitize={kinds}",
+            "-pthread",
+            ROOT / "tests/host/threads_test.cpp",
+            "-o",
+            program,
+        ],
+        capture_output=True,
+        text=True,
+    )
+    if build.returncode and "tsan" in build.stderr:
+        pytest.skip("no thread sanitizer")
+    assert build.returncode == 0, build.stderr
+    done = subprocess.run([program], capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("the thread sanitizer does not run on this kernel")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module", params=UNITS, ids="-".join)
 def unit(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Unit:
     """Compiled once, for every architecture."""
