@@ -47,6 +47,7 @@ class Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        model.config.use_cache = False  # type: ignore[union-attr]
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x).logits
@@ -111,12 +112,16 @@ def transformers_models() -> Iterator[tuple[str, Candidate]]:
     language: dict[str, Callable[[], nn.Module]] = {
         "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**grouped, head_dim=16)),
         "gpt2": lambda: t.GPT2LMHeadModel(
-            t.GPT2Config(VOCABULARY, n_positions=32, n_embd=32, n_layer=4, n_head=2, tie_word_embeddings=False)
+            t.GPT2Config(
+                vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=4, n_head=2, tie_word_embeddings=False
+            )
         ),
         "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**usual)),
         "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**grouped)),
         "mamba": lambda: t.MambaForCausalLM(
-            t.MambaConfig(VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=4, tie_word_embeddings=False)
+            t.MambaConfig(
+                vocab_size=VOCABULARY, hidden_size=32, state_size=4, num_hidden_layers=4, tie_word_embeddings=False
+            )
         ),
         "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**grouped, sliding_window=8)),
         "mixtral": lambda: t.MixtralForCausalLM(t.MixtralConfig(**grouped, num_local_experts=2)),

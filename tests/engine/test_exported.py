@@ -287,6 +287,25 @@ def test_what_runs_without_gradients_still_does() -> None:
     assert through([part.to("meta") for part in parts], x.to("meta")).is_meta
 
 
+def test_blocks_that_are_too_few_are_looked_into() -> None:
+    """torch.fx takes the inner model as one block, as it would any whose forward it cannot follow."""
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = ShapedGPT()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)  # type: ignore[no-any-return]
+
+    x = torch.randint(11, (4, 6))
+    model = Wrapped()
+    parts = [part.eval() for part in split(model, 3, (x,))]
+    assert torch.equal(through(parts, x), model.eval()(x))
+    with pytest.raises(ValueError, match=r"into 2 stages: it has 1 splittable layers \(model\)"):
+        split(model, 2, balance="params")
+
+
 def test_a_dict_as_output_stays_one() -> None:
     class Named(TwoLinears):
         def forward(self, x: Tensor) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class ByMode(nn.Module):
         return self.values[self.training]
 
 
-def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None) -> Forward:
+def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None, *, blocks: bool = True) -> Forward:
     """As deep as the model's code allows, in the order in which it runs.
 
     ``torch.fx`` goes first: it needs no inputs and keeps every module call as it is. Code that depends on shapes, takes
@@ -44,6 +44,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None) -> Forw
     Args:
         model: left as it is.
         example_inputs: arguments of a forward; without them there is no ``torch.export``.
+        blocks: whether to be content with whole blocks, where ``torch.fx`` cannot look into them.
 
     Raises:
         ValueError: the model cannot be traced.
@@ -52,7 +53,7 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None) -> Forw
     reasons: list[str] = []
     cause: Exception | None = None
     try:
-        for name, capture in _captures(model, example_inputs):
+        for name, capture in _captures(model, example_inputs, blocks):
             try:
                 model.train()
                 trained = capture()
@@ -87,8 +88,10 @@ class _Captured(NamedTuple):
     extra: dict[str, nn.Module | Tensor]  # that the nodes name and the model has not
 
 
-def _captures(model: nn.Module, inputs: Sequence[Any] | None) -> Iterator[tuple[str, Callable[[], _Captured]]]:
-    for tracer in (_Layers(), _Blocks()):
+def _captures(
+    model: nn.Module, inputs: Sequence[Any] | None, blocks: bool
+) -> Iterator[tuple[str, Callable[[], _Captured]]]:
+    for tracer in (_Layers(), _Blocks()) if blocks else (_Layers(),):
         yield "torch.fx", functools.partial(_symbolic, tracer, model)
     if inputs is not None:
         yield "torch.export", lambda: _Captured(*exported(model, inputs))

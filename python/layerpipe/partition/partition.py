@@ -33,9 +33,10 @@ def split(
     """Cut a model into a chain of stages of equal cost that share its layers and keep its parameter names.
 
     The model's ``forward`` is traced (:mod:`torch.fx`) down to torch's own layers, or, where a block's code does not
-    allow that, down to the blocks of its ``nn.Sequential`` parts, or else by :mod:`torch.export` with the example
-    inputs (:func:`layerpipe.partition.forward.trace`). It is cut between layers wherever only tensors pass: skip
-    connections and branches are carried along through the stages that they cross.
+    allow that, down to the blocks of its ``nn.Sequential`` parts; where that gives nothing, or fewer blocks than
+    stages, by :mod:`torch.export` with the example inputs (:func:`layerpipe.partition.forward.trace`). It is cut
+    between layers wherever only tensors pass: skip connections and branches are carried along through the stages that
+    they cross.
 
     Args:
         model: shared with the stages, not copied.
@@ -67,10 +68,17 @@ def split(
         raise ValueError(f"{stages} stages have {stages - 1} cuts between them, got at={list(at)}")
     forward, inputs = trace(model, example_inputs), example_inputs or ()
     parts = pieces(forward)
+    unseen = ""
+    if stages > len(parts) and example_inputs is not None:  # whole blocks are too few
+        try:
+            finer = trace(model, example_inputs, blocks=False)
+            forward, parts = finer, pieces(finer)
+        except ValueError as error:
+            unseen = f"; looking into them: {error}"
     if stages > len(parts):
         raise ValueError(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(parts)} splittable layers "
-            f"({', '.join(label(SplitStage(forward.root, [p])) for p in parts)}){_hindrance(forward)}"
+            f"({', '.join(label(SplitStage(forward.root, [p])) for p in parts)}){_hindrance(forward)}{unseen}"
         )
 
     def between(cuts: Sequence[int]) -> list[SplitStage]:
