@@ -209,7 +209,7 @@ def main() -> None:
             rate = spread([case.batch / s for s in values], ".1f")
             ratio = spread([a / b for a, b in zip(values, ours, strict=True)], ".2f")
             print(f"  {name:<30} {rate:<22} {ratio}")
-    save(options.json, seconds=results)
+        save(options.json, seconds=results)  # after each, for whoever stops it here
 
 
 if __name__ == "__main__":
