@@ -18,13 +18,14 @@ from tests.engine.test_exported import through
 
 
 class Shared(nn.Module):
-    """One normalization under three names, used twice."""
+    """One normalization under three names, used twice, and its weight under two more."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
         self.wide = nn.Sequential(nn.Linear(4, 256), nn.Tanh(), nn.Linear(256, 256), nn.Linear(256, 3))
         self.blocks = nn.ModuleDict({"a": self.norm, "b": nn.Sequential(self.norm)})
+        self.scale = self.gain = self.norm.weight
 
     def forward(self, x: Tensor) -> Tensor:
         return self.wide(self.blocks["b"](torch.tanh(self.norm(self.first(x)))))  # type: ignore[no-any-return]
