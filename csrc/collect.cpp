@@ -5,10 +5,10 @@ namespace py = pybind11;
 namespace layerpipe {
 namespace {
 
-const void* address_of(PyObject* tensor, Exchange exchange) {
+View seen(PyObject* tensor, Exchange exchange) {
     const auto found = view(tensor, exchange);
     require(found.has_value(), "Collector: a tensor without an address");
-    return found->address;
+    return *found;
 }
 
 // Whether torch reads the tensor with the other sign: the imaginary part of a conjugate. With more than one element
@@ -28,14 +28,19 @@ Collector::Collector(const py::list& params, const std::vector<bool>& moving, co
     require(moving.size() == params.size(), "Collector: one flag per parameter");
     for (size_t i = 0; i < moving.size(); ++i) {
         Entry entry;
-        entry.param = {params[i], moving[i] ? address_of(params[i].ptr(), exchange_) : nullptr};
+        entry.param = {params[i], nullptr};
+        if (moving[i]) {
+            const View weight = seen(params[i].ptr(), exchange_);
+            entry.param.address = weight.address;
+            entry.order = Order(weight);
+        }
         entry.moving = moving[i];
         entry.hash = PyObject_Hash(params[i].ptr());
         if (moving[i] && !keys_.empty()) {
             entry.state = state[params[i]];
             for (const auto key : keys_) {
                 const py::object tensor = entry.state[key];
-                entry.tensors.push_back({tensor, address_of(tensor.ptr(), exchange_)});
+                entry.tensors.push_back({tensor, seen(tensor.ptr(), exchange_).address});
             }
         }
         entries_.push_back(std::move(entry));
@@ -56,7 +61,7 @@ bool Collector::collect(StepPlan& plan, const py::list& params, const py::dict& 
         const int64_t numel = plan.record(at).numel;
         if (!holds(entry, param, plan.arrays().weight, numel, state)) return false;
         const auto found = view(grad.ptr(), exchange_);
-        if (!found || found->dtype != dtype || !found->contiguous || found->numel != numel) return false;
+        if (!found || found->dtype != dtype || found->numel != numel || !entry.order.holds(*found)) return false;
         if (numel && !found->address) return false;
         if (numel == 1 && negated(grad.ptr())) return false;
         plan.grads[at++] = found->address;
@@ -67,7 +72,7 @@ bool Collector::collect(StepPlan& plan, const py::list& params, const py::dict& 
 bool Collector::holds(const Entry& entry, PyObject* param, Dtype dtype, int64_t numel, const py::dict& state) const {
     if (param != entry.param.object.ptr()) return false;
     const auto weight = view(param, exchange_);
-    if (!weight || weight->address != entry.param.address || !weight->contiguous) return false;
+    if (!weight || weight->address != entry.param.address || !entry.order.holds(*weight)) return false;
     if (weight->dtype != dtype || weight->numel != numel) return false;
     if (entry.state && _PyDict_GetItem_KnownHash(state.ptr(), param, entry.hash) != entry.state.ptr()) return false;
     for (size_t k = 0; k < entry.tensors.size(); ++k) {

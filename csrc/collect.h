@@ -20,12 +20,16 @@ class Collector {
     Collector(const pybind11::list& params, const std::vector<bool>& moving, const pybind11::dict& state,
               pybind11::tuple keys, const pybind11::object& exchange);
 
-    // Takes the gradients into the plan and says true if all is as it was and every gradient is dense, contiguous and
-    // of the plan's dtype. Otherwise says false, and Python finds out what is different and whether it is wrong.
+    // Takes the gradients into the plan and says true if all is as it was and every gradient is of the plan's dtype
+    // and lies in memory as its weight does. Otherwise says false, and Python finds out what is different and whether
+    // it is wrong.
     bool collect(StepPlan& plan, const pybind11::list& params, const pybind11::dict& state) const;
 
     // Whether the `i`-th parameter of a group in which all have gradients, and its state, are still what the plan has.
     bool holds(const StepPlan& plan, size_t i, const pybind11::list& params, const pybind11::dict& state) const;
+
+    // Whether a tensor lies in memory as the `i`-th parameter does.
+    bool ordered(size_t i, const View& tensor) const { return entries_.at(i).order.holds(tensor); }
 
    private:
     struct Tensor {
@@ -34,6 +38,7 @@ class Collector {
     };
     struct Entry {
         Tensor param;
+        Order order;
         bool moving;
         Py_hash_t hash;
         pybind11::object state;

@@ -113,9 +113,9 @@ bool Routine::past(size_t i, py::handle out) {
     }
     if (!collector_.holds(plan_, i, params(), state_)) return false;
     const auto there = view(out.ptr(), exchange_);
-    require(
-        there && there->contiguous && there->dtype == plan_.arrays().weight && there->numel == plan_.record(i).numel,
-        "Routine: past weights go into a tensor like the parameter");
+    require(there && there->dtype == plan_.arrays().weight && there->numel == plan_.record(i).numel &&
+                collector_.ordered(i, *there),
+            "Routine: past weights go into a tensor like the parameter");
     const auto [stream, threads] = current();
     run_past(plan_, i, reinterpret_cast<uint64_t>(there->address), velocity_tap_, ema_taps_, stream, threads);
     return true;

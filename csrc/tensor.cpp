@@ -32,8 +32,14 @@ std::optional<View> view_by_calls(PyObject* tensor) {
                                        torch.attr("float16")};
     const py::handle t(tensor);
     try {
-        View v{PyLong_AsVoidPtr(t.attr("data_ptr")().ptr()), std::nullopt, t.attr("is_contiguous")().cast<bool>(),
-               t.attr("is_cpu").cast<bool>(), t.attr("numel")().cast<int64_t>()};
+        View v{PyLong_AsVoidPtr(t.attr("data_ptr")().ptr()),
+               std::nullopt,
+               t.attr("is_contiguous")().cast<bool>(),
+               t.attr("is_cpu").cast<bool>(),
+               t.attr("numel")().cast<int64_t>(),
+               nullptr,
+               nullptr,
+               0};
         const py::object dtype = t.attr("dtype");
         for (int i = 0; i < 4; ++i)
             if (dtype.is(names[i])) v.dtype = static_cast<Dtype>(i);
@@ -62,8 +68,28 @@ std::optional<View> view(PyObject* tensor, Exchange exchange) {
     }
     int64_t numel = 1;
     for (int d = 0; d < t.ndim; ++d) numel *= t.shape[d];
-    return View{static_cast<const char*>(t.data) + t.byte_offset, dtype_of(t.dtype), is_contiguous(t),
-                t.device.device_type == dlpack::kDLCPU, numel};
+    return View{static_cast<const char*>(t.data) + t.byte_offset,
+                dtype_of(t.dtype),
+                is_contiguous(t),
+                t.device.device_type == dlpack::kDLCPU,
+                numel,
+                t.shape,
+                t.strides,
+                t.ndim};
+}
+
+Order::Order(const View& tensor) : natural_(tensor.contiguous) {
+    if (natural_ || !tensor.strides) return;
+    for (int d = 0; d < tensor.dims; ++d) strides_.push_back(tensor.shape[d] == 1 ? 0 : tensor.strides[d]);
+}
+
+bool Order::holds(const View& tensor) const {
+    if (natural_) return tensor.contiguous;
+    // Of a torch without DLPack's functions, nothing is known but that it is another order.
+    if (strides_.empty() || tensor.dims != static_cast<int>(strides_.size())) return false;
+    for (int d = 0; d < tensor.dims; ++d)
+        if (tensor.shape[d] != 1 && tensor.strides[d] != strides_[d]) return false;
+    return true;
 }
 
 py::object attribute(PyObject* object, PyObject* name) {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "dlpack.h"
 #include "number.h"
@@ -17,13 +18,29 @@ using Exchange = const dlpack::DLPackExchangeAPI*;
 // Of torch's capsule, or None.
 Exchange exchange_of(const pybind11::object& capsule);
 
-// A dense tensor: where it lies, of what, and whether in its natural order.
+// A strided tensor: where it lies, of what, and in which order.
 struct View {
     const void* address;
     std::optional<Dtype> dtype;
-    bool contiguous;
+    bool contiguous;  // dense, and in its natural order
     bool on_host;
     int64_t numel;
+    // The tensor's own, valid while nobody changes it; null where only `contiguous` is known.
+    const int64_t* shape;
+    const int64_t* strides;
+    int dims;
+};
+
+// The order in which a tensor's elements lie in memory: its natural one, or the strides of its dimensions.
+class Order {
+   public:
+    Order() = default;  // the natural one
+    explicit Order(const View& tensor);
+    bool holds(const View& tensor) const;
+
+   private:
+    bool natural_ = true;
+    std::vector<int64_t> strides_;  // of dimensions of one element: 0
 };
 
 // Nothing for what has no address, such as a sparse tensor.

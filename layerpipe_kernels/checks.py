@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from layerpipe_kernels import layout
 from layerpipe_kernels.options import MAX_EMAS, AdamOptions, Moment, Options, PastDesign
 
 
@@ -16,8 +17,8 @@ def describe(name: str, tensor: Tensor) -> str:
     return f"{name} (shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
 
 
-def check_tensor(name: str, tensor: Tensor, what: str = "tensor") -> None:
-    """Refuse what no backend can update in place, by name."""
+def check_tensor(name: str, tensor: Tensor, what: str = "tensor", weight: Tensor | None = None) -> None:
+    """Refuse by name what no backend can update in place, and given a ``weight``, what lies in another order."""
     if tensor.layout != torch.strided:
         raise TypeError(f"{what} {describe(name, tensor)} is {tensor.layout}; only dense tensors are supported")
     if not tensor.dtype.is_floating_point:
@@ -29,10 +30,15 @@ def check_tensor(name: str, tensor: Tensor, what: str = "tensor") -> None:
         )
     if tensor.is_neg():  # the imaginary part of a conjugate
         raise ValueError(f"{what} {describe(name, tensor)} is a negated view; replace it by tensor.resolve_neg()")
-    if not tensor.is_contiguous():
+    if layout.order(tensor) is None:
         raise ValueError(
-            f"{what} {describe(name, tensor)} is not contiguous, its strides are {tensor.stride()}; "
+            f"{what} {describe(name, tensor)} has gaps or overlaps in memory, its strides are {tensor.stride()}; "
             "replace it by tensor.contiguous()"
+        )
+    if weight is not None and not layout.follows(tensor, weight):
+        raise ValueError(
+            f"{what} {describe(name, tensor)} has its elements in another order in memory than the rest, with strides "
+            f"{tensor.stride()} where those are {weight.stride()}; replace it by torch.empty_like(...).copy_(tensor)"
         )
 
 

@@ -175,7 +175,7 @@ def mix(
 def reconstruct(
     weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float] | Tensor, out: Tensor, numel: int
 ) -> None:
-    """:func:`layerpipe_kernels.reference.reconstruct` of ``numel`` elements of contiguous tensors."""
+    """:func:`layerpipe_kernels.reference.reconstruct` of ``numel`` elements, in the order of memory."""
     if weight.is_cpu and isinstance(taps, Tensor):
         taps = taps.tolist()
     numbers, at = ((), taps.data_ptr()) if isinstance(taps, Tensor) else (taps, 0)
@@ -210,7 +210,7 @@ def _reconstruct(
 
 
 def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int, turn: float) -> None:
-    """:func:`layerpipe_kernels.reference.ema_update_` on contiguous tensors."""
+    """:func:`layerpipe_kernels.reference.ema_update_`, in the order of memory."""
     number = device_number(update.device)
     _extension.ema_update(
         number,

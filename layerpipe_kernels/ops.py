@@ -1,6 +1,7 @@
 """The kernels as functions on tensors, registered as operators of the library ``layerpipe``.
 
-Each takes contiguous, dense, floating-point tensors on one device, refuses anything else by name before it writes, and
+Each takes dense, floating-point tensors on one device, in any order of their dimensions in memory that is the same for
+all that belongs to one weight (:mod:`layerpipe_kernels.layout`), refuses anything else by name before it writes, and
 chooses its backend as :func:`layerpipe_kernels.backend.choose` says. They work under :func:`torch.compile` without a
 graph break, and they count what they write in the tensors' versions, so that autograd notices.
 """
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import backend as _backend
-from layerpipe_kernels import native, reference
+from layerpipe_kernels import layout, native, reference
 from layerpipe_kernels.checks import check_disjoint, check_like, check_options, check_tensor, check_turn
 from layerpipe_kernels.options import MAX_EMAS, MAX_TERMS, NO_PAST, NOW, AdamOptions, Moment, PastDesign, SgdOptions
 from layerpipe_kernels.plan import Arrays, StepPlan
@@ -132,15 +133,17 @@ def _ema_update(emas: list[Tensor], update: Tensor, decays: list[float], seed: i
     check_tensor("update", update)
     full = reference.state_dtype(update.dtype)
     for i, (e, decay) in enumerate(zip(emas, decays, strict=True)):
-        check_tensor(f"emas[{i}]", e)
         check_like(f"emas[{i}]", e, update, "ema", full, *([torch.bfloat16] if full == torch.float32 else []))
+        check_tensor(f"emas[{i}]", e, weight=update)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"decays[{i}] must be in [0, 1], got {decay}")
     check_turn(decays, turn)
     check_disjoint([*(f"emas[{i}]" for i in range(len(emas))), "update"], [*emas, update])
     chosen = _backend.choose(update, backend)
     if chosen == "reference":
-        reference.ema_update_(emas, update, decays, seed, turn)
+        dims = layout.order(update) or ()
+        averages = [layout.in_memory(e, dims) for e in emas]
+        reference.ema_update_(averages, layout.in_memory(update, dims), decays, seed, turn)
     elif chosen == "triton":
         from layerpipe_kernels import triton  # imports Triton, which not every machine has
 
@@ -158,14 +161,14 @@ def _reconstruct_(
     if len(terms) != len(factors) or len(terms) > MAX_TERMS:
         raise ValueError(f"0 to {MAX_TERMS} terms with one tap each, got {len(terms)} and {len(factors)}")
     check_tensor("weight", weight)
-    check_tensor("out", out)
     full = reference.state_dtype(out.dtype)
     check_like("out", weight, out, "weight", out.dtype, full)
+    check_tensor("out", out, weight=weight)
     check_disjoint(["out", "weight"], [out, weight])
     for i, term in enumerate(terms):
-        check_tensor(f"terms[{i}]", term)
         narrow = [torch.bfloat16] if full == torch.float32 else []
         check_like(f"terms[{i}]", term, weight, "term", full, *narrow)
+        check_tensor(f"terms[{i}]", term, weight=weight)
         check_disjoint(["out", f"terms[{i}]"], [out, term])
     if taps_at is not None and (taps_at.dtype != torch.float32 or taps_at.device != weight.device):
         raise ValueError(f"taps must be float32 on {weight.device}, got {taps_at.dtype} on {taps_at.device}")
@@ -280,7 +283,7 @@ def ema_update_(
         turn: couples the first two, see :func:`layerpipe_kernels.reference.averaged`.
 
     Raises:
-        ValueError: lengths or shapes that do not fit, a decay out of range, a non-contiguous tensor.
+        ValueError: lengths or shapes that do not fit, a decay out of range, tensors of different orders in memory.
         TypeError: a sparse or non-floating-point tensor.
     """
     torch.ops.layerpipe.ema_update_(emas, update, decays, seed, turn, backend)
@@ -305,7 +308,8 @@ def reconstruct(
         out: ``(*)``, written; made if not given. May not share memory with what is read.
 
     Raises:
-        ValueError: lengths, shapes, devices or dtypes that do not fit, non-contiguous or overlapping tensors.
+        ValueError: lengths, shapes, devices or dtypes that do not fit, tensors of different orders in memory, or that
+            share it.
         TypeError: a sparse or non-floating-point tensor.
     """
     numbers, at = ((), taps) if isinstance(taps, Tensor) else (taps, None)
@@ -344,10 +348,10 @@ def mix(
     delayed backward, so it checks nothing again, and counts no version.
 
     Args:
-        weight: ``(*)``, contiguous: the parameter, or its float32 master.
+        weight: ``(*)``, dense: the parameter, or its float32 master. The rest is in its order in memory.
         velocity: ``(*)`` or ``None``.
-        ema: ``(K, *)``, contiguous, or ``None``; its first ``len(ema_taps)`` averages are used.
-        out: ``(*)``, contiguous, of the parameter's dtype.
+        ema: ``(K, *)`` or ``None``; its first ``len(ema_taps)`` averages are used.
+        out: ``(*)``, of the parameter's dtype.
     """
     chosen = _backend.choose(weight, backend)
     if chosen in ("cpp", "cuda"):

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import native, reference
+from layerpipe_kernels import layout, native, reference
 from layerpipe_kernels.checks import check_disjoint, check_like, check_tensor, describe
 from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, Options, PastDesign, SgdOptions
 
@@ -55,7 +55,8 @@ class StepPlan:
 
     Raises:
         TypeError: a sparse or non-floating-point tensor.
-        ValueError: a non-contiguous tensor, mixed devices or dtypes, overlapping memory.
+        ValueError: a tensor with gaps in memory or of another order there than its weight
+            (:mod:`layerpipe_kernels.layout`), mixed devices or dtypes, overlapping memory.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class StepPlan:
         self.versioned = written if reuse else [*arrays.weights, *arrays.pasts]
         self._pointers = [t.data_ptr() for t in written]
         self._sizes = [w.numel() for w in self.weights]
+        self._orders = [layout.order(w) for w in self.weights]
         self.runner = self._reused() if reuse else self._runner(chunk)
 
     def _reused(self) -> Runner:
@@ -110,7 +112,8 @@ class StepPlan:
         return (
             [t.data_ptr() for t in tensors] == self._pointers
             and [w.numel() for w in self.weights] == self._sizes
-            and all(w.dtype == self.dtype and w.is_contiguous() for w in self.weights)
+            and all(w.dtype == self.dtype for w in self.weights)
+            and [layout.order(w) for w in self.weights] == self._orders
         )
 
     def _check(self) -> None:
@@ -146,10 +149,9 @@ class StepPlan:
                 )
             for what, (tensors, dtype) in lists.items():
                 if tensors:
-                    check_tensor(name, tensors[i], f"{what} of")
                     check_like(name, tensors[i], weight, what, dtype)
+                    check_tensor(name, tensors[i], f"{what} of", weight)
             if arrays.emas:
-                check_tensor(name, arrays.emas[i], "ema of")
                 wanted = (self.ema_count, *weight.shape)
                 got = arrays.emas[i]
                 if got.shape != wanted or got.dtype != average or got.device != self.device:
@@ -157,6 +159,7 @@ class StepPlan:
                         f"the ema of {describe(name, weight)} must be {wanted}, {average}, on its device, "
                         f"got {describe('ema', got)}"
                     )
+                check_tensor(name, got, "ema of", weight)
             if arrays.counts:
                 count = arrays.counts[i]
                 if count.numel() != 1 or count.dtype != torch.float32 or count.device != self.device:
@@ -172,7 +175,7 @@ class StepPlan:
         )
 
     def check_grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients, contiguous, or an error that names the parameter whose gradient cannot be used."""
+        """The gradients in their weights' order, or an error that names the parameter whose gradient cannot be used."""
         checked = []
         for i, (grad, size) in enumerate(zip(grads, self._sizes, strict=True)):
             if grad.layout != torch.strided:
@@ -184,7 +187,7 @@ class StepPlan:
             if grad.dtype != self.grad_dtype or grad.numel() != size or grad.device.type != self.device.type:
                 check_like(self.names[i], grad, self.weights[i], "gradient", self.grad_dtype)
             # The gradient of a number that stands for an imaginary part may be a view with the other sign.
-            plain = grad.resolve_neg().contiguous()
+            plain = layout.like(grad.resolve_neg(), self.weights[i])
             if size and not plain.is_meta and not plain.data_ptr():
                 plain = plain.clone()  # of zeros that nobody has written
                 check_tensor(self.names[i], plain, "the gradient of")
@@ -222,17 +225,32 @@ MAX_REUSED = 32
 
 
 class ReferenceRunner:
-    """The step in plain torch, one tensor after the other."""
+    """The step in plain torch, one tensor after the other, each in the order of memory: so elements are numbered where
+    averages are rounded stochastically."""
 
     def __init__(self, rule: str, arrays: Arrays) -> None:
-        self.rule, self.arrays = rule, arrays
+        self.orders = [layout.order(w) or () for w in arrays.weights]
+        ordered = self._in_memory
+        self.arrays = Arrays(
+            ordered(arrays.weights),
+            tuple(map(ordered, arrays.states)),
+            ordered(arrays.emas),
+            ordered(arrays.pasts),
+            ordered(arrays.masters),
+            arrays.counts,
+        )
+        self.rule = rule
+
+    @torch.no_grad()
+    def _in_memory(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [layout.in_memory(t, dims) for t, dims in zip(tensors, self.orders, strict=False)]
 
     @torch.no_grad()
     def run(
         self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
     ) -> None:
         a = self.arrays
-        for i, (weight, grad) in enumerate(zip(a.weights, grads, strict=True)):
+        for i, (weight, grad) in enumerate(zip(a.weights, self._in_memory(grads), strict=True)):
             states = [tensors[i] for tensors in a.states]
             ema, past, master, count = (x[i] if x else None for x in (a.emas, a.pasts, a.masters, a.counts))
             if isinstance(options, SgdOptions):

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import ops
+from layerpipe_kernels import layout, ops
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.history.device import DeviceClock
 from layerpipe_kernels.options import PastDesign
@@ -116,7 +116,7 @@ class History(ABC):
         ema = self.averages(param, state) if mixture.emas else None
         if out is None:
             out = torch.empty_like(param, requires_grad=False)
-        if not param.is_contiguous():  # no step takes it, so it never moved
+        if layout.order(param) is None:  # no step takes it, so it never moved
             return copy_into(out, param)
         weight = state.get("master", param)
         return ops.mix(weight, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
@@ -138,7 +138,7 @@ class History(ABC):
             terms += ema.unbind(0)
         if out is None:
             out = torch.empty_like(param, requires_grad=False)
-        if not param.is_contiguous():
+        if layout.order(param) is None:
             return copy_into(out, param)
         weight = state.get("master", param)
         return ops.reconstruct(weight, terms, taps[: len(terms)], out=out, backend=self.settings.backend)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from layerpipe_kernels import layout
 from layerpipe_kernels.history.base import History, Mixture, State, copy_into
 from layerpipe_kernels.history.device import DeviceClock, put
 
@@ -30,7 +31,8 @@ class Stash(History):
     ) -> None:
         for param, state in zip(params, states, strict=True):
             if not self.remembers(state):
-                state["stash"] = param.detach().expand(self.n, *param.shape).clone()
+                memory = torch.empty(self.n * param.numel(), dtype=param.dtype, device=param.device)
+                state["stash"] = layout.arrange(memory, param, self.n).copy_(param)
         if isinstance(at, int):
             torch._foreach_copy_([s["stash"][at % self.n] for s in states], list(params))
             return

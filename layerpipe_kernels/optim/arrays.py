@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import reference
+from layerpipe_kernels import layout, reference
 
 #: Elements from which the allocator gives an array pages of its own.
 _LARGE = 1 << 15
@@ -33,7 +32,7 @@ class Kept(NamedTuple):
 def complete(
     state: dict[str, Any], param: Tensor, kept: Kept, ema_dtype: torch.dtype | None, fresh: set[Tensor]
 ) -> dict[str, Any]:
-    """The parameter's state, with zeros where an array is missing.
+    """The parameter's state, in its order in memory and with zeros where an array is missing.
 
     Args:
         state: of ``param``; filled.
@@ -42,6 +41,7 @@ def complete(
         fresh: parameters whose momentum buffer holds nothing yet; added to.
     """
     full = reference.state_dtype(param.dtype)
+    layout.align(state, param)
     if kept.counts and not isinstance(state.get("step"), Tensor):
         begun = state.get("momentum_buffer") is not None and param not in fresh
         made = float(state.get("step", begun))
@@ -50,25 +50,25 @@ def complete(
         state["step"] = state["step"].to(param.device, torch.float32)
     for name in kept.states:
         if state.get(name) is None:
-            state[name] = _zeros_apart(param.shape, full, param.device, 1 + kept.states.index(name))
+            state[name] = _zeros_apart(param, full, 1 + kept.states.index(name))
             fresh.add(param)
     if kept.emas and ("ema" not in state or len(state["ema"]) != kept.emas):
-        dtype = ema_dtype or full
-        state["ema"] = _zeros_apart((kept.emas, *param.shape), dtype, param.device, 4)
+        state["ema"] = _zeros_apart(param, ema_dtype or full, 4, kept.emas)
     if kept.past and "past" not in state:
-        state["past"] = _zeros_apart(param.shape, param.dtype, param.device, 5).copy_(param)
+        state["past"] = _zeros_apart(param, param.dtype, 5).copy_(param)
     if kept.master and "master" not in state:
-        state["master"] = _zeros_apart(param.shape, torch.float32, param.device, 6).copy_(param)
+        state["master"] = _zeros_apart(param, torch.float32, 6).copy_(param)
     return state
 
 
-def _zeros_apart(shape: Sequence[int], dtype: torch.dtype, device: torch.device, place: int) -> Tensor:
-    """Zeros that begin elsewhere in a page of memory than the group's other arrays.
+def _zeros_apart(param: Tensor, dtype: torch.dtype, place: int, *lead: int) -> Tensor:
+    """Zeros like ``param``, ``(*lead, *)``, that begin elsewhere in a page of memory than the group's other arrays.
 
     Large arrays all begin at the same offset in a page, and a step that walks through five of them at once then meets
     loads whose addresses look to the processor like those of stores in flight (4 KiB aliasing): 105 ms, not 73, for
     67 million parameters on a 2.5 GHz Xeon, 2026-11-22.
     """
-    numel = math.prod(shape)
-    skip = 64 * place if device.type == "cpu" and numel >= _LARGE else 0
-    return torch.zeros(numel + skip, dtype=dtype, device=device)[skip:].view(tuple(shape))
+    numel = param.numel() * math.prod(lead)
+    skip = 64 * place if param.is_cpu and numel >= _LARGE else 0
+    memory = torch.zeros(numel + skip, dtype=dtype, device=param.device)[skip:]
+    return layout.arrange(memory, param, *lead)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import checks, ops, reference
+from layerpipe_kernels import checks, layout, ops, reference
 from layerpipe_kernels.history import fade
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.base import PastOptimizer
@@ -56,8 +56,10 @@ class AveragingOptimizer(PastOptimizer):
         decays, taps, update_tap = past.design.at(t)
         turn = past.design.turn_at(t)
         for i, (param, update) in enumerate(zip(group["params"], updates, strict=True)):
-            state = self.state[param]
+            state = self._aligned_state(param)
             emas = self._emas(param, state, past.emas, group["ema_dtype"])
+            if update is not None:
+                update = layout.like(update, param)
             if emas and update is not None:
                 seed = reference.hash32(past.design.seed ^ reference.hash32(t)) + i
                 ops.ema_update_(emas, update, decays, seed=seed, turn=turn, backend=group["backend"])
@@ -79,5 +81,6 @@ class AveragingOptimizer(PastOptimizer):
             return []
         if "ema" not in state or len(state["ema"]) != count:
             dtype = dtype or reference.state_dtype(param.dtype)
-            state["ema"] = torch.zeros((count, *param.shape), dtype=dtype, device=param.device)
+            memory = torch.zeros(count * param.numel(), dtype=dtype, device=param.device)
+            state["ema"] = layout.arrange(memory, param, count)
         return list(state["ema"].unbind(0))

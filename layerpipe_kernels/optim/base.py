@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerpipe_kernels import history
+from layerpipe_kernels import history, layout
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
@@ -162,6 +162,12 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
             norms = self._norms[id(group)] = Norms(group["delay"], params, [self.state[p] for p in params])
         return norms
 
+    def _aligned_state(self, param: Tensor) -> dict[str, Any]:
+        """A parameter's state, in its present order in memory."""
+        state: dict[str, Any] = self.state[param]
+        layout.align(state, param)
+        return state
+
     def past_view(self, param: Tensor) -> Tensor:
         """Like :meth:`past_weight`, but may return memory that the next step overwrites. For one backward."""
         return self._past(param, None)
@@ -181,7 +187,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         _, past, mixture = ready
         if past is None or mixture is None:
             return history.copy_into(out, param.detach())
-        state = self.state[param]
+        state = self._aligned_state(param)
         if group["materialize"] and "past" in state and t:
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
@@ -193,7 +199,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         return result
 
     def _past_on_device(self, param: Tensor, group: Group, clock: DeviceClock, out: Tensor | None) -> Tensor:
-        past, state = self.history(group), self.state[param]
+        past, state = self.history(group), self._aligned_state(param)
         assert past is not None
         if group["materialize"] and "past" in state:
             return history.copy_into(out, state["past"])
@@ -223,7 +229,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
             )
         if out is None:
             return self._past(param, torch.empty_like(param, requires_grad=False))
-        if out.is_contiguous() and not out.is_neg():
+        if layout.follows(out, param) and not out.is_neg():
             self._past(param, out)
             torch.autograd.graph.increment_version(out)  # somebody's graph may have saved it
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ class StillParameters:
     """The part of an optimizer that knows which parameters the last update did not reach."""
 
     state: defaultdict[Tensor, Any]
+    _aligned_state: Callable[[Tensor], dict[str, Any]]
     _still: set[Tensor]  # parameters without a gradient in the last step
     #: Of parameters that were ever without a gradient while the device kept the clock: 1 if the last update that did
     #: not overflow had one, else 0.
@@ -63,7 +64,7 @@ class StillParameters:
         else:
             decays, turn = past.design.at(clock.t)[0], past.design.turn_at(clock.t)
         for param in still:
-            state = self.state[param]
+            state = self._aligned_state(param)
             ema = past.averages(param, state)
             if ema is not None:
                 fade(ema.unbind(0), decays, turn)

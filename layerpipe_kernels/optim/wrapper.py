@@ -28,7 +28,7 @@ class PastWeights(AveragingOptimizer):
     ``optimizer.state``, and :meth:`state_dict` has both.
 
     Args:
-        optimizer: steps on dense, contiguous weights.
+        optimizer: steps on dense weights, without gaps in memory.
         delay, past, order, ema_decay, ema_dtype, past_norm, materialize, seed, backend: as in
             :class:`layerpipe_kernels.AdamW`; a group may have its own.
 

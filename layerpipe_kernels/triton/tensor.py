@@ -13,7 +13,7 @@ from layerpipe_kernels.triton.tensor_kernels import ema_kernel, reconstruct_kern
 def reconstruct(
     weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float] | Tensor, out: Tensor, numel: int
 ) -> None:
-    """:func:`layerpipe_kernels.reference.reconstruct` of ``numel`` elements of contiguous tensors."""
+    """:func:`layerpipe_kernels.reference.reconstruct` of ``numel`` elements, in the order of memory."""
     _device.check_device(reconstruct_kernel, out.device)
     tensors = (out, weight, *terms)
     for tensor in tensors:
@@ -37,7 +37,7 @@ def reconstruct(
 
 
 def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int, turn: float = 0.0) -> None:
-    """:func:`layerpipe_kernels.reference.ema_update_` on contiguous tensors."""
+    """:func:`layerpipe_kernels.reference.ema_update_`, in the order of memory."""
     _device.check_device(ema_kernel, update.device)
     tensors = (update, *emas)
     for tensor in tensors:

@@ -112,6 +112,32 @@ def test_stash_equals_the_simulation_for_attention() -> None:
         assert_equal_state(pipe.state_dict(), simulated.state_dict())
 
 
+class PooledHead(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+def test_stash_equals_the_simulation_for_weights_in_channels_last(executor: str) -> None:
+    """Convolutions save their weights with the strides they have, and so must the past be."""
+
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        layers = [
+            nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()) for a, b in ((3, 8), (8, 8))
+        ]
+        return [stage.to(memory_format=torch.channels_last) for stage in (*layers, PooledHead(8, 10))]
+
+    data = [(x.to(memory_format=torch.channels_last), y) for x, y in images(12)]
+    simulated = delayed_sgd(stages(), data)
+    threads = torch.get_num_threads()
+    ours = stages()
+    with pipeline(ours, past="stash", executor=executor, threads_per_stage=threads) as pipe:
+        train(pipe, data)
+        assert_equal_state(pipe.state_dict(), simulated.state_dict())
+    assert ours[1][0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 class Spectral(nn.Module):
     """Complex numbers kept as pairs of real ones, as the filters of Fourier networks are."""
 

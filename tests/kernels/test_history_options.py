@@ -75,10 +75,10 @@ def test_a_nan_learning_rate_is_refused_before_any_group_is_written() -> None:
 def test_bad_parameters_and_gradients_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"param_groups\[0\]\['params'\]\[0\].*complex64"):
         lk.SGD([P(torch.ones(3, dtype=torch.complex64))], lr=0.1)
-    named = [("head.weight", P(torch.ones(4, 6).t()))]
+    named = [("head.weight", P(torch.ones(6, 8)[:, ::2]))]
     optimizer = lk.SGD(named, lr=0.1)
     named[0][1].grad = torch.ones(6, 4)
-    with pytest.raises(ValueError, match=r"'head.weight' .*not contiguous"):
+    with pytest.raises(ValueError, match=r"'head.weight' .*gaps"):
         optimizer.step()
     table = torch.nn.Embedding(5, 3, sparse=True)
     optimizer = lk.SGD(table.parameters(), lr=0.1)

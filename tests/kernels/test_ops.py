@@ -66,21 +66,30 @@ def test_averages_that_turn_are_one_complex_average(backend: str, count: int) ->
         torch.testing.assert_close(e.double(), part, rtol=0, atol=1e-6)
 
 
-def strided() -> Tensor:
+def turned() -> Tensor:
     return torch.randn(4, 6).t()
+
+
+def strided() -> Tensor:
+    return torch.randn(6, 8)[:, ::2]
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: ops.reconstruct(strided(), [], []), ValueError, "weight .*not contiguous"),
-        (lambda: ops.reconstruct(torch.ones(6, 4), [strided()], [1.0]), ValueError, r"terms\[0\].*not contiguous"),
+        (lambda: ops.reconstruct(strided(), [], []), ValueError, "weight .*gaps"),
+        (lambda: ops.reconstruct(torch.ones(6, 4), [strided()], [1.0]), ValueError, r"terms\[0\].*gaps"),
+        (lambda: ops.reconstruct(torch.ones(6, 4), [turned()], [1.0]), ValueError, r"terms\[0\].*another order"),
+        (lambda: ops.reconstruct(turned(), [], [], out=torch.ones(6, 4)), ValueError, "out .*another order"),
+        (lambda: ops.ema_update_([torch.ones(6, 4)], turned(), [0.5]), ValueError, r"emas\[0\].*another order"),
+        (lambda: step([turned()], [turned()], [torch.ones(6, 4)]), ValueError, r"momentum buffer of .*another order"),
+        (lambda: step([turned()], [turned()], None, [torch.ones(1, 6, 4)]), ValueError, r"ema of .*another order"),
         (lambda: ops.reconstruct(torch.ones(4), [torch.ones(5)], [1.0]), ValueError, "term of"),
         (lambda: ops.reconstruct(torch.ones(4), [], [1.0]), ValueError, "one tap each"),
         (lambda: ops.reconstruct(torch.ones(4), [torch.ones(4)] * 5, [1.0] * 5), ValueError, "0 to 4 terms"),
         (lambda: ops.reconstruct(torch.ones(4, dtype=torch.int32), [], []), TypeError, "floating point"),
         (lambda: ops.reconstruct(torch.eye(3).to_sparse(), [], []), TypeError, "sparse"),
-        (lambda: ops.ema_update_([strided()], torch.ones(6, 4), [0.5]), ValueError, r"emas\[0\].*not contiguous"),
+        (lambda: ops.ema_update_([strided()], torch.ones(6, 4), [0.5]), ValueError, r"emas\[0\].*gaps"),
         (lambda: ops.ema_update_([torch.ones(4)], torch.ones(4), [1.5]), ValueError, r"decays\[0\]"),
         (lambda: ops.ema_update_([torch.ones(4)], torch.ones(4), [float("nan")]), ValueError, r"decays\[0\]"),
         (lambda: ops.ema_update_([], torch.ones(4), []), ValueError, "1 to 3 EMAs"),
@@ -89,7 +98,7 @@ def strided() -> Tensor:
          "without bound"),
         (lambda: ops.ema_update_([torch.ones(4), torch.ones(4)], torch.ones(4), [0.9, 0.9], turn=float("nan")),
          ValueError, "without bound"),
-        (lambda: step([strided()], [torch.ones(6, 4)]), ValueError, r"weights\[0\].*not contiguous"),
+        (lambda: step([strided()], [torch.ones(6, 4)]), ValueError, r"weights\[0\].*gaps"),
         (lambda: step([torch.ones(4)], []), ValueError, "1 weights but 0"),
         (lambda: step([torch.ones(4)], [torch.ones(4)], [torch.ones(5)]), ValueError, "momentum"),
         (lambda: step([torch.ones(4)], [None]), ValueError, r"weights\[0\] has no gradient"),

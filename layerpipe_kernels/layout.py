@@ -1,0 +1,76 @@
+"""In which order a tensor's elements lie in memory.
+
+The kernels walk through memory from front to back. So a tensor may have its dimensions in any order (``channels_last``,
+transposed) as long as it is dense, without gaps and overlaps, and all that belongs to one parameter has one order: the
+parameter's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: A tensor's dimensions, that of the largest step through memory first.
+Order = tuple[int, ...]
+
+
+def order(tensor: Tensor) -> Order | None:
+    """``None`` for a tensor that is not dense."""
+    dims = tuple(range(tensor.ndim))
+    if tensor.is_contiguous():
+        return dims
+    strides = tensor.stride()
+    dims = tuple(sorted(dims, key=lambda d: (-strides[d], -tensor.shape[d])))
+    return dims if tensor.permute(dims).is_contiguous() else None
+
+
+def in_memory(tensor: Tensor, dims: Order) -> Tensor:
+    """A view ``(*, dims)`` with the last dimensions as they lie in memory; contiguous if the tensor is so ordered."""
+    lead = tensor.ndim - len(dims)
+    if dims == tuple(range(len(dims))):
+        return tensor
+    return tensor.permute(*range(lead), *(lead + d for d in dims))
+
+
+def follows(tensor: Tensor, weight: Tensor) -> bool:
+    """Whether ``(*)`` or ``(K, *)`` lies in memory as the dense weight ``(*)``, ``K`` times behind each other."""
+    if weight.is_contiguous():
+        return tensor.is_contiguous()
+    dims = order(weight)
+    return dims is not None and in_memory(tensor, dims).is_contiguous()
+
+
+def like(tensor: Tensor, weight: Tensor) -> Tensor:
+    """``(*)`` or ``(K, *)`` in the order of the weight ``(*)``: itself, or a copy."""
+    if follows(tensor, weight):
+        return tensor
+    lead = tensor.shape[: tensor.ndim - weight.ndim]
+    return arrange(torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device), weight, *lead).copy_(tensor)
+
+
+def arrange(memory: Tensor, weight: Tensor, *lead: int) -> Tensor:
+    """Memory ``(numel,)`` as ``(*)`` or, for a ``lead`` of ``K``, ``(K, *)``.
+
+    In the order of the weight ``(*)``; in the natural one where that is not dense.
+    """
+    if weight.is_contiguous() or order(weight) is None:
+        return memory.view((*lead, *weight.shape))
+    return memory.as_strided((*lead, *weight.shape), (*(weight.numel() for _ in lead), *weight.stride()))
+
+
+def align(state: dict[str, Any], weight: Tensor) -> None:
+    """Bring a parameter's state into its order, after a checkpoint of another one or ``model.to(memory_format=...)``.
+
+    Args:
+        state: of ``weight``; tensors ``(*)`` and ``(K, *)`` that do not follow it are replaced.
+        weight: ``(*)``; where it is not dense, nothing can follow it.
+    """
+    if order(weight) is None:
+        return
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim - weight.ndim not in (0, 1) or follows(value, weight):
+            continue
+        if value.shape[value.ndim - weight.ndim :] == weight.shape:
+            state[key] = like(value, weight)
