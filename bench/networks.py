@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ class Case:
     width: int
     batch: int
     size: int
+    channels_last: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -48,14 +51,21 @@ class Case:
         return cls(network, width, batch, size)
 
     def __str__(self) -> str:
-        return f"{self.network} {self.width}, batch {self.batch}"
+        return f"{self.network} {self.width}, batch {self.batch}{', channels last' if self.channels_last else ''}"
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def model(self) -> nn.Module:
         """The same weights every time."""
         torch.manual_seed(0)
         if self.network == "gpt":
             return GPT(layers=4, width=self.width, heads=4, context=self.size, vocabulary=VOCABULARY)
-        return models.make(self.network, width=self.width, channels=1, size=self.size, classes=10)
+        if self.channels_last:
+            models.check_channels_last(self.width, torch.device("cpu"))
+        model = models.make(self.network, width=self.width, channels=1, size=self.size, classes=10)
+        return model.to(memory_format=self.memory_format)
 
     def minibatch(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
@@ -63,11 +73,20 @@ class Case:
             tokens = torch.randint(VOCABULARY, (self.batch, self.size + 1), generator=generator)
             return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         x = torch.randn(self.batch, 1, self.size, self.size, generator=generator)
-        return x, torch.randint(10, (self.batch,), generator=generator)
+        return x.contiguous(memory_format=self.memory_format), torch.randint(10, (self.batch,), generator=generator)
 
     def stages(self, count: int, balance: str = "time", *, compiled: bool = False) -> list[nn.Module]:
         model, (x, _) = self.model(), self.minibatch()
         return layerpipe.split(model, count, (x,), balance=balance, wrap=compile_module if compiled else None)
+
+
+def faster_format(case: Case, step: Callable[[Case], Callable[[int], float]], rounds: int = 5) -> Case:
+    """The case with the memory format in which ``step(case)(n)``, its seconds per step over ``n`` steps, is shorter."""
+    both = [dataclasses.replace(case, channels_last=last) for last in (False, True)]
+    runs = [step(each) for each in both]
+    steps = [max(1, round(0.3 / run(2))) for run in runs]  # the first ones warm it up
+    seconds = [[run(count) for run, count in zip(runs, steps, strict=True)] for _ in range(rounds)]
+    return min(zip(map(statistics.median, zip(*seconds, strict=True)), both, strict=True), key=lambda pair: pair[0])[1]
 
 
 def add_cases(parser: argparse.ArgumentParser, *default: str) -> None:

@@ -10,6 +10,8 @@ on one thread: 1.0 would be stages that never wait and cost nothing. Its *ceilin
 trainings that have nothing to do with each other, in processes of their own at the same time: what the cores, their
 caches and the memory between them have to give to that many threads of this work. *Ratio* is the pipeline's rate over
 the best plain one of the same code; its *limit* is what an efficiency of 1.0 would give.
+
+ResNets are in the memory format in which plain training of that code is faster on one thread: NHWC is channels last.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ from rich.table import Table
 
 import layerpipe
 import layerpipe_kernels
-from bench.networks import Case, add_cases, compile_module, loss_fn
+from bench.networks import Case, add_cases, compile_module, faster_format, loss_fn
 from bench.report import console, save, spread
+from layerpipe import models
 from layerpipe.partition.profile import intraop_threads
 
 Run = Callable[[int], float]
@@ -134,14 +137,31 @@ def _train_when_told(case: Case, compiled: bool, end: Connection) -> None:
             end.send(run(end.recv()))
 
 
-def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[str, Any]]:
-    """Seconds per step of each variant and round, and what follows from them; one result per kind of code."""
+def formatted(case: Case, asked: str, compiled: bool) -> Case:
+    """In the memory format asked for, where the network has one and this machine's convolutions can be trusted."""
+    if case.network != "resnet18":
+        return case
+    if asked != "fastest":
+        return dataclasses.replace(case, channels_last=asked == "channels_last")
+    try:
+        models.check_channels_last(case.width, torch.device("cpu"))
+    except ValueError as error:
+        print(f"{case}: contiguous, because {error}")
+        return case
+    return faster_format(case, lambda each: plain(each, 1, compiled=compiled))
+
+
+def measure(cases: dict[bool, Case], options: Options, rounds: int, steps: int) -> list[dict[str, Any]]:
+    """Seconds per step of each variant and round, and what follows from them; one result per kind of code.
+
+    Args:
+        cases: of eager code (``False``) and of compiled (``True``), each in its own memory format.
+    """
     cores = range(1, options.stages + 1)
-    kinds = [False, True] if options.compiled else [False]
     variants: dict[tuple[bool, str], Run] = {}
     pipes: dict[str, layerpipe.Pipeline] = {}
     others: list[AtOnce] = []
-    for compiled in kinds:
+    for compiled, case in cases.items():
         for threads in cores:
             variants[compiled, f"plain, {threads}"] = plain(case, threads, compiled=compiled)
         others.append(AtOnce(case, options.stages, compiled=compiled))
@@ -153,7 +173,7 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
     try:
         for run in variants.values():
             run(3)
-        for _ in track(range(rounds), description=str(case), transient=True):
+        for _ in track(range(rounds), description=str(cases[False]), transient=True):
             for key, run in variants.items():
                 seconds[key].append(run(steps))
             for pipe in pipes.values():
@@ -163,7 +183,7 @@ def measure(case: Case, options: Options, rounds: int, steps: int) -> list[dict[
         for started in (*pipes.values(), *others):
             started.close()
     results = []
-    for compiled in kinds:
+    for compiled, case in cases.items():
         one, at_once = seconds[compiled, "plain, 1"], seconds[compiled, "at once"]
         best = [min(times) for times in zip(*(seconds[compiled, f"plain, {t}"] for t in cores), strict=True)]
         for schedule in options.schedules:
@@ -207,7 +227,7 @@ def table(results: list[dict[str, Any]]) -> Table:
         case = result["case"]
         rates = [f"{statistics.median(case['batch'] / s for s in result['seconds'][name]):.0f}" for name in names]
         ratio = "/".join(f"{statistics.median(result[name]):.2f}" for name in ("ratio", "limit"))
-        label = f"{case['network']} {case['width']}, {case['batch']}"
+        label = f"{case['network']} {case['width']}, {case['batch']}{' NHWC' if case['channels_last'] else ''}"
         efficiency = spread(result["efficiency"], ".2f")
         ceiling = f"{statistics.median(result['ceiling']):.2f}"
         out.add_row(label, *(result[key] for key in what), *rates, efficiency, ceiling, ratio)
@@ -221,6 +241,7 @@ def main() -> None:
     parser.add_argument("--schedule", nargs="+", default=["lockstep", "1f1b"])
     parser.add_argument("--compile", action="store_true", help="also compiled stages against compiled plain training")
     parser.add_argument("--split-backward", action="store_true")
+    parser.add_argument("--memory-format", choices=("fastest", "contiguous", "channels_last"), default="fastest")
     parser.add_argument("--balance", choices=("flops", "time", "params"), default="time")
     parser.add_argument("--past", default="blend", help="kind of past weights")
     parser.add_argument("--rounds", type=int, default=12)
@@ -237,8 +258,11 @@ def main() -> None:
     )
     results = []
     for case in given.case:
-        steps = max(5, round(given.seconds / plain(case, 1)(3)))
-        results += measure(case, options, given.rounds, steps)
+        cases = {
+            compiled: formatted(case, given.memory_format, compiled) for compiled in (False, True)[: 1 + given.compile]
+        }
+        steps = max(5, round(given.seconds / plain(cases[False], 1)(3)))
+        results += measure(cases, options, given.rounds, steps)
     console(110).print(table(results))
     for result in results:
         what = f"{Case(**result['case'])}, {result['code']} {result['schedule']}"

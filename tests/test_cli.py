@@ -28,7 +28,8 @@ from layerpipe.cli import main
 from layerpipe.cli.app import app
 from layerpipe.cli.config import TrainConfig, parse_decay
 from layerpipe.cli.progress import TrainingBar
-from layerpipe.cli.training import Step
+from layerpipe.cli.runs import prepare
+from layerpipe.cli.training import Step, make_stages
 from tests import forks
 from tests.engine.fake_device import fake_device
 
@@ -44,6 +45,32 @@ def run(*arguments: str) -> int:
 
 def metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_channels_last_is_how_the_weights_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchvision")
+    assert run("train", "--width", "4", "--channels-last", "--out", str(tmp_path)) == 2
+    assert "width of at least" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+    options = [
+        "--width",
+        "16",
+        "--steps",
+        "4",
+        "--stages",
+        "2",
+        "--batch-size",
+        "8",
+        "--no-baseline",
+        "--channels-last",
+    ]
+    assert run("train", *options, "--out", str(tmp_path)) == 0
+    config = TrainConfig.from_json(
+        {"channels_last": json.loads((tmp_path / "config.json").read_text())["channels_last"]}
+    )
+    weights = [p for stage in make_stages(config, prepare(config)) for p in stage.parameters() if p.ndim == 4]
+    assert weights
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
 
 
 @pytest.mark.parametrize("past", ["stash", "latest", "ema", "momentum", "blend"])
@@ -291,7 +318,8 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
         file.write('{"run": "pipeline", "ev')  # killed while it wrote
     asked = json.loads((tmp_path / "resumed" / "config.json").read_text())
-    del asked["past_norm"], asked["split_backward"]  # begun by a version that had neither
+    for option in ("past_norm", "split_backward", "channels_last"):  # begun by a version that did not have them
+        del asked[option]
     (tmp_path / "resumed" / "config.json").write_text(json.dumps(asked))
     assert run("train", "--resume", str(tmp_path / "resumed")) == 0
     assert_same_run(tmp_path / "whole", tmp_path / "resumed")

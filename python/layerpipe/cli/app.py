@@ -41,6 +41,7 @@ def train(
     data: o.Data = "digits",
     data_dir: o.DataDir = TrainConfig.data_dir,
     width: o.Width = TrainConfig.width,
+    channels_last: o.ChannelsLast = TrainConfig.channels_last,
     stages: o.Stages = TrainConfig.stages,
     balance: o.Balance = "flops",
     past: o.Past = "blend",
@@ -76,7 +77,7 @@ def train(
         ema_decay=ema_decay, schedule=schedule, executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay,
         lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps,
         seed=seed, device=device, split_backward=split_backward, checkpoint_every=checkpoint_every,
-        past_norm=past_norm,
+        past_norm=past_norm, channels_last=channels_last,
     )  # fmt: skip
     path = resume or out or default_path(model, data, past)
     if processes.started() and (executor == "distributed" or resume is not None):

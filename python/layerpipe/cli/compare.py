@@ -35,6 +35,7 @@ def compare(
     data: o.Data = "digits",
     data_dir: o.DataDir = TrainConfig.data_dir,
     width: o.Width = 8,
+    channels_last: o.ChannelsLast = TrainConfig.channels_last,
     stages: o.Stages = TrainConfig.stages,
     balance: o.Balance = "flops",
     order: o.Order = TrainConfig.order,
@@ -75,7 +76,7 @@ def compare(
         model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, order=order,
         executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay, lr_schedule=lr_schedule, warmup=warmup,
         max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
-        past_norm=past_norm,
+        past_norm=past_norm, channels_last=channels_last,
     )  # fmt: skip
     kinds = _kinds(base, past.split(","), schedule.split(","), ema_decay)
     if baseline:

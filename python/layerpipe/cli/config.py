@@ -17,6 +17,7 @@ class TrainConfig:
     model: str = "resnet18"
     data: str = "digits"
     width: int = 32
+    channels_last: bool = False
     stages: int = 4
     balance: str = "flops"
     at: tuple[str, ...] | None = None  # where the model was cut, once that has been measured

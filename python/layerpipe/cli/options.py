@@ -50,6 +50,9 @@ Data = Annotated[
 ]
 DataDir = Annotated[Path, _option("Where torchvision looks for data and downloads it to.", NETWORK)]
 Width = Annotated[int, _option("Channels of the first layer; 64 is ResNet-18 as published.", NETWORK, min=1)]
+ChannelsLast = Annotated[
+    bool, _option("Keep images and convolutions' weights with their channels last: often faster.", NETWORK)
+]
 Stages = Annotated[int, _option("Pipeline stages.", METHOD, min=1)]
 Balance = Annotated[
     Literal["flops", "time", "params"],

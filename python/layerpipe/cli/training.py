@@ -123,6 +123,10 @@ def make_stages(config: TrainConfig, images: Images) -> list[nn.Module]:
     model = models.make(config.model, width=config.width, channels=channels, size=size, classes=images.classes)
     device = _device(config.device)
     model.to(device)
+    if config.channels_last:
+        if config.model == "resnet18":
+            models.check_channels_last(config.width, device)
+        model.to(memory_format=torch.channels_last)
     count = config.batch_size if config.balance == "time" else min(8, len(images.train_x))
     return split(model, config.stages, (images.train_x[:count].to(device),), balance=config.balance, at=config.at)
 

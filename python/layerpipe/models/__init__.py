@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 
 from layerpipe.models.mlp import mlp
-from layerpipe.models.resnet import resnet18
+from layerpipe.models.resnet import check_channels_last, resnet18
 
-__all__ = ["MODELS", "make", "mlp", "resnet18"]
+__all__ = ["MODELS", "check_channels_last", "make", "mlp", "resnet18"]
 
 MODELS = {"resnet18": resnet18, "mlp": mlp}
 

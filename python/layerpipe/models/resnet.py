@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -33,3 +34,20 @@ def resnet18(*, width: int = 64, channels: int = 3, size: int = 32, classes: int
     model.maxpool = nn.Identity()
     model.fc = nn.Linear(8 * width, classes)
     return model
+
+
+def check_channels_last(width: int, device: torch.device) -> None:
+    """Refuse a :func:`resnet18` that torch's convolutions on the CPU would train wrongly with its channels last.
+
+    The gradient of a 1 x 1 convolution of stride 2 with fewer channels than fit into a register is written past its
+    memory (https://github.com/uxlfoundation/oneDNN/issues/6035, seen with torch 2.15).
+
+    Raises:
+        ValueError: names the least width.
+    """
+    least = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+    if device.type == "cpu" and width < least:
+        raise ValueError(
+            f"a ResNet of width {width} with its channels last writes past its memory in torch's convolutions on this "
+            f"CPU (oneDNN issue 6035); give it a width of at least {least}, or leave out channels last"
+        )
