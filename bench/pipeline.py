@@ -244,8 +244,8 @@ def main() -> None:
     parser.add_argument("--memory-format", choices=("fastest", "contiguous", "channels_last"), default="fastest")
     parser.add_argument("--balance", choices=("flops", "time", "params"), default="time")
     parser.add_argument("--past", default="blend", help="kind of past weights")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--seconds", type=float, default=1.6, help="about how long each variant runs in a round")
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--seconds", type=float, default=0.4, help="about how long each variant runs in a round")
     parser.add_argument("--json", type=Path, help="write the measurements here")
     given = parser.parse_args()
     if given.rounds < 2:

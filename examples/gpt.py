@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--optimizer", default="nadam", choices=OPTIMIZERS)
     parser.add_argument("--past", default="blend", help="blend, stash, ema, latest")
     parser.add_argument("--schedule", default="lockstep", help="lockstep, 1f1b, sequential, auto")
-    parser.add_argument("--executor", default="threads", help="threads, serial; on a GPU streams, graphs")
+    parser.add_argument("--executor", default="threads", choices=("threads", "serial"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=int, default=300, help="bytes to write at the end")
     options = parser.parse_args()

@@ -35,6 +35,7 @@ def network() -> nn.Module:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--executor", default="threads", help="serial, threads, distributed; on a GPU streams, graphs")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--checkpoint", type=Path, help="written after every epoch, and gone on from if it is there")
@@ -47,11 +48,15 @@ def main() -> None:
     digits = data.load("digits", Path("data"))
     loader = DataLoader(TensorDataset(digits.train_x, digits.train_y), batch_size=64, shuffle=True, drop_last=True)
 
-    stages = layerpipe.split(network(), options.stages, example_inputs=(digits.train_x[:64],))
+    device = torch.device(options.device)
+    test_x, test_y = digits.test_x.to(device), digits.test_y.to(device)
+    stages = layerpipe.split(network().to(device), options.stages, example_inputs=(test_x[:64],))
     with layerpipe.Pipeline(
         stages,
         nn.functional.cross_entropy,
-        optimizer=lambda params, **past: lk.SGD(params, lr=0.05, momentum=0.9, weight_decay=1e-4, **past),
+        optimizer=lambda params, **past: lk.SGD(
+            params, lr=0.05, momentum=0.9, weight_decay=1e-4, capturable=options.executor == "graphs", **past
+        ),
         executor=options.executor,
     ) as pipe:
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(pipe.optimizer, options.epochs * len(loader))
@@ -64,13 +69,13 @@ def main() -> None:
         for epoch in range(begin, options.epochs):
             losses = []
             for x, y in loader:
-                loss = pipe.step(x, y)  # of the minibatch that left the pipe; None while it fills
+                loss = pipe.step(x.to(device), y.to(device))  # of the minibatch that left the pipe; None while it fills
                 scheduler.step()
                 if loss is not None:
                     losses.append(loss)
             losses += pipe.drain()  # finish what is in flight
             pipe.eval()
-            correct = pipe(digits.test_x).argmax(1) == digits.test_y
+            correct = pipe(test_x).argmax(1) == test_y
             pipe.train()
             if first:
                 loss, accuracy = torch.stack(losses).mean(), correct.float().mean()

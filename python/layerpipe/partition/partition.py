@@ -196,7 +196,7 @@ def refuse_shared(stages: Sequence[nn.Module]) -> None:
             if owner.setdefault(param, i) != i:
                 raise ValueError(
                     f"{name} of shape {tuple(param.shape)} is in stage {owner[param]} and in stage {i}; tied weights "
-                    "cannot be split. Give the stages by hand, with both uses in one of them"
+                    "cannot be split. Untie them, or give the stages by hand, with all between their uses in one"
                 )
 
 
