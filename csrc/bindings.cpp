@@ -88,7 +88,7 @@ PYBIND11_MODULE(_C, m) {
         "all_finite",
         [](py::handle tensor, const py::object& exchange) -> py::object {
             const auto found = view(tensor.ptr(), exchange_of(exchange));
-            if (!found || !found->on_host || !found->contiguous || !found->dtype) return py::none();
+            if (!found || !found->on_host || !is_dense(*found) || !found->dtype) return py::none();
             bool finite = false;
             run_unlocked(found->numel > kSmallWork,
                          [&] { finite = all_finite(found->address, *found->dtype, found->numel); });

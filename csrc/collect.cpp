@@ -12,7 +12,7 @@ View seen(PyObject* tensor, Exchange exchange) {
 }
 
 // Whether torch reads the tensor with the other sign: the imaginary part of a conjugate. With more than one element
-// such a tensor is not contiguous.
+// such a tensor is not dense.
 bool negated(PyObject* tensor) {
     static PyObject* const name = PyUnicode_InternFromString("is_neg");
     PyObject* const found = PyObject_CallMethodNoArgs(tensor, name);

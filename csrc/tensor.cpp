@@ -1,5 +1,9 @@
 #include "tensor.h"
 
+#include <pybind11/stl.h>
+
+#include <vector>
+
 namespace py = pybind11;
 
 namespace layerpipe {
@@ -26,23 +30,32 @@ bool is_contiguous(const dlpack::DLTensor& t) {
     return true;
 }
 
+// The strides, where a view needs them. Of more dimensions than there is room for, nothing is known.
+template <class Shape, class Strides>
+void set_strides(View& v, int dims, const Shape& shape, const Strides& strides) {
+    if (v.contiguous || dims > static_cast<int>(v.shape.size())) return;
+    v.dims = dims;
+    for (int d = 0; d < dims; ++d) {
+        v.shape[d] = shape[d];
+        v.strides[d] = v.shape[d] == 1 ? 0 : static_cast<int64_t>(strides[d]);
+    }
+}
+
 std::optional<View> view_by_calls(PyObject* tensor) {
     static const auto torch = py::module_::import("torch");
     static const py::object names[] = {torch.attr("float32"), torch.attr("float64"), torch.attr("bfloat16"),
                                        torch.attr("float16")};
     const py::handle t(tensor);
     try {
-        View v{PyLong_AsVoidPtr(t.attr("data_ptr")().ptr()),
-               std::nullopt,
-               t.attr("is_contiguous")().cast<bool>(),
-               t.attr("is_cpu").cast<bool>(),
-               t.attr("numel")().cast<int64_t>(),
-               nullptr,
-               nullptr,
-               0};
+        View v{PyLong_AsVoidPtr(t.attr("data_ptr")().ptr()), std::nullopt, t.attr("is_contiguous")().cast<bool>(),
+               t.attr("is_cpu").cast<bool>(), t.attr("numel")().cast<int64_t>()};
         const py::object dtype = t.attr("dtype");
         for (int i = 0; i < 4; ++i)
             if (dtype.is(names[i])) v.dtype = static_cast<Dtype>(i);
+        if (!v.contiguous) {
+            const auto shape = t.attr("shape").cast<std::vector<int64_t>>();
+            set_strides(v, static_cast<int>(shape.size()), shape, t.attr("stride")().cast<std::vector<int64_t>>());
+        }
         return v;
     } catch (const py::error_already_set&) {
         return std::nullopt;
@@ -68,28 +81,32 @@ std::optional<View> view(PyObject* tensor, Exchange exchange) {
     }
     int64_t numel = 1;
     for (int d = 0; d < t.ndim; ++d) numel *= t.shape[d];
-    return View{static_cast<const char*>(t.data) + t.byte_offset,
-                dtype_of(t.dtype),
-                is_contiguous(t),
-                t.device.device_type == dlpack::kDLCPU,
-                numel,
-                t.shape,
-                t.strides,
-                t.ndim};
+    View v{static_cast<const char*>(t.data) + t.byte_offset, dtype_of(t.dtype), is_contiguous(t),
+           t.device.device_type == dlpack::kDLCPU, numel};
+    set_strides(v, t.ndim, t.shape, t.strides);
+    return v;
 }
 
-Order::Order(const View& tensor) : natural_(tensor.contiguous) {
-    if (natural_ || !tensor.strides) return;
-    for (int d = 0; d < tensor.dims; ++d) strides_.push_back(tensor.shape[d] == 1 ? 0 : tensor.strides[d]);
+bool is_dense(const View& tensor) {
+    if (tensor.contiguous) return true;
+    int left = 0;
+    for (int d = 0; d < tensor.dims; ++d) left += tensor.shape[d] != 1;
+    if (left == 0) return false;
+    // From the smallest step through memory to the largest, each as large as all smaller dimensions together.
+    for (int64_t expected = 1; left > 0; --left) {
+        int next = 0;
+        while (next < tensor.dims && (tensor.shape[next] == 1 || tensor.strides[next] != expected)) ++next;
+        if (next == tensor.dims) return false;
+        expected *= tensor.shape[next];
+    }
+    return true;
 }
+
+Order::Order(const View& tensor) : natural_(tensor.contiguous), dims_(tensor.dims), strides_(tensor.strides) {}
 
 bool Order::holds(const View& tensor) const {
     if (natural_) return tensor.contiguous;
-    // Of a torch without DLPack's functions, nothing is known but that it is another order.
-    if (strides_.empty() || tensor.dims != static_cast<int>(strides_.size())) return false;
-    for (int d = 0; d < tensor.dims; ++d)
-        if (tensor.shape[d] != 1 && tensor.strides[d] != strides_[d]) return false;
-    return true;
+    return dims_ > 0 && tensor.dims == dims_ && tensor.strides == strides_;
 }
 
 py::object attribute(PyObject* object, PyObject* name) {

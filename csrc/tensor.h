@@ -3,9 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <array>
 #include <cstdint>
 #include <optional>
-#include <vector>
 
 #include "dlpack.h"
 #include "number.h"
@@ -25,11 +25,13 @@ struct View {
     bool contiguous;  // dense, and in its natural order
     bool on_host;
     int64_t numel;
-    // The tensor's own, valid while nobody changes it; null where only `contiguous` is known.
-    const int64_t* shape;
-    const int64_t* strides;
-    int dims;
+    // Where not contiguous: the steps through memory, 0 for a dimension of one element; none for too many dimensions.
+    int dims = 0;
+    std::array<int64_t, 8> shape{}, strides{};
 };
+
+// Whether a tensor has no gaps and no overlaps, its dimensions in any order.
+bool is_dense(const View& tensor);
 
 // The order in which a tensor's elements lie in memory: its natural one, or the strides of its dimensions.
 class Order {
@@ -40,7 +42,8 @@ class Order {
 
    private:
     bool natural_ = true;
-    std::vector<int64_t> strides_;  // of dimensions of one element: 0
+    int dims_ = 0;
+    std::array<int64_t, 8> strides_{};
 };
 
 // Nothing for what has no address, such as a sparse tensor.

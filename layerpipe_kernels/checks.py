@@ -30,15 +30,17 @@ def check_tensor(name: str, tensor: Tensor, what: str = "tensor", weight: Tensor
         )
     if tensor.is_neg():  # the imaginary part of a conjugate
         raise ValueError(f"{what} {describe(name, tensor)} is a negated view; replace it by tensor.resolve_neg()")
+    if weight is not None and layout.follows(tensor, weight):
+        return
     if layout.order(tensor) is None:
         raise ValueError(
             f"{what} {describe(name, tensor)} has gaps or overlaps in memory, its strides are {tensor.stride()}; "
             "replace it by tensor.contiguous()"
         )
-    if weight is not None and not layout.follows(tensor, weight):
+    if weight is not None:
         raise ValueError(
             f"{what} {describe(name, tensor)} has its elements in another order in memory than the rest, with strides "
-            f"{tensor.stride()} where those are {weight.stride()}; replace it by torch.empty_like(...).copy_(tensor)"
+            f"{tensor.stride()} where those are {weight.stride()}; layout.like(tensor, weight) is a copy in that one"
         )
 
 

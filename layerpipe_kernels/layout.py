@@ -18,6 +18,8 @@ Order = tuple[int, ...]
 
 def order(tensor: Tensor) -> Order | None:
     """``None`` for a tensor that is not dense."""
+    if tensor.layout != torch.strided:
+        return None
     dims = tuple(range(tensor.ndim))
     if tensor.is_contiguous():
         return dims
@@ -36,9 +38,12 @@ def in_memory(tensor: Tensor, dims: Order) -> Tensor:
 
 def follows(tensor: Tensor, weight: Tensor) -> bool:
     """Whether ``(*)`` or ``(K, *)`` lies in memory as the dense weight ``(*)``, ``K`` times behind each other."""
-    if weight.is_contiguous():
-        return tensor.is_contiguous()
-    dims = order(weight)
+    if weight.is_contiguous() and tensor.is_contiguous():
+        return True
+    lead, strides = tensor.ndim - weight.ndim, tensor.stride()
+    if strides[lead:] == weight.stride() and (not lead or strides[0] == weight.numel()):
+        return True
+    dims = order(weight)  # one element of a dimension may have any stride
     return dims is not None and in_memory(tensor, dims).is_contiguous()
 
 
@@ -47,15 +52,17 @@ def like(tensor: Tensor, weight: Tensor) -> Tensor:
     if follows(tensor, weight):
         return tensor
     lead = tensor.shape[: tensor.ndim - weight.ndim]
+    if not lead:
+        return torch.empty_like(weight, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
     return arrange(torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device), weight, *lead).copy_(tensor)
 
 
 def arrange(memory: Tensor, weight: Tensor, *lead: int) -> Tensor:
     """Memory ``(numel,)`` as ``(*)`` or, for a ``lead`` of ``K``, ``(K, *)``.
 
-    In the order of the weight ``(*)``; in the natural one where that is not dense.
+    With the strides of the weight ``(*)``; in the natural order where that is not dense.
     """
-    if weight.is_contiguous() or order(weight) is None:
+    if not weight.numel() or order(weight) is None:
         return memory.view((*lead, *weight.shape))
     return memory.as_strided((*lead, *weight.shape), (*(weight.numel() for _ in lead), *weight.stride()))
 
@@ -66,11 +73,19 @@ def align(state: dict[str, Any], weight: Tensor) -> None:
     Args:
         state: of ``weight``; tensors ``(*)`` and ``(K, *)`` that do not follow it are replaced.
         weight: ``(*)``; where it is not dense, nothing can follow it.
+
+    Raises:
+        RuntimeError: a CUDA graph is captured, which would move them again in every replay.
     """
-    if order(weight) is None:
-        return
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim - weight.ndim not in (0, 1) or follows(value, weight):
             continue
-        if value.shape[value.ndim - weight.ndim :] == weight.shape:
+        if value.shape[value.ndim - weight.ndim :] != weight.shape or order(weight) is None:
+            continue
+        if value.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the state of a weight of shape {tuple(weight.shape)} has another order in memory than the weight has "
+                "now: make a step before a CUDA graph is captured"
+            )
+        with torch.inference_mode(False), torch.no_grad():
             state[key] = like(value, weight)

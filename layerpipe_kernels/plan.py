@@ -81,6 +81,7 @@ class StepPlan:
         self.versioned = written if reuse else [*arrays.weights, *arrays.pasts]
         self._pointers = [t.data_ptr() for t in written]
         self._sizes = [w.numel() for w in self.weights]
+        self._shapes = [w.shape for w in self.weights]
         self._orders = [layout.order(w) for w in self.weights]
         self.runner = self._reused() if reuse else self._runner(chunk)
 
@@ -177,18 +178,18 @@ class StepPlan:
     def check_grads(self, grads: Sequence[Tensor]) -> list[Tensor]:
         """The gradients in their weights' order, or an error that names the parameter whose gradient cannot be used."""
         checked = []
-        for i, (grad, size) in enumerate(zip(grads, self._sizes, strict=True)):
+        for i, (grad, shape) in enumerate(zip(grads, self._shapes, strict=True)):
             if grad.layout != torch.strided:
                 raise TypeError(
                     f"the gradient of {describe(self.names[i], self.weights[i])} is {grad.layout}; only dense "
                     "gradients are supported (for nn.Embedding: sparse=False)"
                 )
             # What autograd and the setter of .grad guarantee, checked cheaply; the details make the message.
-            if grad.dtype != self.grad_dtype or grad.numel() != size or grad.device.type != self.device.type:
+            if grad.dtype != self.grad_dtype or grad.shape != shape or grad.device.type != self.device.type:
                 check_like(self.names[i], grad, self.weights[i], "gradient", self.grad_dtype)
             # The gradient of a number that stands for an imaginary part may be a view with the other sign.
             plain = layout.like(grad.resolve_neg(), self.weights[i])
-            if size and not plain.is_meta and not plain.data_ptr():
+            if self._sizes[i] and not plain.is_meta and not plain.data_ptr():
                 plain = plain.clone()  # of zeros that nobody has written
                 check_tensor(self.names[i], plain, "the gradient of")
             checked.append(plain)

@@ -59,4 +59,5 @@ class Stash(History):
     ) -> Tensor:
         if "stash" not in state:
             return copy_into(out, param.detach())
+        out = torch.empty_like(param, requires_grad=False) if out is None else out
         return copy_into(out, state["stash"].index_select(0, clock.past_slot())[0])

@@ -130,6 +130,8 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         state_dict = taken
         self._still = {p for p, state in self.state.items() if state.pop(checkpoint.STILL, False)}
         checkpoint.restore_precision(self.param_groups, self.state, state_dict)
+        for param in self.state:
+            self._aligned_state(param)
         checkpoint.restart_where_lost(self, self.state, state_dict)
         for group in self.param_groups:
             if group["params"]:

@@ -138,6 +138,9 @@ class FusedOptimizer(PastOptimizer):
 
     def _begin_routine(self, index: int, group: Group, ready: _Ready | None, past: History | None) -> None:
         """After a step that looked at everything, if the next one need not."""
+        old = self._routines.get(index)
+        if old is not None and ready is not None and old.made_from(ready.collector, past) and old.fits():
+            return  # only the gradients were not where it looks for them
         if (old := self._routines.pop(index, None)) is not None:
             for maker in old.makers:
                 self._past_makers.pop(id(maker.param), None)

@@ -67,13 +67,16 @@ class Routine:
             past.n if past is not None else 0,
             EXCHANGE,
         )
-        self.group, self.state = group, state
+        self.group, self.state, self._collector, self._past = group, state, collector, past
         self.fits: Callable[[], bool] = routine.fits
         self.step: Callable[[], bool] = routine.step
         if not on_host and past is not None:
             self.step = functools.partial(_step_outside_captures, routine.step)
         params = group["params"] if makes_past else ()
         self.makers = [PastMaker(p, p.detach(), routine.past, i, state) for i, p in enumerate(params)]
+
+    def made_from(self, collector: Any, past: History | None) -> bool:
+        return self._collector is collector and self._past is past
 
     @staticmethod
     def possible(group: Group, past: History | None) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from layerpipe_kernels import history, reference
+from layerpipe_kernels import history, layout, reference
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
@@ -120,6 +120,8 @@ class PastWeights(AveragingOptimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer, and average what it changed."""
         before: list[list[Tensor | None]] = []
+        for param, state in self.optimizer.state.items():
+            layout.align(state, param)  # torch's fused steps do not look at strides
         for group in self.param_groups:
             self._before_step(group)
             before.append([self._copy(p, group) for p in group["params"]])
@@ -169,6 +171,8 @@ class PastWeights(AveragingOptimizer):
                     if key in HISTORY_KEYS:
                         dtype = checkpoint.kept_dtype(key, value, param)
                         self.state[param][key] = value.to(param.device, dtype, copy=True)
+        for param, state in self.state.items():
+            layout.align(state, param)
         checkpoint.restart_where_lost(self, self.state, saved)
 
     def optimizer_bytes(self) -> int:

@@ -138,6 +138,32 @@ def test_stash_equals_the_simulation_for_weights_in_channels_last(executor: str)
     assert ours[1][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("past", ["stash", "blend"])
+def test_weights_may_change_their_order_while_minibatches_are_in_the_pipe(past: str) -> None:
+    """A minibatch gets its weights as its forward found them."""
+
+    def trained(turned: bool) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        stages = [
+            nn.Conv2d(3, 8, 3),
+            nn.Conv2d(8, 8, 3),
+            nn.Sequential(nn.Conv2d(8, 8, 3), nn.Tanh()),
+            PooledHead(8, 10),
+        ]
+        with pipeline(stages, past=past, executor="serial") as pipe:
+            for step, (x, y) in enumerate(images(14)):
+                if step == 7 and turned:
+                    for stage in stages:
+                        stage.to(memory_format=torch.channels_last)
+                pipe.step(x, y)
+            pipe.drain()
+            return copy.deepcopy(pipe.state_dict())
+
+    plain, turned = trained(False), trained(True)
+    for name in plain:
+        torch.testing.assert_close(turned[name], plain[name], rtol=1e-4, atol=1e-5)
+
+
 class Spectral(nn.Module):
     """Complex numbers kept as pairs of real ones, as the filters of Fourier networks are."""
 

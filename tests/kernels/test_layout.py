@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
-from layerpipe_kernels import layout
+from layerpipe_kernels import layout, native
 from tests.conftest import needs_cpp
 
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
@@ -30,6 +30,7 @@ KINDS: list[tuple[Make, dict[str, Any]]] = [
     (lk.SGD, {"lr": 0.1, "past": "ema", "materialize": True}),
     (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": "stash"}),
     (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": "blend", "capturable": True}),
+    (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": "stash", "capturable": True}),
     (lk.AdamW, {"past": "blend", "amsgrad": True}),
     (lk.AdamW, {"past": "blend", "past_norm": "match", "materialize": True}),
     (lk.Lamb, {"past": "blend"}),
@@ -168,6 +169,70 @@ def test_a_checkpoint_of_another_order_goes_on(past: str, backend: str) -> None:
     assert torch.equal(optimizers[id(last)].past_weight(last), first.past_weight(plain))
     again = copy.deepcopy(optimizers[id(last)])  # with its parameters, as they lie in memory
     assert layout.follows(again.state[again.param_groups[0]["params"][0]]["momentum_buffer"], last)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("past", ["blend", "stash"])
+def test_an_order_may_change_under_inference_mode(past: str, backend: str) -> None:
+    """What is rearranged there is stepped on later."""
+    param = torch.nn.Parameter(torch.randn(4, 3, 2, 2))
+    optimizer = lk.SGD([param], lr=0.1, momentum=0.9, delay=3, past=past, backend=backend)
+    for step in range(8):
+        param.grad = torch.randn(4, 3, 2, 2)
+        optimizer.step()
+        if step == 4:
+            turn(param, step)
+            with torch.inference_mode():
+                optimizer.past_weight(param)
+
+
+def test_past_weights_aligns_the_state_of_the_optimizer_it_wraps() -> None:
+    """torch's fused steps go by address."""
+    params = [torch.nn.Parameter(torch.linspace(-1, 1, 48).view(4, 3, 2, 2).clone()) for _ in range(2)]
+    runs = [lk.PastWeights(torch.optim.AdamW([p], lr=0.01, fused=True), delay=3) for p in params]
+    for step in range(8):
+        if step == 4:
+            turn(params[0], step)
+        for param, run in zip(params, runs, strict=True):
+            param.grad = torch.empty_like(param).copy_(torch.sin(torch.arange(48.0) + step).view(4, 3, 2, 2))
+            run.step()
+    torch.testing.assert_close(params[0].detach(), params[1].detach())
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (6,)])
+@pytest.mark.parametrize("dims", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_another_shape_is_refused(shape: tuple[int, ...], dims: tuple[int, int], backend: str) -> None:
+    weight = dense((2, 3), dims)
+    with pytest.raises(ValueError, match=r"gradient of weights\[0\]"):
+        lk.ops.sgd_step_([weight], [torch.ones(shape)], options=lk.options.SgdOptions(0.1), backend=backend)
+
+
+@needs_cpp
+@pytest.mark.parametrize("exchange", [True, False], ids=["DLPack", "by calls"])
+def test_numbers_that_are_not_finite_are_found_in_any_order(exchange: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the compiled search, wherever the memory is dense; torch's is many times slower."""
+    if not exchange:
+        monkeypatch.setattr(native, "EXCHANGE", None)
+    slow: list[Tensor] = []
+    monkeypatch.setattr(torch, "isfinite", lambda t, search=torch.isfinite: (slow.append(t), search(t))[1])
+    tensors = [dense((4, 3, 2, 5), dims) for dims in ((0, 1, 2, 3), *ORDERS.values())]
+    tensors += [
+        torch.randn(1, 8, 1, 3).permute(2, 1, 0, 3),
+        torch.randn(8, 1, 3, 1).to(memory_format=LAST),
+        torch.ones(()),
+    ]
+    for tensor in tensors:
+        assert native.all_finite(tensor)
+        tensor[(-1,) * tensor.ndim] = float("nan")
+        assert not native.all_finite(tensor)
+    assert not slow
+    gapped = torch.full((4, 6), float("inf"))
+    gapped[:, ::2] = 1.0
+    assert native.all_finite(gapped[:, ::2])
+    assert not native.all_finite(gapped[:, ::3])
+    assert native.all_finite(torch.ones(1).expand(4))
+    assert len(slow) == 3
 
 
 def test_what_has_gaps_has_no_order() -> None:

@@ -52,7 +52,9 @@ DataDir = Annotated[Path, _option("Where torchvision looks for data and download
 Width = Annotated[int, _option("Channels of the first layer; 64 is ResNet-18 as published.", NETWORK, min=1)]
 ChannelsLast = Annotated[
     bool,
-    _option("Keep convolutions' weights with their channels last: often faster. Takes a width of 8 or 16 on CPUs.", NETWORK),
+    _option(
+        "Keep convolutions' weights with their channels last: often faster. Takes a width of 8 or 16 on CPUs.", NETWORK
+    ),
 ]
 Stages = Annotated[int, _option("Pipeline stages.", METHOD, min=1)]
 Balance = Annotated[

@@ -18,12 +18,13 @@ from layerpipe.tracing.spans import PAST, Recorder
 
 
 class _Use:
-    """A parameter in one forward: how often it was saved, and its past once more than one layer asks for it."""
+    """A parameter in one forward: how it lay in memory, how often it was saved, and its past once more than one layer
+    asks for it."""
 
-    __slots__ = ("count", "param", "past")
+    __slots__ = ("count", "param", "past", "stride")
 
     def __init__(self, param: Tensor) -> None:
-        self.param, self.count = param, 0
+        self.param, self.count, self.stride = param, 0, param.stride()
         self.past: Tensor | None = None
 
 
@@ -126,6 +127,8 @@ class SavedTensors:
             return tensor
         assert type(saved) is _SavedWeight
         past = saved.use.param.detach() if self.as_they_are else self._past(saved.use)
+        if past.stride() != saved.use.stride:  # the parameter was brought into another order since
+            past = torch.empty_strided(past.shape, saved.use.stride, dtype=past.dtype, device=past.device).copy_(past)
         if saved.kind is not None:
             return _read_as(saved.kind, past, saved)
         if saved.size == past.shape and saved.stride == past.stride():
