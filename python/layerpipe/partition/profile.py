@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -182,8 +183,9 @@ class Rehearsal:
 def seconds(rehearsals: Sequence[Rehearsal], *, at_least: float = 0.0) -> list[list[tuple[float, float]]]:
     """Of each stage's forward and of its backward, for every rehearsal. No random numbers are used up.
 
-    The least of several, since what else the machine does can only add. All stages of all rehearsals take turns: none
-    finds its weights still in a cache, as in training, and a slow moment of the machine meets all of them.
+    All stages of all rehearsals take turns: none finds its weights still in a cache, as in training. What each takes is
+    the median of its shares of a turn, so that a machine whose speed drifts from turn to turn measures the same, in
+    seconds of the fastest turn.
 
     Args:
         rehearsals: which may share stages.
@@ -196,11 +198,11 @@ def seconds(rehearsals: Sequence[Rehearsal], *, at_least: float = 0.0) -> list[l
             turns.append([[_seconds(*run) for run in rehearsal.runs] for rehearsal in rehearsals])
             if len(turns) == 1:
                 began = time.perf_counter()
-    kept = turns[1:]  # the first also builds and tunes kernels
-    return [
-        [(min(f for f, _ in stage), min(b for _, b in stage)) for stage in zip(*takes, strict=True)]
-        for takes in zip(*kept, strict=True)
-    ]
+    times = np.array([[t for takes in turn for both in takes for t in both] for turn in turns])
+    times = times[1:]  # the first also builds and tunes kernels
+    totals = times.sum(axis=1, keepdims=True)
+    each = iter((np.median(times / totals, axis=0) * totals.min()).tolist())
+    return [[(next(each), next(each)) for _ in rehearsal.runs] for rehearsal in rehearsals]
 
 
 @contextmanager
