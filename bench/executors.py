@@ -148,7 +148,7 @@ def table(results: list[dict[str, Any]]) -> Table:
         case = result["case"]
         for name, times in result["seconds"].items():
             rates = [case["batch"] / t for t in times]
-            label = f"{case['network']} {case['width']}, {case['batch']}"
+            label = f"{case['network']} {case['width']}, {case['batch']}{' NHWC' if case['channels_last'] else ''}"
             ratio = statistics.median(result["ratio"][name])
             out.add_row(label, name, spread(rates, ".0f"), f"{ratio:.2f}", f"{result['peak_bytes'][name] / 2**20:.0f}")
     return out
@@ -159,6 +159,7 @@ def main() -> None:
     parser.add_argument("--network", default="resnet18:64", metavar="NETWORK:WIDTH", help="default: %(default)s")
     parser.add_argument("--batch", type=int, nargs="+", default=[32, 128, 512])
     parser.add_argument("--size", type=int, default=32, help="image size, or length of a GPT's sequences")
+    parser.add_argument("--channels-last", action="store_true", help="of all variants")
     parser.add_argument("--stages", type=int, default=4)
     parser.add_argument("--schedule", default="lockstep")
     parser.add_argument("--variants", nargs="+", choices=(*PLAIN, *PIPELINES), help="default: all that the device has")
@@ -174,7 +175,7 @@ def main() -> None:
     names = given.variants or ([*PLAIN, *PIPELINES] if device.type == "cuda" else ["plain eager", "serial"])
     results = []
     for batch in given.batch:
-        case = Case(network, int(width), batch, given.size)
+        case = Case(network, int(width), batch, given.size, given.channels_last)
         try:
             results.append(
                 measure(

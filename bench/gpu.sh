@@ -11,7 +11,7 @@
 #
 #     LIMIT=560 bench/gpu.sh build tests-executors tests triton
 #     LIMIT=540 bench/gpu.sh memcheck racecheck executors executors-gpt cli
-#     LIMIT=540 bench/gpu.sh bench bench-compiled chunk-4096 chunk-16384 chunk-32768
+#     LIMIT=540 bench/gpu.sh bench executors-nhwc bench-compiled chunk-4096 chunk-16384 chunk-32768
 #
 # The built module is among the results: on another machine of this kind, put into layerpipe_kernels/, it saves the build.
 #
@@ -85,6 +85,8 @@ else
     echo "==> no compute-sanitizer on the PATH"
 fi
 TAIL=40 run executors 300 "$python" -m bench.executors --json "$out/$device-executors.json"
+TAIL=40 run executors-nhwc 200 "$python" -m bench.executors --channels-last --batch 128 --rounds 5 \
+    --json "$out/$device-executors-nhwc.json"
 TAIL=60 run bench 300 "$python" -m bench.step --device cuda --no-compile --rounds 7 --seconds 0.05 \
     --json "$out/$device-step.json" --plot "$out/$device-step.png"
 TAIL=40 run bench-compiled 240 "$python" -m bench.step --device cuda --networks resnet18 --optimizers sgd --max-bytes 1e8 \
