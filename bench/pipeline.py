@@ -263,11 +263,11 @@ def main() -> None:
         }
         steps = max(5, round(given.seconds / plain(cases[False], 1)(3)))
         results += measure(cases, options, given.rounds, steps)
+        save(given.json, results=results)  # after each, for whoever stops it here
     console(110).print(table(results))
     for result in results:
         what = f"{Case(**result['case'])}, {result['code']} {result['schedule']}"
         print(f"{what}: stages {' | '.join(result['stages'])}")
-    save(given.json, results=results)
 
 
 if __name__ == "__main__":
