@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,3 +234,32 @@ def test_a_file_without_stages_numbers_is_read(tmp_path: Path) -> None:
         del content["random_of_stages"]
         torch.save(content, tmp_path / "c.pt")
         pipe.resume(tmp_path / "c.pt")
+
+
+ASKING = """
+import faulthandler, gc, time
+import torch
+from tests.engine.models import minibatches
+from tests.engine.pipelines import pipeline
+
+
+class Asking(torch.nn.Linear):
+    def forward(self, x):
+        for _ in range(100):  # as torch.utils.checkpoint does once
+            torch.set_rng_state(torch.get_rng_state())
+        return super().forward(x)
+
+
+faulthandler.dump_traceback_later(60, exit=True)
+gc.set_threshold(10)
+gc.callbacks.append(lambda *_: time.sleep(0))  # another thread's turn, while torch holds its generator's lock
+with pipeline([Asking(6, 6), Asking(6, 6), Asking(6, 3)], executor="threads") as pipe:
+    for x, y in minibatches(20):
+        pipe.step(x, y)
+"""
+
+
+def test_threads_that_ask_for_torchs_state_go_on() -> None:
+    """In a process of its own: it would stop with the GIL held, where no timeout of Python's can fire."""
+    done = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr

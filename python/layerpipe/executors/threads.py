@@ -14,6 +14,7 @@ import torch
 from layerpipe.executors.base import Executor, Run, Tick
 from layerpipe.executors.channels import ChannelClosed
 from layerpipe.schedule import Action
+from layerpipe.stage.random_numbers import share_torchs_generator
 
 
 class Threads(Executor):
@@ -37,6 +38,7 @@ class Threads(Executor):
         threads_per_stage: Sequence[int],
     ) -> None:
         super().__init__(names, run)
+        share_torchs_generator()
         self._close_channels = close_channels
         self._process = os.getpid()
         _RUNNING.add(self)

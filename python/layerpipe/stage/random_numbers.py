@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +20,38 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _NOTHING = nullcontext()
+
+
+class _OneAtATime:
+    """A generator whose methods one thread at a time is in; the others wait without the interpreter's lock."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator, self._lock = generator, threading.RLock()
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._generator, name)
+        if not callable(method):
+            return method
+
+        @functools.wraps(method)
+        def alone(*args: Any) -> Any:
+            with self._lock:
+                return method(*args)
+
+        return alone
+
+
+def share_torchs_generator() -> None:
+    """Several threads may call ``torch.get_rng_state`` and its like from now on.
+
+    Without this, all threads of a process can stop for good. torch takes the generator's C++ lock while it holds the
+    GIL, and then makes a tensor. Before Python 3.12 the garbage collector may run at that moment, a finalizer or a
+    callback of it hand the GIL to another thread, and that one, if it wants the generator's state, waits for the C++
+    lock without giving the GIL back. ``torch.utils.checkpoint`` asks for the state in every forward and backward,
+    ``torch.compile`` whenever it compiles. From 3.12 on the collector runs between bytecodes only.
+    """
+    if sys.version_info < (3, 12) and not isinstance(vars(torch.random)["default_generator"], _OneAtATime):
+        vars(torch.random)["default_generator"] = _OneAtATime(torch.default_generator)
 
 
 def seed() -> int:
