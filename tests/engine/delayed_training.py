@@ -7,6 +7,7 @@ very parameters that the graph refers to, and afterwards the current ones, which
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -87,10 +88,14 @@ class DelayedTraining:
         arrived = [(y, g) for y, g in zip(outputs, grads, strict=True) if y.requires_grad]
         if s < len(self.stages) - 1:
             arrived = [(y, g) for y, g in arrived if g is not None]
+        upstream: list[Tensor | None] = [None] * len(inputs)
+        for i, x in enumerate(inputs if s else ()):
+            if x.requires_grad:  # as the layers make it; the leaf's own may be a copy in another order in memory
+                x.register_hook(functools.partial(upstream.__setitem__, i))
         if arrived:
             torch.autograd.backward([y for y, _ in arrived], [g for _, g in arrived])
         if s:
-            self.sent["gradients", s - 1, m] = [x.grad for x in inputs]
+            self.sent["gradients", s - 1, m] = upstream
         for param, own in zip(params, current, strict=True):
             own.grad = None if param.grad is None else param.grad.clone(memory_format=torch.contiguous_format)
         if optimizer is not None:

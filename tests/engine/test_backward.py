@@ -145,6 +145,33 @@ def test_a_weight_that_is_also_an_output_gets_both_gradients_of_a_split_backward
     assert_equal(split, plain)
 
 
+class Hooked(nn.Linear):
+    """Changes the gradient of its output."""
+
+    on_node = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if y.requires_grad and self.on_node:
+            assert y.grad_fn is not None
+            y.grad_fn.register_prehook(lambda grads: (grads[0] * 3,))
+        elif y.requires_grad:
+            y.register_hook(lambda grad: grad * 3)
+        return y
+
+
+@pytest.mark.parametrize("on_node", [False, True])
+def test_a_hook_changes_the_gradients_of_a_split_backward_once(on_node: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hooked, "on_node", on_node)
+
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [nn.Linear(6, 6), nn.Sequential(Hooked(6, 6), nn.Tanh(), Hooked(6, 6)), nn.Linear(6, 3)]
+
+    plain, split = (trained(stages(), minibatches(8), split_backward=chosen) for chosen in (False, True))
+    assert_equal(split, plain)
+
+
 def test_a_weights_own_gradient_reconstructs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     for split in (False, True):

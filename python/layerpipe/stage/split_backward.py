@@ -4,7 +4,8 @@ LayerPipe's intra-layer step (arXiv 2512.08160), done on autograd's graph. A lin
 there, and autograd computes only those of its gradients that somebody asked for: the first part asks for the stage's
 inputs and remembers what arrived at such nodes, the second starts at each of them and asks for its weights. What does
 not come apart, such as BatchNorm's or attention's own gradients, or weights used more than once, is computed in the
-first part: every number is the one of the plain backward.
+first part: every number is the one of the plain backward. Hooks on the output of a layer that comes apart are called in
+both parts.
 
 torch.distributed.pipelining splits its backward alike, but starts one second part at all nodes of a shared weight,
 which counts twice what one of them passes to the other.
@@ -13,7 +14,7 @@ which counts twice what one of them passes to the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -26,17 +27,28 @@ _SEPARABLE = ("ConvolutionBackward", "AddmmBackward", "MmBackward", "LinearBackw
 _VIEWS = ("TBackward", "TransposeBackward", "ViewBackward", "PermuteBackward", "UnsafeViewBackward", "AliasBackward")
 
 
-class _Layer:
-    """A node whose weight gradients wait, and what arrived at it."""
+class _Arrived:
+    """What arrives at a node, its hooks included: noted in the first part, and in the second, in which the hooks run
+    again, put in the place of what they make of it then."""
 
-    __slots__ = ("arrived", "node", "params")
+    __slots__ = ("grads",)
 
-    def __init__(self, node: Any, params: list[Tensor]) -> None:
-        self.node, self.params = node, params
-        self.arrived: tuple[Tensor | None, ...] = ()
+    def __init__(self) -> None:
+        self.grads: tuple[Tensor | None, ...] | None = None
 
-    def remember(self, arrived: tuple[Tensor | None, ...]) -> None:
-        self.arrived = arrived
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
+        if self.grads is None:
+            self.grads = grads
+            return None
+        return self.grads
+
+
+class _Layer(NamedTuple):
+    """A node whose weight gradients wait."""
+
+    node: Any
+    params: list[Tensor]
+    arrived: _Arrived
 
 
 class SplitBackward:
@@ -56,15 +68,14 @@ class SplitBackward:
 
     def activations(self, grads: Sequence[Tensor | None]) -> None:
         """The first part: gradients of the stage's inputs and of all weights that cannot wait."""
-        handles = [layer.node.register_prehook(layer.remember) for layer in self._layers]
+        for layer in self._layers:
+            layer.node.register_prehook(layer.arrived)
         backward(self._outputs, grads, inputs=self._now, keep_graph=bool(self._layers))
-        for handle in handles:
-            handle.remove()
 
     def weights(self) -> None:
         """The second part: gradients of the other weights."""
         for layer in self._layers:
-            arrived = [(i, g) for i, g in enumerate(layer.arrived) if g is not None]
+            arrived = [(i, g) for i, g in enumerate(layer.arrived.grads or ()) if g is not None]
             if arrived:
                 edges = [GradientEdge(layer.node, i) for i, _ in arrived]
                 backward(edges, [g for _, g in arrived], inputs=layer.params)
@@ -98,7 +109,7 @@ def _separate(outputs: Sequence[Tensor], inputs: set[Tensor]) -> tuple[list[Tens
     layers = []
     for node, chains in found:
         if all(uses[step] == 1 for chain in chains for step in chain):
-            layers.append(_Layer(node, [chain[-1].variable for chain in chains]))
+            layers.append(_Layer(node, [chain[-1].variable for chain in chains], _Arrived()))
     return leaves, layers
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from layerpipe.errors import DivergenceError
 from layerpipe.stage import autograd, first_layer
+from layerpipe.stage.arrival import Arrival
 from layerpipe.stage.copies import warn_of_copies
 from layerpipe.stage.options import Options, check_stage, set_options
 from layerpipe.stage.random_numbers import RandomNumbers
@@ -88,6 +89,7 @@ class Stage:
         self._look_for_copies = delay > 0  # in the first forward
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
         self._recomputes: bool | None = None  # not known before the first backward
+        self._arrival = Arrival()
         self._rest: SplitBackward | None = None
         self._options: Options | None = None
         if optimizer is not None:
@@ -232,12 +234,15 @@ class Stage:
         ]
         if wanted:
             start = self.mark()
+            self._arrival.watch(flight.inputs if self.index else ())
             with _NOTHING if self.random is None else self.random.recomputing():
                 self._differentiate(flight.inputs, [y for y, _ in wanted], [g for _, g in wanted])
             self.span(LAYERS, start)
         if not self.index:
             return ()
-        upstream = tuple([x.grad for x in flight.inputs])
+        upstream = self._arrival.gradients(flight.inputs)
+        if self.max_norm is not None:
+            upstream = self._apart(upstream)
         if self.check_finite:
             self._check_finite(upstream, "gradient", minibatch)
         return upstream
@@ -260,6 +265,11 @@ class Stage:
             self._rest.activations(grads)
         else:
             autograd.backward(outputs, grads)
+
+    def _apart(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+        """Clipping scales the weights' gradients in place; what shares their memory is copied before."""
+        scaled = {p.grad.untyped_storage().data_ptr() for p in self._params if p.grad is not None}
+        return tuple([g.clone() if g is not None and g.untyped_storage().data_ptr() in scaled else g for g in grads])
 
     @property
     def half_done(self) -> bool:
@@ -297,6 +307,7 @@ class Stage:
         """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0."""
         self.base = self.version
         self._options = None  # a state may have been loaded
+        self._arrival = Arrival()
         if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
             self._recomputes = None if self.delay or self._split_backward else False
         self.look_again()
