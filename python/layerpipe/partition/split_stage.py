@@ -38,6 +38,9 @@ class SplitStage(fx.GraphModule):
         if nodes[-1].op != "output":
             passed = [values[node] for node in pieces[-1].outputs]
             graph.output(passed[0] if len(passed) == 1 else tuple(passed))
+        for node in graph.nodes:
+            if isinstance(node.type, str):  # annotations that are not evaluated; torch 2.11 cannot pickle them
+                node.type = None
         super().__init__(root, graph, class_name="Stage")
         _leave_out_of_the_state(self, root)
         # Copies and pickling make it a plain GraphModule; these keep what is in meta, those attributes.
