@@ -293,6 +293,14 @@ def _is_wait() -> bool:
     return not file.endswith("/reference.py") and name != "_frozen"
 
 
+def qualified_name(frame: Any) -> str:
+    """Of the function that runs."""
+    if sys.version_info >= (3, 11):
+        return frame.f_code.co_qualname  # type: ignore[no-any-return]
+    owner = [type(frame.f_locals["self"]).__name__] if "self" in frame.f_locals else []
+    return ".".join([*owner, frame.f_code.co_name])
+
+
 def _site(depth: int) -> Site:
     """The nearest line of the engine."""
     return _nearest("/layerpipe/", depth + 1)[1:]
@@ -302,7 +310,7 @@ def _nearest(folder: str, depth: int) -> tuple[str, str, int]:
     frame: Any = sys._getframe(depth)
     while frame is not None and folder not in frame.f_code.co_filename:
         frame = frame.f_back
-    return ("", "", 0) if frame is None else (frame.f_code.co_filename, frame.f_code.co_qualname, frame.f_lineno)
+    return ("", "", 0) if frame is None else (frame.f_code.co_filename, qualified_name(frame), frame.f_lineno)
 
 
 class _Trace:

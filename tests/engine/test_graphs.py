@@ -22,7 +22,7 @@ from layerpipe.tracing.spans import HostClock, Recorder
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.plan import StepPlan
 from tests.engine import test_streams
-from tests.engine.fake_device import FakeDevice, fake_device
+from tests.engine.fake_device import FakeDevice, fake_device, qualified_name
 from tests.engine.models import chain, minibatches
 from tests.engine.test_streams import network, train
 
@@ -110,7 +110,7 @@ def test_a_neighbour_that_does_not_say_when_it_has_read_is_found(monkeypatch: py
 
 def _unless(name: str, was_read: Any) -> Any:
     def recorded(lent: Lent, stream: Any) -> None:
-        if sys._getframe(1).f_code.co_qualname != name:
+        if qualified_name(sys._getframe(1)) != name:
             was_read(lent, stream)
 
     return recorded
