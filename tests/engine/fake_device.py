@@ -297,8 +297,11 @@ def qualified_name(frame: Any) -> str:
     """Of the function that runs."""
     if sys.version_info >= (3, 11):
         return frame.f_code.co_qualname  # type: ignore[no-any-return]
-    owner = [type(frame.f_locals["self"]).__name__] if "self" in frame.f_locals else []
-    return ".".join([*owner, frame.f_code.co_name])
+    name = frame.f_code.co_name
+    for owner in type(frame.f_locals.get("self")).__mro__:
+        if getattr(vars(owner).get(name), "__code__", None) is frame.f_code:
+            return f"{owner.__name__}.{name}"
+    return name  # type: ignore[no-any-return]
 
 
 def _site(depth: int) -> Site:
