@@ -21,17 +21,12 @@ class Ranks:
     Args:
         stages: in all.
         group: of all processes, used by nothing else; whatever one of them calls here, all of them call.
-
-    Raises:
-        ValueError: fewer stages than processes.
     """
 
     def __init__(self, stages: int, group: Any = None) -> None:
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
-        if stages < self.size:
-            raise ValueError(f"{self.size} processes need at least as many stages, got {stages}")
         self._stages = stages
         self.own = self.held_by(self.rank)
 
@@ -133,6 +128,9 @@ def make(executor: str, stages: int) -> Ranks:
             "executor='distributed' has a process for each stage: start them with torchrun, and call "
             "torch.distributed.init_process_group() in each before the pipeline is made"
         )
+    # Before a group is made: one that connects while another process is already leaving it fails in gloo's words.
+    if stages < (size := dist.get_world_size()):
+        raise ValueError(f"{size} processes need at least as many stages, got {stages}")
     # The group lives as long as the default one: when close() returns, another process may still have to take the last
     # message, and a receive for which none will come cannot be called off.
     return Ranks(stages, dist.new_group(backend="gloo", timeout=_timeout(dist.group.WORLD)))
