@@ -90,12 +90,16 @@ class DelayedTraining:
             arrived = [(y, g) for y, g in arrived if g is not None]
         upstream: list[Tensor | None] = [None] * len(inputs)
         for i, x in enumerate(inputs if s else ()):
-            if x.requires_grad:  # as the layers make it; the leaf's own may be a copy in another order in memory
+            if x.requires_grad:
                 x.register_hook(functools.partial(upstream.__setitem__, i))
         if arrived:
             torch.autograd.backward([y for y, _ in arrived], [g for _, g in arrived])
         if s:
-            self.sent["gradients", s - 1, m] = upstream
+            # A dense one as the layers made it; the leaf's own may be a copy in another order in memory.
+            self.sent["gradients", s - 1, m] = [
+                g if g is not None and g.clone().stride() == g.stride() else x.grad
+                for x, g in zip(inputs, upstream, strict=True)
+            ]
         for param, own in zip(params, current, strict=True):
             own.grad = None if param.grad is None else param.grad.clone(memory_format=torch.contiguous_format)
         if optimizer is not None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import layerpipe
 import layerpipe_kernels as lk
@@ -54,15 +54,13 @@ def data(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(4, 6, 5), torch.randint(0, 3, (4,))) for _ in range(count)]
 
 
-def plain(modules: list[nn.Module], count: int, **options: Any) -> dict[str, Tensor]:
+def plain(modules: list[nn.Module], count: int) -> dict[str, Tensor]:
     model = nn.Sequential(*modules)
     optimizers = [lk.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in modules if list(m.parameters())]
     for x, y in data(count):
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         for optimizer in optimizers:
-            if options:
-                nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], **options)
             optimizer.step()
     return model.state_dict()
 
@@ -82,7 +80,7 @@ def test_a_gradient_keeps_its_order_in_memory(executor: str, split: bool) -> Non
         for i, (x, y) in enumerate(data(6)):
             pipe.step(x, y)
             if i == 3:
-                pipe.drain()  # after which it is found out anew
+                pipe.drain()
         assert same(pipe.state_dict(), expected)
     for a, b in zip(whole, parts, strict=True):
         if isinstance(a, Watched) and isinstance(b, Watched):
@@ -101,6 +99,43 @@ def test_gradients_that_lie_as_their_inputs_are_not_watched(monkeypatch: pytest.
         assert len(watched) == len(pipe.stages) - 1
 
 
+class Shift(nn.Module):
+    """Saves nothing for its backward, so that it may run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
+class Twice(nn.Module):
+    """A recomputation inside of the backward gives the input a part of its gradient, in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turned = lambda layer, x: layer(x.transpose(1, 2)).transpose(1, 2)
+        once: Tensor = checkpoint(lambda h: turned(self.one, x) * h, x * 2, use_reentrant=True)
+        return (once + turned(self.other, x)).contiguous()
+
+
+def test_parts_of_a_gradient_are_not_taken_for_the_whole() -> None:
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [Shift(), Twice(), nn.Sequential(nn.Flatten(), nn.Linear(30, 3))]
+
+    expected = plain(stages(), 3)
+    with layerpipe.Pipeline(stages(), F.cross_entropy, sgd, schedule="sequential") as pipe:
+        for x, y in data(3):
+            pipe.step(x, y)
+        for name, value in pipe.state_dict().items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
 class Position(nn.Module):
     """Gradients of input and weight are views of the same memory."""
 
@@ -112,23 +147,68 @@ class Position(nn.Module):
         return (x.view(2, 12) + self.position.view(2, 12)).view(4, 6)
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "lockstep"])
-def test_clipping_leaves_gradients_that_were_handed_on_alone(schedule: str) -> None:
-    torch.manual_seed(0)
-    parts = [nn.Linear(6, 6), Position(), nn.Linear(6, 3)]
-    arrived: list[list[float]] = [[], []]  # in the first stage, without and with clipping
-    x, y = torch.randn(4, 6), torch.randint(0, 3, (4,))
-    for norms, max_norm in zip(arrived, (None, 1e-3), strict=True):
-        first, *others = copy.deepcopy(parts)
+class Full(nn.Module):
+    """The same, but the weight's gradient is computed in the second part of a split backward."""
 
-        def note(_: Any, __: Any, output: Tensor, norms: list[float] = norms) -> None:
-            output.register_hook(lambda g: norms.append(g.norm().item()))
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.weight = nn.Parameter(torch.randn(24)), nn.Parameter(torch.randn(6, 6))
 
-        first.register_forward_hook(note)
-        frozen = lambda params, **past: lk.SGD(params, lr=0.0, **past)
-        options: dict[str, Any] = {"schedule": schedule, "max_norm": max_norm}
-        with layerpipe.Pipeline([first, *others], F.cross_entropy, frozen, **options) as pipe:
-            for _ in range(6):
-                pipe.step(x, y)
-            pipe.drain()
-    assert arrived[0] == arrived[1]
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(24).view(4, 6) + torch.addmm(self.bias.view(4, 6), x.tanh(), self.weight)
+
+
+class Handing(nn.Module):
+    """Its weight's gradient is a view of what it received, which the next stage may still need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.position.view(4, 6) + x.mean()
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("middle", [Position, Full])
+@pytest.mark.parametrize("first", [lambda: nn.Linear(6, 6), Handing])
+def test_clipping_changes_no_gradient_of_a_neighbours(first: Any, middle: Any, executor: str, split: bool) -> None:
+    torch.set_num_threads(1)
+
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [first(), middle(), nn.Linear(6, 3)]
+
+    minibatches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(5)]
+    whole = stages()
+    optimizers = [lk.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in whole]
+    for x, y in minibatches:
+        for m in whole:
+            m.zero_grad()
+        F.cross_entropy(whole[2](whole[1](whole[0](x))), y).backward()
+        for m in whole:
+            for p in m.parameters():
+                p.grad = p.grad.clone() if p.grad is not None else None  # or weights share what is scaled in place
+        for m, optimizer in zip(whole, optimizers, strict=True):
+            nn.utils.clip_grad_norm_(m.parameters(), 1e-2)
+            optimizer.step()
+    options: dict[str, Any] = {"executor": executor, "schedule": "sequential", "split_backward": split}
+    with layerpipe.Pipeline(stages(), F.cross_entropy, sgd, max_norm=1e-2, **options) as pipe:
+        for x, y in minibatches:
+            pipe.step(x, y)
+        pipe.drain()
+        for value, own in zip(pipe.state_dict().values(), nn.ModuleList(whole).state_dict().values(), strict=True):
+            assert torch.equal(value, own)
+
+
+def test_sparse_gradients_are_clipped() -> None:
+    embedding = nn.Embedding(5, 6, sparse=True)
+    stages = [nn.Identity(), embedding, nn.Linear(6, 3)]
+    optimizer = lambda params, **_: torch.optim.SGD(params, lr=0.1)
+    before = embedding.weight.detach().clone()
+    options: dict[str, Any] = {"schedule": "sequential", "max_norm": 0.01}
+    with layerpipe.Pipeline(stages, F.cross_entropy, optimizer, **options) as pipe:
+        pipe.step(torch.randint(0, 5, (4,)), torch.randint(0, 3, (4,)))
+    moved = (embedding.weight.detach() - before).norm()
+    assert 0 < moved <= 0.1 * 0.01 * 1.001

@@ -24,6 +24,8 @@ from layerpipe_kernels.plan import StepPlan
 from tests.engine import test_streams
 from tests.engine.fake_device import FakeDevice, fake_device, qualified_name
 from tests.engine.models import chain, minibatches
+from tests.engine.test_arrival import data as turned_data
+from tests.engine.test_arrival import layers as turning_layers
 from tests.engine.test_streams import network, train
 
 
@@ -340,3 +342,14 @@ def test_nothing_is_collected_during_a_capture() -> None:
 def test_without_a_cuda_device_graphs_are_refused() -> None:
     with pytest.raises(ValueError, match="executor='graphs' needs a CUDA device; the stages are on cpu"):
         pipeline(chain(), "graphs")
+
+
+def test_replayed_gradients_lie_in_memory_as_eager_ones_do() -> None:
+    with fake_device():
+        pipe = pipeline(turning_layers(), "graphs")
+        for x, y in turned_data(20):
+            pipe.step(x, y)
+        (slot, *_) = pipe._executor._captured[1]._slots  # type: ignore[attr-defined]
+        assert slot.upstream[0].stride() == (30, 1, 6)
+        (slot, *_) = pipe._executor._captured[0]._slots  # type: ignore[attr-defined]
+        assert slot.grads.content[0].stride() == (30, 1, 6)

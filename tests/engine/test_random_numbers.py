@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import layerpipe
+from layerpipe.stage import random_numbers
 from layerpipe.stage.random_numbers import seed
 from tests.engine.models import chain, minibatches
 from tests.engine.pipelines import sgd
@@ -263,3 +267,22 @@ def test_threads_that_ask_for_torchs_state_go_on() -> None:
     """In a process of its own: it would stop with the GIL held, where no timeout of Python's can fire."""
     done = subprocess.run([sys.executable, "-c", ASKING], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_fork_waits_until_nobody_asks_for_torchs_state() -> None:
+    """Data loaders fork, and their workers seed first of all."""
+    taken, asking = threading.Event(), random_numbers._ALONE
+
+    def ask() -> None:
+        with asking:
+            taken.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    taken.wait()
+    child = os.fork()
+    if not child:
+        os._exit(0 if asking.acquire(timeout=20) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()

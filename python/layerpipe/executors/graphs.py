@@ -142,7 +142,9 @@ class CapturedStage:
         if slot is None:
             grads = owned(grads, current)
             self._see("grads", grads)
-            return stage.backward(minibatch, grads)
+            upstream = stage.backward(minibatch, grads)
+            self._see("upstream", upstream)
+            return upstream
         stage.leave(minibatch)
         if slot.grads is not None:
             slot.grads.fill(grads, current)
@@ -222,16 +224,19 @@ class CapturedStage:
         finally:
             device.forget_workspaces()
         self._slots, self._held = slots, held_by(stage)
-        content = {"inputs": slots[0].inputs, "target": slots[0].target, "grads": slots[0].grads}
+        first = slots[0]
+        content = {"inputs": first.inputs, "target": first.target, "grads": first.grads, "upstream": first.room}
         self._seen.update({what: buffers.content for what, buffers in content.items() if buffers is not None})
 
     def _make_slot(self) -> _Slot:
         seen, last = self._seen, "target" in self._seen
+        # In the order in memory of the gradients, where there are any.
+        upstream = tuple([x if g is None else g for x, g in zip(plain(seen["inputs"]), seen["upstream"], strict=False)])
         return _Slot(
             Buffers("inputs", plain(seen["inputs"])),
             Buffers("targets", seen["target"]) if last else None,
             None if last else Buffers("gradients", seen["grads"]),
-            Buffers("upstream gradients", plain(seen["inputs"])) if self.stage.index else None,
+            Buffers("upstream gradients", upstream) if self.stage.index else None,
             self._device.event(),
         )
 

@@ -2,7 +2,8 @@
 
 Where a gradient lies in memory in another order than the leaf that it belongs to, autograd copies it into the leaf's
 order. In a network that is not cut there is no leaf and nothing copies: the layers before see the other order, may take
-other kernels for it and round differently.
+other kernels for it and round differently. Expanded gradients and such with gaps do come as autograd's dense copies:
+that is how they cross to another process or device, and all executors are to give the same weights.
 """
 
 from __future__ import annotations
@@ -13,33 +14,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from layerpipe_kernels.layout import order
+
+Seen = dict[int, Tensor | None]
+
 
 class Arrival:
-    """Watches backwards from one moment at which the pipe is empty to the next; the first shows which need it."""
+    """Watches a stage's backwards, until an input of this shape has had a gradient that lay as the input does."""
 
     def __init__(self) -> None:
-        self._relaid: list[int] | None = None  # the inputs whose gradients autograd copies; None: not known yet
-        self._seen: dict[int, Tensor] | None = None
+        self._known: dict[int, tuple[torch.Size, bool]] = {}  # of each input: its shape, and whether autograd copied
 
-    def watch(self, inputs: Sequence[Tensor]) -> None:
-        """Before a backward."""
-        self._seen = seen = dict[int, Tensor]()
-        for i in range(len(inputs)) if self._relaid is None else self._relaid:
-            if inputs[i].requires_grad:
-                inputs[i].register_hook(functools.partial(seen.__setitem__, i))
+    def watch(self, inputs: Sequence[Tensor]) -> Seen:
+        """Before the backward: what it will fill in, for :meth:`gradients`."""
+        seen: Seen = {}
+        for i, x in enumerate(inputs):
+            if x.requires_grad and self._known.get(i) != (x.shape, False):
+                x.register_hook(functools.partial(_note, seen, i))
+        return seen
 
-    def gradients(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def gradients(self, inputs: Sequence[Tensor], seen: Seen) -> tuple[Tensor | None, ...]:
         """After it: of all inputs, ``None`` where there is none."""
         grads = [x.grad for x in inputs]
-        seen, self._seen = self._seen, None
-        if seen is None:  # there was no backward
-            return tuple(grads)
-        if self._relaid is None:
-            self._relaid = [i for i, g in seen.items() if _other_order(g, grads[i])]
-        for i in self._relaid:
-            grads[i] = seen.get(i)
+        for i, made in seen.items():
+            kept = grads[i]
+            if made is not None and kept is not None:
+                copied = made.stride() != kept.stride() if order(made) is not None else False
+                self._known[i] = inputs[i].shape, copied
+                if copied:
+                    grads[i] = made
         return tuple(grads)
 
 
-def _other_order(made: Tensor, kept: Tensor | None) -> bool:
-    return kept is not None and made.layout is kept.layout is torch.strided and made.stride() != kept.stride()
+def _note(seen: Seen, i: int, grad: Tensor) -> None:
+    seen[i] = None if i in seen else grad  # a backward inside of the backward: each of them sees a part

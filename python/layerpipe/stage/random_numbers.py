@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -22,25 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _NOTHING = nullcontext()
 
 
-class _OneAtATime:
-    """A generator whose methods one thread at a time is in; the others wait without the interpreter's lock."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self._generator, self._lock = generator, threading.RLock()
-
-    def __getattr__(self, name: str) -> Any:
-        method = getattr(self._generator, name)
-        if not callable(method):
-            return method
-
-        @functools.wraps(method)
-        def alone(*args: Any) -> Any:
-            with self._lock:
-                return method(*args)
-
-        return alone
+_ALONE = threading.RLock()
+os.register_at_fork(before=_ALONE.acquire, after_in_parent=_ALONE.release, after_in_child=_ALONE.release)
 
 
+@functools.cache
 def share_torchs_generator() -> None:
     """Several threads may call ``torch.get_rng_state`` and its like from now on.
 
@@ -48,10 +35,24 @@ def share_torchs_generator() -> None:
     GIL, and then makes a tensor. Before Python 3.12 the garbage collector may run at that moment, a finalizer or a
     callback of it hand the GIL to another thread, and that one, if it wants the generator's state, waits for the C++
     lock without giving the GIL back. ``torch.utils.checkpoint`` asks for the state in every forward and backward,
-    ``torch.compile`` whenever it compiles. From 3.12 on the collector runs between bytecodes only.
+    ``torch.compile`` whenever it compiles. So torch's functions wait for a lock of Python's first, which gives the GIL
+    back. From 3.12 on the collector runs between bytecodes only.
     """
-    if sys.version_info < (3, 12) and not isinstance(vars(torch.random)["default_generator"], _OneAtATime):
-        vars(torch.random)["default_generator"] = _OneAtATime(torch.default_generator)
+    if sys.version_info >= (3, 12):
+        return
+    for name in ("get_rng_state", "set_rng_state", "manual_seed", "seed", "initial_seed"):
+        alone = _one_at_a_time(getattr(torch.random, name))
+        setattr(torch.random, name, alone)
+        setattr(torch, name, alone)
+
+
+def _one_at_a_time(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        with _ALONE:
+            return function(*args, **kwargs)
+
+    return alone
 
 
 def seed() -> int:

@@ -5,7 +5,8 @@ there, and autograd computes only those of its gradients that somebody asked for
 inputs and remembers what arrived at such nodes, the second starts at each of them and asks for its weights. What does
 not come apart, such as BatchNorm's or attention's own gradients, or weights used more than once, is computed in the
 first part: every number is the one of the plain backward. Hooks on the output of a layer that comes apart are called in
-both parts.
+both parts, and what they return counts once; ``retain_grad`` of such an output adds up both, and a hook that changes
+its argument in place, which torch forbids, changes it twice.
 
 torch.distributed.pipelining splits its backward alike, but starts one second part at all nodes of a shared weight,
 which counts twice what one of them passes to the other.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from layerpipe.errors import DivergenceError
 from layerpipe.stage import autograd, first_layer
-from layerpipe.stage.arrival import Arrival
+from layerpipe.stage.arrival import Arrival, Seen
+from layerpipe.stage.clipping import clip
 from layerpipe.stage.copies import warn_of_copies
 from layerpipe.stage.options import Options, check_stage, set_options
 from layerpipe.stage.random_numbers import RandomNumbers
@@ -232,17 +233,16 @@ class Stage:
             for y, g in zip(flight.outputs, arrived, strict=True)
             if y.requires_grad and (grads is None or g is not None)
         ]
+        seen: Seen = {}
         if wanted:
             start = self.mark()
-            self._arrival.watch(flight.inputs if self.index else ())
+            seen = self._arrival.watch(flight.inputs if self.index else ())
             with _NOTHING if self.random is None else self.random.recomputing():
                 self._differentiate(flight.inputs, [y for y, _ in wanted], [g for _, g in wanted])
             self.span(LAYERS, start)
         if not self.index:
             return ()
-        upstream = self._arrival.gradients(flight.inputs)
-        if self.max_norm is not None:
-            upstream = self._apart(upstream)
+        upstream = self._arrival.gradients(flight.inputs, seen)
         if self.check_finite:
             self._check_finite(upstream, "gradient", minibatch)
         return upstream
@@ -265,11 +265,6 @@ class Stage:
             self._rest.activations(grads)
         else:
             autograd.backward(outputs, grads)
-
-    def _apart(self, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-        """Clipping scales the weights' gradients in place; what shares their memory is copied before."""
-        scaled = {p.grad.untyped_storage().data_ptr() for p in self._params if p.grad is not None}
-        return tuple([g.clone() if g is not None and g.untyped_storage().data_ptr() in scaled else g for g in grads])
 
     @property
     def half_done(self) -> bool:
@@ -298,7 +293,7 @@ class Stage:
                     set_options(group, values)
                 self._options = options
             if self.max_norm is not None:
-                nn.utils.clip_grad_norm_(self._params, self.max_norm)
+                clip(self._params, self.max_norm)
             self.optimizer.step()
             self.span(STEP, start)
         self.version += 1
@@ -307,7 +302,6 @@ class Stage:
         """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0."""
         self.base = self.version
         self._options = None  # a state may have been loaded
-        self._arrival = Arrival()
         if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
             self._recomputes = None if self.delay or self._split_backward else False
         self.look_again()
