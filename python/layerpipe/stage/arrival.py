@@ -39,7 +39,7 @@ class Arrival:
         for i, made in seen.items():
             kept = grads[i]
             if made is not None and kept is not None:
-                copied = made.stride() != kept.stride() if order(made) is not None else False
+                copied = order(made) is not None and made.stride() != kept.stride()
                 self._known[i] = inputs[i].shape, copied
                 if copied:
                     grads[i] = made
