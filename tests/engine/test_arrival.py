@@ -11,11 +11,12 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import layerpipe
-import layerpipe_kernels as lk
 from tests.engine.models import chain
 from tests.engine.pipelines import EXECUTORS, sgd
+from tests.engine.test_invariants import assert_equal_state
 
 Strides = list[tuple[int, ...]]
+Minibatches = list[tuple[Tensor, Tensor]]
 
 
 class Watched(nn.Module):
@@ -49,24 +50,26 @@ def layers() -> list[nn.Module]:
     return [Watched(), Transposed(), Watched(), Transposed(), nn.Sequential(nn.Flatten(), nn.Linear(30, 3))]
 
 
-def data(count: int) -> list[tuple[Tensor, Tensor]]:
+def data(count: int) -> Minibatches:
     torch.manual_seed(1)
     return [(torch.randn(4, 6, 5), torch.randint(0, 3, (4,))) for _ in range(count)]
 
 
-def plain(modules: list[nn.Module], count: int) -> dict[str, Tensor]:
+def plain(modules: list[nn.Module], minibatches: Minibatches, max_norm: float | None = None) -> dict[str, Tensor]:
+    """Trained without a cut; the norm is that of each module's gradient."""
     model = nn.Sequential(*modules)
-    optimizers = [lk.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in modules if list(m.parameters())]
-    for x, y in data(count):
+    trained = [m for m in modules if list(m.parameters())]
+    optimizers = [sgd(list(m.parameters())) for m in trained]
+    for x, y in minibatches:
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
-        for optimizer in optimizers:
+        for p in model.parameters():
+            p.grad = p.grad.clone() if p.grad is not None else None  # or weights share what is scaled in place
+        for module, optimizer in zip(trained, optimizers, strict=True):
+            if max_norm is not None:
+                nn.utils.clip_grad_norm_(module.parameters(), max_norm)
             optimizer.step()
     return model.state_dict()
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(value, b[name]) for name, value in a.items())
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -74,14 +77,14 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_gradient_keeps_its_order_in_memory(executor: str, split: bool) -> None:
     torch.set_num_threads(1)
     whole, parts = layers(), layers()
-    expected = plain(whole, 6)
+    expected = plain(whole, data(6))
     options: dict[str, Any] = {"executor": executor, "schedule": "sequential", "split_backward": split}
     with layerpipe.Pipeline(parts, F.cross_entropy, sgd, **options) as pipe:
         for i, (x, y) in enumerate(data(6)):
             pipe.step(x, y)
             if i == 3:
                 pipe.drain()
-        assert same(pipe.state_dict(), expected)
+        assert_equal_state(pipe.state_dict(), expected)
     for a, b in zip(whole, parts, strict=True):
         if isinstance(a, Watched) and isinstance(b, Watched):
             assert set(b.strides) == set(a.strides)
@@ -128,7 +131,7 @@ def test_parts_of_a_gradient_are_not_taken_for_the_whole() -> None:
         torch.manual_seed(0)
         return [Shift(), Twice(), nn.Sequential(nn.Flatten(), nn.Linear(30, 3))]
 
-    expected = plain(stages(), 3)
+    expected = plain(stages(), data(3))
     with layerpipe.Pipeline(stages(), F.cross_entropy, sgd, schedule="sequential") as pipe:
         for x, y in data(3):
             pipe.step(x, y)
@@ -181,25 +184,13 @@ def test_clipping_changes_no_gradient_of_a_neighbours(first: Any, middle: Any, e
         return [first(), middle(), nn.Linear(6, 3)]
 
     minibatches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(5)]
-    whole = stages()
-    optimizers = [lk.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in whole]
-    for x, y in minibatches:
-        for m in whole:
-            m.zero_grad()
-        F.cross_entropy(whole[2](whole[1](whole[0](x))), y).backward()
-        for m in whole:
-            for p in m.parameters():
-                p.grad = p.grad.clone() if p.grad is not None else None  # or weights share what is scaled in place
-        for m, optimizer in zip(whole, optimizers, strict=True):
-            nn.utils.clip_grad_norm_(m.parameters(), 1e-2)
-            optimizer.step()
+    expected = plain(stages(), minibatches, max_norm=1e-2)
     options: dict[str, Any] = {"executor": executor, "schedule": "sequential", "split_backward": split}
     with layerpipe.Pipeline(stages(), F.cross_entropy, sgd, max_norm=1e-2, **options) as pipe:
         for x, y in minibatches:
             pipe.step(x, y)
         pipe.drain()
-        for value, own in zip(pipe.state_dict().values(), nn.ModuleList(whole).state_dict().values(), strict=True):
-            assert torch.equal(value, own)
+        assert_equal_state(pipe.state_dict(), expected)
 
 
 def test_sparse_gradients_are_clipped() -> None:

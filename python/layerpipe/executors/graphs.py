@@ -230,13 +230,15 @@ class CapturedStage:
 
     def _make_slot(self) -> _Slot:
         seen, last = self._seen, "target" in self._seen
-        # In the order in memory of the gradients, where there are any.
-        upstream = tuple([x if g is None else g for x, g in zip(plain(seen["inputs"]), seen["upstream"], strict=False)])
+        upstream = None
+        if self.stage.index:  # in the order in memory of the gradients, where there are any
+            pairs = zip(plain(seen["inputs"]), seen["upstream"], strict=True)
+            upstream = Buffers("upstream gradients", tuple([x if g is None else g for x, g in pairs]))
         return _Slot(
             Buffers("inputs", plain(seen["inputs"])),
             Buffers("targets", seen["target"]) if last else None,
             None if last else Buffers("gradients", seen["grads"]),
-            Buffers("upstream gradients", upstream) if self.stage.index else None,
+            upstream,
             self._device.event(),
         )
 
