@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import re
 from typing import Any
 
 import torch
@@ -66,10 +67,26 @@ def _takes(backend: str, tensor: torch.Tensor) -> bool:
     return on_device and tensor.dtype in _GPU_DTYPES
 
 
+@functools.cache
+def _has_code_for(device: torch.device) -> bool:
+    """Whether the CUDA kernels were built for this GPU: as its generation's machine code, or as older PTX."""
+    gpu = torch.cuda.get_device_capability(device)
+    for name in _C.build_info()["cuda_architectures"].split():
+        found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual|)", name)
+        if found is None:  # "native", "all": the build knew what it did
+            return True
+        built = int(found[1]), int(found[2])
+        machine_code = found[4] != "-virtual" and built[0] == gpu[0] and built[1] <= gpu[1]
+        ptx = found[4] != "-real" and not found[3] and built <= gpu
+        if machine_code or ptx:
+            return True
+    return False
+
+
 def available_backends() -> tuple[str, ...]:
     """Backends that can run here, the preferred one first."""
     runs = {
-        "cuda": torch.cuda.is_available(),
+        "cuda": torch.cuda.is_available() and _built("cuda") and _has_code_for(torch.device("cuda")),
         "triton": torch.cuda.is_available() or _interpreted(),
         "cpp": True,
         "reference": True,
@@ -91,11 +108,12 @@ def choose(tensor: torch.Tensor, requested: str = "auto") -> str:
     """The backend for weights of this device and dtype.
 
     ``requested="auto"`` follows ``LAYERPIPE_BACKEND`` where it is set. Otherwise it takes, on a CUDA device, the CUDA
-    kernels, else Triton's, and on the CPU the C++ ones; whatever these cannot take is done in plain torch.
+    kernels if they were built for it, else Triton's, and on the CPU the C++ ones; whatever these cannot take is done in
+    plain torch.
 
     Raises:
         ValueError: an unknown backend, or one that cannot take this tensor.
-        RuntimeError: a backend is asked for by name and is not there.
+        RuntimeError: a backend is asked for by name and is not there, or not for this GPU.
     """
     source = "backend"
     if requested == "auto":
@@ -104,7 +122,7 @@ def choose(tensor: torch.Tensor, requested: str = "auto") -> str:
             if tensor.is_cpu:
                 return "cpp" if _C is not None and tensor.dtype in _CPU_DTYPES else "reference"
             fitting = (b for b in BACKENDS if _built(b) and _takes(b, tensor))
-            return next(fitting)
+            return next(b for b in fitting if b != "cuda" or _has_code_for(tensor.device))
         source = "LAYERPIPE_BACKEND"
     if requested not in BACKENDS:
         raise ValueError(f"{source}={requested!r} is unknown; there are: auto, {', '.join(BACKENDS)}")
@@ -113,4 +131,10 @@ def choose(tensor: torch.Tensor, requested: str = "auto") -> str:
         raise RuntimeError(f"{source}={requested!r}, but " + _MISSING[requested].format(why=why))
     if not _takes(requested, tensor):
         raise ValueError(f"{source}={requested!r} takes {_TAKES[requested]}, not {tensor.dtype} on {tensor.device}")
+    if requested == "cuda" and not _has_code_for(tensor.device):
+        raise RuntimeError(
+            f"{source}='cuda', but the CUDA kernels were built for {_C.build_info()['cuda_architectures']} and "
+            f"{torch.cuda.get_device_name(tensor.device)} is none of these: reinstall layerpipe with "
+            "LAYERPIPE_CUDA_ARCHS set to its compute capability, or use backend='triton'"
+        )
     return requested

@@ -28,6 +28,19 @@ def order(tensor: Tensor) -> Order | None:
     return dims if tensor.permute(dims).is_contiguous() else None
 
 
+def distinct(tensor: Tensor) -> Tensor:
+    """A view without the repetitions of an expanded tensor: of size 1 where all of a dimension is the same memory.
+
+    What is done to one in place is done to each element once; ``.expand_as(tensor)`` brings the repetitions back.
+    """
+    if tensor.layout != torch.strided or tensor.is_contiguous():
+        return tensor
+    for d, (size, step) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and step == 0:
+            tensor = tensor.narrow(d, 0, 1)
+    return tensor
+
+
 def in_memory(tensor: Tensor, dims: Order) -> Tensor:
     """A view ``(*, dims)`` with the last dimensions as they lie in memory; contiguous if the tensor is so ordered."""
     lead = tensor.ndim - len(dims)

@@ -95,12 +95,24 @@ def exchange(rank: int, executor: str) -> State:
 
 
 class _Transposed(nn.Linear):
-    """Hands on what lies column by column, and images whose channels lie together."""
+    """Hands on what lies column by column, images whose channels lie together, and what lies there once for many."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    gradients: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(6, 6)
+        self.register_buffer("gradients", torch.zeros(3, dtype=torch.long))
+
+    def note(self, grad: Tensor) -> None:
+        self.gradients.copy_(torch.tensor(grad.stride()))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         y = super().forward(x)
         images = y.view(-1, 3, 2, 1).expand(-1, -1, -1, 2)
-        return y.t().contiguous().t(), images.contiguous(memory_format=torch.channels_last)
+        expanded = y.t().contiguous().t().view(-1, 1, 6).expand(-1, 4, -1)
+        if expanded.requires_grad:
+            expanded.register_hook(self.note)
+        return y.t().contiguous().t(), images.contiguous(memory_format=torch.channels_last), expanded
 
 
 class _Strides(nn.Linear):
@@ -108,16 +120,16 @@ class _Strides(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(6, 3)
-        self.register_buffer("seen", torch.zeros(6, dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(9, dtype=torch.long))
 
-    def forward(self, x: Tensor, images: Tensor) -> Tensor:  # type: ignore[override]
-        self.seen.copy_(torch.tensor([*x.stride(), *images.stride()]))
-        return super().forward(x + images.mean(3).flatten(1))
+    def forward(self, x: Tensor, images: Tensor, expanded: Tensor) -> Tensor:  # type: ignore[override]
+        self.seen.copy_(torch.tensor([*x.stride(), *images.stride(), *expanded.stride()]))
+        return super().forward(x + images.mean(3).flatten(1) + expanded.sum(1))
 
 
 def strides(rank: int, executor: str) -> State:
     torch.manual_seed(0)
-    with pipeline([_Transposed(6, 6), _Strides()], executor=executor) as pipe:
+    with pipeline([_Transposed(), _Strides()], executor=executor) as pipe:
         for x, y in minibatches(6):
             pipe.step(x, y)
         pipe.drain()

@@ -24,12 +24,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.cuda import _sanitizer
 from torch.cuda._sanitizer import EventHandler, zip_arguments
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layerpipe import accelerator
+from layerpipe.executors import streams
 
 Site = tuple[str, int]  # the function and line that asked for something
 
@@ -206,6 +208,30 @@ class FakeDevice(TorchDispatchMode):
     def pool(self) -> int:
         return next(self._numbers)
 
+    def gradient_edge(self, param: Tensor) -> GradientEdge:
+        """Its node puts gradients down on the stream where it was made, as on a device.
+
+        That stream waits for the one that computed them, and is waited for: a backward does so at its end.
+        """
+        edge, home = get_gradient_edge(param), self.current()
+
+        def switch(before: FakeStream, after: FakeStream) -> None:
+            event = next(self._numbers)
+            self.handler._handle_event_creation(event)
+            self.handler._handle_event_record(event, before.number)
+            self.handler._handle_event_wait(event, after.number)
+
+        def enter(*_: Any) -> None:
+            switch(self.current(), home)
+            self._current.append(home)
+
+        def leave(*_: Any) -> None:
+            switch(self._current.pop(), self.current())
+
+        edge.node.register_prehook(enter)
+        edge.node.register_hook(leave)
+        return edge
+
     def forget_workspaces(self) -> None:
         self.forgot.append(len(self.captured))
 
@@ -345,5 +371,6 @@ def fake_device(without: Site | None = None) -> Iterator[FakeDevice]:
     device = FakeDevice(without)
     with pytest.MonkeyPatch.context() as patch, device:
         patch.setattr(accelerator, "of", lambda *_: device)
+        patch.setattr(streams, "get_gradient_edge", device.gradient_edge)
         patch.setattr(_sanitizer, "traceback", _Trace)
         yield device

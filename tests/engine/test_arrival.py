@@ -45,9 +45,36 @@ class Transposed(nn.Module):
         return self.inner(x.transpose(1, 2)).transpose(1, 2).contiguous()  # type: ignore[no-any-return]
 
 
-def layers() -> list[nn.Module]:
+class Shift(nn.Module):
+    """Hands its output's gradient on as it is; saves nothing for its backward, so that it may run twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.randn(6, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.by
+
+
+class Summed(nn.Module):
+    """Its input's gradient is an expanded one: the same memory along the last dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x.sum(2))  # type: ignore[no-any-return]
+
+
+def turning() -> list[nn.Module]:
     torch.manual_seed(0)
     return [Watched(), Transposed(), Watched(), Transposed(), nn.Sequential(nn.Flatten(), nn.Linear(30, 3))]
+
+
+def summing() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [Watched(), Shift(), Summed()]
 
 
 def data(count: int) -> Minibatches:
@@ -74,7 +101,8 @@ def plain(modules: list[nn.Module], minibatches: Minibatches, max_norm: float | 
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("executor", EXECUTORS)
-def test_a_gradient_keeps_its_order_in_memory(executor: str, split: bool) -> None:
+@pytest.mark.parametrize("layers", [turning, summing])
+def test_a_gradient_lies_in_memory_as_it_was_made(layers: Any, executor: str, split: bool) -> None:
     torch.set_num_threads(1)
     whole, parts = layers(), layers()
     expected = plain(whole, data(6))
@@ -100,17 +128,6 @@ def test_gradients_that_lie_as_their_inputs_are_not_watched(monkeypatch: pytest.
         for _ in range(10):
             pipe.step(torch.randn(4, 6), torch.randint(0, 3, (4,)))
         assert len(watched) == len(pipe.stages) - 1
-
-
-class Shift(nn.Module):
-    """Saves nothing for its backward, so that it may run twice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by = nn.Parameter(torch.randn(6, 5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.by
 
 
 class Twice(nn.Module):

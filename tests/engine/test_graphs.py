@@ -24,8 +24,8 @@ from layerpipe_kernels.plan import StepPlan
 from tests.engine import test_streams
 from tests.engine.fake_device import FakeDevice, fake_device, qualified_name
 from tests.engine.models import chain, minibatches
-from tests.engine.test_arrival import data as turned_data
-from tests.engine.test_arrival import layers as turning_layers
+from tests.engine.test_arrival import data, summing, turning
+from tests.engine.test_invariants import assert_equal_state
 from tests.engine.test_streams import network, train
 
 
@@ -344,12 +344,41 @@ def test_without_a_cuda_device_graphs_are_refused() -> None:
         pipeline(chain(), "graphs")
 
 
-def test_replayed_gradients_lie_in_memory_as_eager_ones_do() -> None:
-    with fake_device():
-        pipe = pipeline(turning_layers(), "graphs")
-        for x, y in turned_data(20):
-            pipe.step(x, y)
-        (slot, *_) = pipe._executor._captured[1]._slots  # type: ignore[attr-defined]
-        assert slot.upstream[0].stride() == (30, 1, 6)
-        (slot, *_) = pipe._executor._captured[0]._slots  # type: ignore[attr-defined]
-        assert slot.grads.content[0].stride() == (30, 1, 6)
+@pytest.mark.parametrize(("layers", "strides"), [(turning, (30, 1, 6)), (summing, (6, 1, 0))])
+def test_replayed_gradients_lie_in_memory_as_eager_ones_do(layers: Any, strides: tuple[int, ...]) -> None:
+    weights = {}
+    for executor in ("serial", "graphs"):
+        with fake_device(), pipeline(layers(), executor) as pipe:
+            for x, y in data(20):
+                pipe.step(x, y)
+            if executor == "graphs":
+                (slot, *_) = pipe._executor._captured[1]._slots  # type: ignore[attr-defined]
+                assert slot.upstream[0].stride() == strides
+                (slot, *_) = pipe._executor._captured[0]._slots  # type: ignore[attr-defined]
+                assert slot.grads.content[0].stride() == strides
+            pipe.drain()
+            weights[executor] = pipe.state_dict()
+    assert_equal_state(weights["graphs"], weights["serial"])
+
+
+class Spread(nn.Linear):
+    """Hands on the same memory for all positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x).unsqueeze(2).expand(-1, -1, 5)
+        return y
+
+
+def test_what_is_lent_stays_expanded() -> None:
+    weights = {}
+    for executor in ("serial", "graphs"):
+        torch.manual_seed(0)
+        with fake_device(), pipeline([Spread(6, 6), *summing()], executor) as pipe:
+            for x, y in minibatches(20):
+                pipe.step(x, y)
+            if executor == "graphs":
+                (slot, *_) = pipe._executor._captured[1]._slots  # type: ignore[attr-defined]
+                assert slot.inputs.content[0].stride() == (6, 1, 0)
+            pipe.drain()
+            weights[executor] = pipe.state_dict()
+    assert_equal_state(weights["graphs"], weights["serial"])

@@ -79,6 +79,8 @@ def test_a_channel_between_devices_copies_what_is_not_there_yet() -> None:
     assert (copied.device, copied.shape, same is there, none) == (META, (3,), True, None)
     item = (torch.ones(3),)
     assert moved(item, CPU) is item
+    (spread,) = moved((torch.ones(3, 1).expand(3, 4),), META)
+    assert (spread.shape, spread.stride()) == ((3, 4), (1, 0))
 
 
 def test_tensors_are_found_in_whatever_a_target_is() -> None:

@@ -56,12 +56,25 @@ class Recomputed(nn.Module):
         return checkpoint(self.layers, x, use_reentrant=False)  # type: ignore[no-any-return]
 
 
+class Shifted(nn.Module):
+    """Its weights' gradient is an expanded one, which autograd copies when it puts it down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.by.sum().exp()
+
+
 def network(kind: str, count: int) -> list[nn.Module]:
     stages = chain(count)
     if kind == "skip":
         stages = [*(Skip() for _ in range(count - 1)), Join(6, 3)]
     if kind == "dropout":
         stages = [nn.Sequential(nn.Dropout(0.3), stage) for stage in stages]
+    if kind == "shifted":
+        stages = [nn.Sequential(stage, Shifted()) for stage in stages]
     if kind == "recomputed":
         stages = [Recomputed(stage) for stage in stages]
     return stages
@@ -104,6 +117,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("skip", 3, {"schedule": "1f1b", "split_backward": True}),
     ("recomputed", 3, {}),
     ("dropout", 3, {}),
+    ("shifted", 3, {}),
 ]
 
 

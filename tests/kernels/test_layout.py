@@ -265,3 +265,18 @@ def test_arrays_are_arranged_as_their_weight(tensor: Tensor, lead: tuple[int, ..
     again = layout.like(numbers, tensor)
     assert layout.follows(again, tensor)
     assert torch.equal(again, numbers)
+
+
+def test_the_elements_of_an_expanded_tensor_once_each() -> None:
+    tensor = torch.zeros(2, 1, 3).expand(5, 2, 4, 3)
+    once = layout.distinct(tensor)
+    assert once.shape == (1, 2, 1, 3)
+    once += 1
+    assert tensor.eq(1).all()
+    assert once.expand_as(tensor).stride() == tensor.stride()
+    assert layout.distinct(torch.ones(()).expand(2, 3)).shape == (1, 1)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, 3).t(), torch.ones(1, 3).expand(1, 3), torch.ones(0, 1).expand(0, 4)])
+def test_a_tensor_that_repeats_nothing_is_left_as_it_is(tensor: Tensor) -> None:
+    assert layout.distinct(tensor) is tensor

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -265,6 +267,37 @@ def test_a_missing_gpu_backend_says_how_to_get_it(backend: str, monkeypatch: pyt
     monkeypatch.setattr(backends, "_built", lambda _: False)
     with pytest.raises(RuntimeError, match="nvcc" if backend == "cuda" else "pip install triton"):
         backends.choose(torch.ones(1), backend)
+
+
+@pytest.mark.parametrize(
+    ("architectures", "gpu", "fits"),
+    [
+        ("80-real 90-real 100", (8, 0), True),
+        ("80-real 90-real 100", (8, 9), True),  # machine code of its generation
+        ("80-real 90-real 100", (9, 0), True),
+        ("80-real 90-real 100", (12, 0), True),  # PTX
+        ("80-real 90-real 100", (7, 5), False),
+        ("90", (8, 0), False),
+        ("86-real", (8, 0), False),
+        ("90a", (10, 0), False),
+        ("80-virtual", (9, 0), True),
+        ("native", (7, 5), True),
+    ],
+)
+def test_a_gpu_that_the_kernels_were_not_built_for_gets_tritons(
+    architectures: str, gpu: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extension = SimpleNamespace(CUDA=1, build_info=lambda: {"cuda_architectures": architectures})
+    monkeypatch.setattr(backends, "_C", extension)
+    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "this GPU")
+    monkeypatch.setattr(backends, "_has_code_for", backends._has_code_for.__wrapped__)  # it remembers
+    weights: Any = SimpleNamespace(is_cpu=False, is_cuda=True, dtype=torch.float32, device=torch.device("cuda:0"))
+    assert backends.choose(weights) == ("cuda" if fits else "triton")
+    if not fits:
+        with pytest.raises(RuntimeError, match=f"built for {architectures} and this GPU is none of these"):
+            backends.choose(weights, "cuda")
 
 
 def test_build_info_says_what_is_there() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from layerpipe.executors.channels import Lent
+from layerpipe_kernels.layout import distinct
 
 
 class Buffers:
@@ -23,7 +24,7 @@ class Buffers:
     def __init__(self, name: str, example: Any) -> None:
         self.name = name
         leaves, self._tree = pytree.tree_flatten(example)
-        self._leaves = [torch.zeros_like(x, requires_grad=False) if isinstance(x, Tensor) else x for x in leaves]
+        self._leaves = [_room(x) if isinstance(x, Tensor) else x for x in leaves]
 
     @property
     def content(self) -> Any:
@@ -43,14 +44,14 @@ class Buffers:
             )
         for mine, theirs in zip(self._leaves, leaves, strict=True):
             if isinstance(mine, Tensor):
-                mine.copy_(theirs)
+                _copy(mine, theirs)
         if isinstance(item, Lent):
             item.was_read(stream)
 
     def copied(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Copies of tensors like these, in their place; ``None`` where there is none."""
         pairs = zip(self._leaves, tensors, strict=True)
-        return tuple([None if theirs is None else mine.copy_(theirs) for mine, theirs in pairs])
+        return tuple([None if theirs is None else _copy(mine, theirs) for mine, theirs in pairs])
 
 
 def plain(item: Any) -> Any:
@@ -62,15 +63,30 @@ def owned(item: Any, stream: Any) -> Any:
     """Copies of what is lent, made on this stream, else the item itself."""
     if not isinstance(item, Lent):
         return item
-    copies = tuple([x.clone() if isinstance(x, Tensor) else x for x in item])
+    copies = tuple([distinct(x).clone().expand_as(x) if isinstance(x, Tensor) else x for x in item])
     item.was_read(stream)
     return copies
 
 
+def _room(example: Tensor) -> Tensor:
+    return torch.zeros_like(distinct(example), requires_grad=False).expand_as(example)
+
+
+def _copy(mine: Tensor, theirs: Tensor) -> Tensor:
+    distinct(mine).copy_(distinct(theirs))
+    return mine
+
+
 def _kind(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else value
+    return (tuple(value.shape), value.dtype, distinct(value).shape) if isinstance(value, Tensor) else value
 
 
 def _kinds(values: Sequence[Any]) -> str:
-    shown = [f"{tuple(v.shape)} {v.dtype}" if isinstance(v, Tensor) else repr(v) for v in values]
-    return f"({', '.join(shown)})"
+    return f"({', '.join(map(_shown, values))})"
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    once = tuple(distinct(value).shape)
+    return f"{tuple(value.shape)} {value.dtype}" + (f" expanded from {once}" if once != value.shape else "")

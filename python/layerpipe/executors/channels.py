@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from layerpipe_kernels.layout import distinct
+
 
 class ChannelClosed(Exception):
     """The other side is gone."""
@@ -78,7 +80,13 @@ def moved(item: Any, device: torch.device) -> Any:
     if all(tensor.device == device for tensor in tensors_in(item)):
         return item
     item = tuple(item) if isinstance(item, Lent) else item
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), item)
+    return pytree.tree_map_only(Tensor, lambda t: _moved(t, device), item)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    once = distinct(tensor)
+    copied = once.to(device, non_blocking=True)
+    return copied if once is tensor else copied.expand_as(tensor)
 
 
 def tensors_in(item: Any) -> Iterator[Tensor]:

@@ -223,6 +223,8 @@ class CapturedStage:
                         self._graph(slot, "update", updates, lambda: stage.update(self._options))
         finally:
             device.forget_workspaces()
+        for param in stage.module.parameters():
+            param.grad = None  # which was the graphs' memory
         self._slots, self._held = slots, held_by(stage)
         first = slots[0]
         content = {"inputs": first.inputs, "target": first.target, "grads": first.grads, "upstream": first.room}

@@ -23,6 +23,7 @@ from torch import Tensor
 from layerpipe.errors import DivergenceError, StageError
 from layerpipe.executors.channels import Channel, moved
 from layerpipe.executors.ranks import Ranks, reached
+from layerpipe_kernels.layout import distinct
 
 _HEADER = 4096  # bytes: what follows, a number that depends on it, and room for what an error says
 _TENSORS, _LAYOUT, _EMPTY, _END = range(4)
@@ -40,8 +41,13 @@ class _Kind(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> _Kind:
         if not tensor.is_contiguous():  # with its gaps closed, if it has any
-            tensor = torch.empty_like(tensor, device="meta")
+            tensor = torch.empty_like(distinct(tensor), device="meta").expand_as(tensor)
         return cls(tensor.dtype, tuple(tensor.shape), tensor.stride())
+
+    @property
+    def bytes(self) -> int:
+        """Of what crosses: each element once."""
+        return self.dtype.itemsize * math.prod(n for n, step in zip(self.shape, self.stride, strict=True) if step)
 
 
 class _Layout:
@@ -53,15 +59,15 @@ class _Layout:
         for kind in self.kinds:
             self.starts.append(at)
             if kind is not None:
-                at += -(-kind.dtype.itemsize * math.prod(kind.shape) // 64) * 64
+                at += -(-kind.bytes // 64) * 64
         self.bytes = at
 
     def view(self, buffer: Tensor, i: int) -> Tensor | None:
         kind = self.kinds[i]
         if kind is None:
             return None
-        start, size = self.starts[i], math.prod(kind.shape)
-        return buffer[start : start + kind.dtype.itemsize * size].view(kind.dtype).as_strided(kind.shape, kind.stride)
+        start = self.starts[i]
+        return buffer[start : start + kind.bytes].view(kind.dtype).as_strided(kind.shape, kind.stride)
 
     def to_bytes(self) -> bytes:
         return json.dumps([k and (str(k.dtype).removeprefix("torch."), k.shape, k.stride) for k in self.kinds]).encode()
@@ -106,7 +112,7 @@ class Outgoing(Channel):
             if tensor is not None:
                 view = self._layout.view(buffer, i)
                 assert view is not None
-                view.copy_(tensor.detach())
+                distinct(view).copy_(distinct(tensor.detach()))
         self._send(buffer)
 
     def finish(self, fed: int) -> None:

@@ -56,8 +56,9 @@ class Lane:
         # The node that puts a parameter's gradient down lives as long as any graph with the parameter, so always, on
         # the stream where it was made. One stream, and no other work there: nothing waits for it in vain.
         self.home = device.stream()
+        self._params = [p for p in stage.module.parameters() if p.requires_grad]
         with device.use(self.home):
-            self._nodes = [get_gradient_edge(p).node for p in stage.module.parameters() if p.requires_grad]
+            self._nodes = [get_gradient_edge(p).node for p in self._params]
 
     def stream(self, minibatch: int) -> Any:
         return self.streams[minibatch % len(self.streams)]
@@ -72,7 +73,11 @@ class Lane:
 
     def before_update(self) -> None:
         start = self.stage.mark()
-        self.device.current().wait_event(self.forward)
+        current = self.device.current()
+        current.wait_event(self.forward)
+        for param in self._params:
+            if param.grad is not None:  # a copy, where autograd had to make one, is memory of the home stream
+                self.device.keep(param.grad, current)
         self.stage.span(WAIT, start)
 
     def end(self, action: Action, stream: Any) -> None:

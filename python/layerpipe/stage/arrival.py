@@ -2,8 +2,9 @@
 
 Where a gradient lies in memory in another order than the leaf that it belongs to, autograd copies it into the leaf's
 order. In a network that is not cut there is no leaf and nothing copies: the layers before see the other order, may take
-other kernels for it and round differently. Expanded gradients and such with gaps do come as autograd's dense copies:
-that is how they cross to another process or device, and all executors are to give the same weights.
+other kernels for it and round differently; the same goes for an expanded gradient, of a sum. Gradients with gaps do
+come as autograd's dense copies: that is how they cross to another process or device, and all executors are to give the
+same weights.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.layout import order
+from layerpipe_kernels.layout import distinct, order
 
 Seen = dict[int, Tensor | None]
 
@@ -39,7 +40,7 @@ class Arrival:
         for i, made in seen.items():
             kept = grads[i]
             if made is not None and kept is not None:
-                copied = order(made) is not None and made.stride() != kept.stride()
+                copied = order(distinct(made)) is not None and made.stride() != kept.stride()
                 self._known[i] = inputs[i].shape, copied
                 if copied:
                     grads[i] = made
