@@ -75,9 +75,12 @@ class Case:
         x = torch.randn(self.batch, 1, self.size, self.size, generator=generator)
         return x.contiguous(memory_format=self.memory_format), torch.randint(10, (self.batch,), generator=generator)
 
-    def stages(self, count: int, balance: str = "time", *, compiled: bool = False) -> list[nn.Module]:
+    def stages(
+        self, count: int, balance: str = "time", *, at: list[str] | None = None, compiled: bool = False
+    ) -> list[nn.Module]:
         model, (x, _) = self.model(), self.minibatch()
-        return layerpipe.split(model, count, (x,), balance=balance, wrap=compile_module if compiled else None)
+        wrap = compile_module if compiled else None
+        return layerpipe.split(model, count, (x,), balance=balance, at=at, wrap=wrap)
 
 
 def faster_format(case: Case, step: Callable[[Case], Callable[[int], float]], rounds: int = 5) -> Case:

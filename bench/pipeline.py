@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -51,6 +52,11 @@ class Options:
     compiled: bool
     split_backward: bool
 
+    @property
+    def kinds(self) -> list[tuple[str, bool]]:
+        """Of pipelines: the schedule, and whether the backward is split."""
+        return list(itertools.product(self.schedules, (False, True)[: 1 + self.split_backward]))
+
 
 def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
     """Seconds per step of an ordinary loop with torch's fused SGD."""
@@ -72,18 +78,21 @@ def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
     return run
 
 
-def pipelined(case: Case, options: Options, schedule: str, *, compiled: bool = False) -> tuple[layerpipe.Pipeline, Run]:
-    """Seconds per step of the pipeline in steady state, one intra-op thread in each worker."""
+def pipelined(
+    case: Case, options: Options, kind: tuple[str, bool], at: list[str] | None, *, compiled: bool = False
+) -> tuple[layerpipe.Pipeline, Run]:
+    """Seconds per step of the pipeline in steady state, one intra-op thread in each worker; cut ``at`` these layers."""
     x, y = case.minibatch()
+    schedule, split = kind
     pipe = layerpipe.Pipeline(
-        case.stages(options.stages, options.balance, compiled=compiled),
+        case.stages(options.stages, options.balance, at=at, compiled=compiled),
         loss_fn,
         lambda params, **past: layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past),
         past=options.past,
         schedule=schedule,
         executor="threads",
         threads_per_stage=1,
-        split_backward=options.split_backward,
+        split_backward=split,
     )
 
     def run(steps: int) -> float:
@@ -159,16 +168,18 @@ def measure(cases: dict[bool, Case], options: Options, rounds: int, steps: int) 
     """
     cores = range(1, options.stages + 1)
     variants: dict[tuple[bool, str], Run] = {}
-    pipes: dict[str, layerpipe.Pipeline] = {}
+    pipes: dict[tuple[bool, str], layerpipe.Pipeline] = {}
     others: list[AtOnce] = []
     for compiled, case in cases.items():
         for threads in cores:
             variants[compiled, f"plain, {threads}"] = plain(case, threads, compiled=compiled)
         others.append(AtOnce(case, options.stages, compiled=compiled))
         variants[compiled, "at once"] = others[-1]
-        for schedule in options.schedules:
-            pipe, variants[compiled, schedule] = pipelined(case, options, schedule, compiled=compiled)
-            pipes[f"{compiled} {schedule}"] = pipe
+        at = None
+        for kind in options.kinds:
+            pipe, variants[compiled, str(kind)] = pipelined(case, options, kind, at, compiled=compiled)
+            pipes[compiled, str(kind)] = pipe
+            at = [name.split(" … ")[0] for name in pipe.names[1:]]  # all kinds are cut like the first
     seconds: dict[tuple[bool, str], list[float]] = {key: [] for key in variants}
     try:
         for run in variants.values():
@@ -186,15 +197,16 @@ def measure(cases: dict[bool, Case], options: Options, rounds: int, steps: int) 
     for compiled, case in cases.items():
         one, at_once = seconds[compiled, "plain, 1"], seconds[compiled, "at once"]
         best = [min(times) for times in zip(*(seconds[compiled, f"plain, {t}"] for t in cores), strict=True)]
-        for schedule in options.schedules:
-            ours = seconds[compiled, schedule]
+        for schedule, split in options.kinds:
+            key = compiled, str((schedule, split))
+            ours = seconds[key]
             results.append(
                 {
                     "case": dataclasses.asdict(case),
                     "options": dataclasses.asdict(options),
                     "code": "compiled" if compiled else "eager",
-                    "schedule": schedule,
-                    "stages": names[f"{compiled} {schedule}"],
+                    "schedule": f"{schedule}, split" if split else schedule,
+                    "stages": names[key],
                     "rounds": rounds,
                     "steps_per_round": steps,
                     "seconds": {
@@ -240,7 +252,7 @@ def main() -> None:
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--schedule", nargs="+", default=["lockstep", "1f1b"])
     parser.add_argument("--compile", action="store_true", help="also compiled stages against compiled plain training")
-    parser.add_argument("--split-backward", action="store_true")
+    parser.add_argument("--split-backward", action="store_true", help="also pipelines with split_backward=True")
     parser.add_argument("--memory-format", choices=("fastest", "contiguous", "channels_last"), default="fastest")
     parser.add_argument("--balance", choices=("flops", "time", "params"), default="time")
     parser.add_argument("--past", default="blend", help="kind of past weights")
