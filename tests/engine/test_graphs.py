@@ -8,6 +8,7 @@ import functools
 import gc
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from layerpipe_kernels.plan import StepPlan
 from tests.engine import test_streams
 from tests.engine.fake_device import FakeDevice, fake_device, qualified_name
 from tests.engine.models import chain, minibatches
-from tests.engine.test_arrival import data, summing, turning
+from tests.engine.test_arrival import Minibatches, data, summing, turning
 from tests.engine.test_invariants import assert_equal_state
 from tests.engine.test_streams import network, train
 
@@ -344,21 +345,25 @@ def test_without_a_cuda_device_graphs_are_refused() -> None:
         pipeline(chain(), "graphs")
 
 
-@pytest.mark.parametrize(("layers", "strides"), [(turning, (30, 1, 6)), (summing, (6, 1, 0))])
-def test_replayed_gradients_lie_in_memory_as_eager_ones_do(layers: Any, strides: tuple[int, ...]) -> None:
-    weights = {}
+def first_slots(stages: Callable[[], list[nn.Module]], minibatches: Minibatches) -> list[Any]:
+    """Of each stage, after a training that gives the serial executor's weights."""
+    weights, slots = [], []
     for executor in ("serial", "graphs"):
-        with fake_device(), pipeline(layers(), executor) as pipe:
-            for x, y in data(20):
+        with fake_device(), pipeline(stages(), executor) as pipe:
+            for x, y in minibatches:
                 pipe.step(x, y)
-            if executor == "graphs":
-                (slot, *_) = pipe._executor._captured[1]._slots  # type: ignore[attr-defined]
-                assert slot.upstream[0].stride() == strides
-                (slot, *_) = pipe._executor._captured[0]._slots  # type: ignore[attr-defined]
-                assert slot.grads.content[0].stride() == strides
+            slots = [stage._slots[0] for stage in getattr(pipe._executor, "_captured", ())]
             pipe.drain()
-            weights[executor] = pipe.state_dict()
-    assert_equal_state(weights["graphs"], weights["serial"])
+            weights.append(pipe.state_dict())
+    assert_equal_state(*weights)
+    return slots
+
+
+@pytest.mark.parametrize(("stages", "strides"), [(turning, (30, 1, 6)), (summing, (6, 1, 0))])
+def test_replayed_gradients_lie_in_memory_as_eager_ones_do(stages: Any, strides: tuple[int, ...]) -> None:
+    first, second, *_ = first_slots(stages, data(20))
+    assert second.upstream[0].stride() == strides
+    assert first.grads.content[0].stride() == strides
 
 
 class Spread(nn.Linear):
@@ -370,15 +375,9 @@ class Spread(nn.Linear):
 
 
 def test_what_is_lent_stays_expanded() -> None:
-    weights = {}
-    for executor in ("serial", "graphs"):
-        torch.manual_seed(0)
-        with fake_device(), pipeline([Spread(6, 6), *summing()], executor) as pipe:
-            for x, y in minibatches(20):
-                pipe.step(x, y)
-            if executor == "graphs":
-                (slot, *_) = pipe._executor._captured[1]._slots  # type: ignore[attr-defined]
-                assert slot.inputs.content[0].stride() == (6, 1, 0)
-            pipe.drain()
-            weights[executor] = pipe.state_dict()
-    assert_equal_state(weights["graphs"], weights["serial"])
+    def stages() -> list[nn.Module]:
+        after = summing()
+        return [Spread(6, 6), *after]
+
+    _, second, *_ = first_slots(stages, minibatches(20))
+    assert second.inputs.content[0].stride() == (6, 1, 0)
