@@ -17,6 +17,7 @@ def clip(params: Iterable[Tensor], max_norm: float) -> None:
     params = [p for p in params if p.grad is not None]
     if params:
         grads = [p.grad for p in params if p.grad is not None]
-        factor = torch.clamp(max_norm / (nn.utils.get_total_norm(grads) + 1e-6), max=1.0)
+        values = [g.coalesce().values() if g.is_sparse else g for g in grads]  # torch 2.11 has no norm of sparse ones
+        factor = torch.clamp(max_norm / (nn.utils.get_total_norm(values) + 1e-6), max=1.0)
         for param, grad in zip(params, torch._foreach_mul(grads, factor), strict=True):
             param.grad = grad
