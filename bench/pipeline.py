@@ -38,6 +38,7 @@ import layerpipe_kernels
 from bench.networks import Case, add_cases, compile_module, faster_format, loss_fn
 from bench.report import console, save, spread
 from layerpipe import models
+from layerpipe.partition import cut_at
 from layerpipe.partition.profile import intraop_threads
 
 Run = Callable[[int], float]
@@ -179,7 +180,7 @@ def measure(cases: dict[bool, Case], options: Options, rounds: int, steps: int) 
         for kind in options.kinds:
             pipe, variants[compiled, str(kind)] = pipelined(case, options, kind, at, compiled=compiled)
             pipes[compiled, str(kind)] = pipe
-            at = [name.split(" … ")[0] for name in pipe.names[1:]]  # all kinds are cut like the first
+            at = cut_at([stage.module for stage in pipe.stages])  # all kinds are cut like the first
     seconds: dict[tuple[bool, str], list[float]] = {key: [] for key in variants}
     try:
         for run in variants.values():

@@ -76,9 +76,13 @@ def _has_code_for(device: torch.device) -> bool:
         if found is None:  # "native", "all": the build knew what it did
             return True
         built = int(found[1]), int(found[2])
-        machine_code = found[4] != "-virtual" and built[0] == gpu[0] and built[1] <= gpu[1]
-        ptx = found[4] != "-real" and not found[3] and built <= gpu
-        if machine_code or ptx:
+        if found[3] == "a":  # for this very GPU
+            fits = built == gpu
+        elif found[3] == "f" or found[4] == "-real":  # for its generation
+            fits = built[0] == gpu[0] and built <= gpu
+        else:  # with PTX
+            fits = built <= gpu
+        if fits:
             return True
     return False
 
@@ -86,7 +90,7 @@ def _has_code_for(device: torch.device) -> bool:
 def available_backends() -> tuple[str, ...]:
     """Backends that can run here, the preferred one first."""
     runs = {
-        "cuda": torch.cuda.is_available() and _built("cuda") and _has_code_for(torch.device("cuda")),
+        "cuda": torch.cuda.is_available(),
         "triton": torch.cuda.is_available() or _interpreted(),
         "cpp": True,
         "reference": True,

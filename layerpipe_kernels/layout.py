@@ -31,7 +31,7 @@ def order(tensor: Tensor) -> Order | None:
 def distinct(tensor: Tensor) -> Tensor:
     """A view without the repetitions of an expanded tensor: of size 1 where all of a dimension is the same memory.
 
-    What is done to one in place is done to each element once; ``.expand_as(tensor)`` brings the repetitions back.
+    What is done to it in place is done to each element once.
     """
     if tensor.layout != torch.strided or tensor.is_contiguous():
         return tensor
@@ -39,6 +39,26 @@ def distinct(tensor: Tensor) -> Tensor:
         if size > 1 and step == 0:
             tensor = tensor.narrow(d, 0, 1)
     return tensor
+
+
+def room_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """Memory that lies as the tensor's, with its repetitions and gaps, which ``torch.empty_like`` leaves out."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
+
+
+def fill(room: Tensor, tensor: Tensor) -> Tensor:
+    """Copy a tensor of the same shape, which repeats at least what the room repeats; the host does not wait."""
+    once = distinct(room)
+    once.copy_(tensor if once is room else tensor[tuple(map(slice, once.shape))], non_blocking=True)
+    return room
+
+
+def replica(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A copy that lies in memory as the tensor does, with its repetitions and gaps: kernels round alike on both."""
+    tensor = tensor.detach()
+    if order(tensor) is None and tensor.layout == torch.strided:
+        return fill(room_like(tensor, device), tensor)
+    return tensor.to(device or tensor.device, non_blocking=True, copy=True)
 
 
 def in_memory(tensor: Tensor, dims: Order) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import backend as _backend
+from layerpipe_kernels.layout import distinct
 from layerpipe_kernels.options import Moment, Options, PastDesign, SgdOptions
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def pointers(tensors: Sequence[Tensor]) -> list[int]:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor has no NaN and no infinity; waits for its device."""
+    tensor = distinct(tensor)
     finite: bool | None = _extension.all_finite(tensor, EXCHANGE) if _extension is not None else None
     if finite is not None:
         return finite

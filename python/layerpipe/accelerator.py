@@ -46,7 +46,8 @@ class Accelerator:
 
     def keep(self, tensor: Tensor, stream: Any) -> None:
         """Nobody gets this tensor's memory before the stream has done what it was given while the tensor lived."""
-        tensor.record_stream(stream)
+        for part in (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,):
+            part.record_stream(stream)
 
     def drawn(self) -> Any:
         """Another value after random numbers were drawn on the device; the host counts them."""

@@ -95,7 +95,7 @@ def exchange(rank: int, executor: str) -> State:
 
 
 class _Transposed(nn.Linear):
-    """Hands on what lies column by column, images whose channels lie together, and what lies there once for many."""
+    """Hands on what lies column by column, images whose channels lie together, one for many, and with gaps."""
 
     gradients: Tensor
 
@@ -106,13 +106,14 @@ class _Transposed(nn.Linear):
     def note(self, grad: Tensor) -> None:
         self.gradients.copy_(torch.tensor(grad.stride()))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
         y = super().forward(x)
         images = y.view(-1, 3, 2, 1).expand(-1, -1, -1, 2)
         expanded = y.t().contiguous().t().view(-1, 1, 6).expand(-1, 4, -1)
         if expanded.requires_grad:
             expanded.register_hook(self.note)
-        return y.t().contiguous().t(), images.contiguous(memory_format=torch.channels_last), expanded
+        gapped = y.repeat(1, 3).chunk(3, 1)[1]
+        return y.t().contiguous().t(), images.contiguous(memory_format=torch.channels_last), expanded, gapped
 
 
 class _Strides(nn.Linear):
@@ -120,11 +121,11 @@ class _Strides(nn.Linear):
 
     def __init__(self) -> None:
         super().__init__(6, 3)
-        self.register_buffer("seen", torch.zeros(9, dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(11, dtype=torch.long))
 
-    def forward(self, x: Tensor, images: Tensor, expanded: Tensor) -> Tensor:  # type: ignore[override]
-        self.seen.copy_(torch.tensor([*x.stride(), *images.stride(), *expanded.stride()]))
-        return super().forward(x + images.mean(3).flatten(1) + expanded.sum(1))
+    def forward(self, x: Tensor, images: Tensor, expanded: Tensor, gapped: Tensor) -> Tensor:  # type: ignore[override]
+        self.seen.copy_(torch.tensor([*x.stride(), *images.stride(), *expanded.stride(), *gapped.stride()]))
+        return super().forward(x + images.mean(3).flatten(1) + expanded.sum(1) + F.gelu(gapped))
 
 
 def strides(rank: int, executor: str) -> State:

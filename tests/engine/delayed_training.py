@@ -95,10 +95,8 @@ class DelayedTraining:
         if arrived:
             torch.autograd.backward([y for y, _ in arrived], [g for _, g in arrived])
         if s:
-            # One without gaps as the layers made it; the leaf's own may be a copy that lies otherwise in memory.
-            self.sent["gradients", s - 1, m] = [
-                g if g is not None and _has_no_gaps(g) else x.grad for x, g in zip(inputs, upstream, strict=True)
-            ]
+            # As the layers made it; the leaf's own may be a copy that lies otherwise in memory.
+            self.sent["gradients", s - 1, m] = upstream
         for param, own in zip(params, current, strict=True):
             own.grad = None if param.grad is None else param.grad.clone(memory_format=torch.contiguous_format)
         if optimizer is not None:
@@ -107,11 +105,6 @@ class DelayedTraining:
             optimizer.step()
         for param, own in zip(params, current, strict=True):
             param.data.copy_(own.detach())
-
-
-def _has_no_gaps(x: Tensor) -> bool:
-    once = x[tuple(slice(None) if step else 0 for step in x.stride())]  # where it is expanded, one for all
-    return once.clone().stride() == once.stride()
 
 
 def _leaf(x: Tensor) -> Tensor:

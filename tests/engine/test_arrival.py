@@ -67,6 +67,17 @@ class Summed(nn.Module):
         return self.inner(x.sum(2))  # type: ignore[no-any-return]
 
 
+class Joined(nn.Module):
+    """Its input's gradient is a part of a larger one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(11, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(torch.cat([x, x.new_ones(4, 6, 6)], 2))  # type: ignore[no-any-return]
+
+
 def turning() -> list[nn.Module]:
     torch.manual_seed(0)
     return [Watched(), Transposed(), Watched(), Transposed(), nn.Sequential(nn.Flatten(), nn.Linear(30, 3))]
@@ -77,31 +88,38 @@ def summing() -> list[nn.Module]:
     return [Watched(), Shift(), Summed()]
 
 
+def joining() -> list[nn.Module]:
+    torch.manual_seed(0)
+    return [Watched(), Shift(), Joined(), Summed()]
+
+
 def data(count: int) -> Minibatches:
     torch.manual_seed(1)
     return [(torch.randn(4, 6, 5), torch.randint(0, 3, (4,))) for _ in range(count)]
 
 
-def plain(modules: list[nn.Module], minibatches: Minibatches, max_norm: float | None = None) -> dict[str, Tensor]:
+def plain(
+    modules: list[nn.Module], minibatches: Minibatches, max_norm: float | None = None, optimizer: Any = sgd
+) -> dict[str, Tensor]:
     """Trained without a cut; the norm is that of each module's gradient."""
     model = nn.Sequential(*modules)
     trained = [m for m in modules if list(m.parameters())]
-    optimizers = [sgd(list(m.parameters())) for m in trained]
+    optimizers = [optimizer(list(m.parameters())) for m in trained]
     for x, y in minibatches:
         model.zero_grad()
         F.cross_entropy(model(x), y).backward()
         for p in model.parameters():
             p.grad = p.grad.clone() if p.grad is not None else None  # or weights share what is scaled in place
-        for module, optimizer in zip(trained, optimizers, strict=True):
+        for module, each in zip(trained, optimizers, strict=True):
             if max_norm is not None:
                 nn.utils.clip_grad_norm_(module.parameters(), max_norm)
-            optimizer.step()
+            each.step()
     return model.state_dict()
 
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("layers", [turning, summing])
+@pytest.mark.parametrize("layers", [turning, summing, joining])
 def test_a_gradient_lies_in_memory_as_it_was_made(layers: Any, executor: str, split: bool) -> None:
     torch.set_num_threads(1)
     whole, parts = layers(), layers()
@@ -128,6 +146,31 @@ def test_gradients_that_lie_as_their_inputs_are_not_watched(monkeypatch: pytest.
         for _ in range(10):
             pipe.step(torch.randn(4, 6), torch.randint(0, 3, (4,)))
         assert len(watched) == len(pipe.stages) - 1
+
+
+class Sometimes(nn.Module):
+    """Its input's gradient is an expanded one, or none such."""
+
+    expanded = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(30, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.flatten(1)
+        return self.inner(y.sum(1, keepdim=True) * y.new_ones(1, 30) if self.expanded else y)  # type: ignore[no-any-return]
+
+
+def test_whether_gradients_are_copied_is_looked_at_again_after_a_drain() -> None:
+    """As a resumed pipeline does."""
+    watched, last = Watched(), Sometimes()
+    with layerpipe.Pipeline([watched, last], F.cross_entropy, sgd) as pipe:
+        for last.expanded in (False, True):
+            for x, y in data(4):
+                pipe.step(x, y)
+            pipe.drain()
+    assert watched.strides == [(30, 5, 1)] * 4 + [(1, 0, 0)] * 4
 
 
 class Twice(nn.Module):
@@ -167,6 +210,13 @@ class Position(nn.Module):
         return (x.view(2, 12) + self.position.view(2, 12)).view(4, 6)
 
 
+class Doubled(Position):
+    """The same, in memory that is not what it received."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
 class Full(nn.Module):
     """The same, but the weight's gradient is computed in the second part of a split backward."""
 
@@ -191,7 +241,7 @@ class Handing(nn.Module):
 
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("middle", [Position, Full])
+@pytest.mark.parametrize("middle", [Position, Doubled, Full])
 @pytest.mark.parametrize("first", [lambda: nn.Linear(6, 6), Handing])
 def test_clipping_changes_no_gradient_of_a_neighbours(first: Any, middle: Any, executor: str, split: bool) -> None:
     torch.set_num_threads(1)
@@ -204,6 +254,31 @@ def test_clipping_changes_no_gradient_of_a_neighbours(first: Any, middle: Any, e
     expected = plain(stages(), minibatches, max_norm=1e-2)
     options: dict[str, Any] = {"executor": executor, "schedule": "sequential", "split_backward": split}
     with layerpipe.Pipeline(stages(), F.cross_entropy, sgd, max_norm=1e-2, **options) as pipe:
+        for x, y in minibatches:
+            pipe.step(x, y)
+        pipe.drain()
+        assert_equal_state(pipe.state_dict(), expected)
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize("middle", [Position, Doubled, Full])
+@pytest.mark.parametrize("first", [lambda: nn.Linear(6, 6), Handing])
+def test_an_optimizer_may_write_into_its_gradients(first: Any, middle: Any, executor: str, split: bool) -> None:
+    """As torch's does with Nesterov's momentum."""
+    torch.set_num_threads(1)
+
+    def stages() -> list[nn.Module]:
+        torch.manual_seed(0)
+        return [first(), middle(), nn.Linear(6, 3)]
+
+    def nesterov(params: list[Tensor], **_: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True, foreach=True)
+
+    minibatches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(5)]
+    expected = plain(stages(), minibatches, optimizer=nesterov)
+    options: dict[str, Any] = {"executor": executor, "schedule": "sequential", "split_backward": split}
+    with layerpipe.Pipeline(stages(), F.cross_entropy, nesterov, **options) as pipe:
         for x, y in minibatches:
             pipe.step(x, y)
         pipe.drain()

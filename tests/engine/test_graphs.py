@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels as lk
+from layerpipe.executors.buffers import Buffers
 from layerpipe.executors.channels import Lent
 from layerpipe.tracing.spans import HostClock, Recorder
 from layerpipe_kernels.history import DeviceClock, Norms
@@ -374,10 +375,27 @@ class Spread(nn.Linear):
         return y
 
 
-def test_what_is_lent_stays_expanded() -> None:
+class Sliced(nn.Linear):
+    """Hands on a part of a tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).repeat(1, 10).view(-1, 6, 10)[:, :, ::2]
+
+
+@pytest.mark.parametrize(("first", "strides"), [(Spread, (6, 1, 0)), (Sliced, (60, 10, 2))])
+def test_what_is_lent_keeps_its_repetitions_and_gaps(first: Any, strides: tuple[int, ...]) -> None:
     def stages() -> list[nn.Module]:
         after = summing()
-        return [Spread(6, 6), *after]
+        return [first(6, 6), *after]
 
     _, second, *_ = first_slots(stages, minibatches(20))
-    assert second.inputs.content[0].stride() == (6, 1, 0)
+    assert second.inputs.content[0].stride() == strides
+
+
+def test_room_for_targets_takes_what_repeats_more_and_refuses_what_repeats_less() -> None:
+    dense, expanded = torch.randn(4, 3), torch.randn(1, 3).expand(4, 3)
+    room = Buffers("targets", dense)
+    room.fill(expanded, None)
+    assert torch.equal(room.content, expanded)
+    with pytest.raises(ValueError, match=r"targets have been captured as .*expanded from \(1, 3\).*contiguous"):
+        Buffers("targets", expanded).fill(dense, None)

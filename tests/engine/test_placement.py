@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerpipe
+from layerpipe.accelerator import Accelerator
 from layerpipe.executors import placement
 from layerpipe.executors.channels import Channel, moved, tensors_in
 from layerpipe.executors.streams import StreamChannel
@@ -79,8 +80,9 @@ def test_a_channel_between_devices_copies_what_is_not_there_yet() -> None:
     assert (copied.device, copied.shape, same is there, none) == (META, (3,), True, None)
     item = (torch.ones(3),)
     assert moved(item, CPU) is item
-    (spread,) = moved((torch.ones(3, 1).expand(3, 4),), META)
-    assert (spread.shape, spread.stride()) == ((3, 4), (1, 0))
+    for tensor in (torch.ones(3, 1).expand(3, 4), torch.ones(3, 8)[:, ::2], torch.ones(4, 3).t()):
+        (there,) = moved((tensor,), META)
+        assert (there.shape, there.stride()) == (tensor.shape, tensor.stride())
 
 
 def test_tensors_are_found_in_whatever_a_target_is() -> None:
@@ -114,3 +116,13 @@ def test_a_copy_between_devices_has_a_stream_of_its_own() -> None:
     assert for_ == there.number
     assert sender._kept[x.untyped_storage()._cdata] == {on}
     assert StreamChannel("x", sender, sender)._copies is None
+
+
+def test_of_a_sparse_gradient_both_parts_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device keeps dense memory only."""
+    kept: list[torch.Size] = []
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: kept.append(tensor.shape))
+    device: Any = object()
+    Accelerator.keep(device, torch.eye(3).to_sparse(), "stream")
+    Accelerator.keep(device, torch.eye(3), "stream")
+    assert kept == [(2, 3), (3,), (3, 3)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from layerpipe.executors.channels import Lent
-from layerpipe_kernels.layout import distinct
+from layerpipe_kernels.layout import distinct, fill, replica, room_like
 
 
 class Buffers:
@@ -37,21 +36,22 @@ class Buffers:
             ValueError: other shapes, dtypes or values beside tensors.
         """
         leaves, tree = pytree.tree_flatten(plain(item))
-        if tree != self._tree or [*map(_kind, leaves)] != [*map(_kind, self._leaves)]:
+        if tree != self._tree or not all(map(_takes, self._leaves, leaves)):
             raise ValueError(
                 f"the {self.name} have been captured as {_kinds(self._leaves)} and are now {_kinds(leaves)}; "
-                "executor='graphs' needs the same in every minibatch (drop_last=True?), executor='streams' does not"
+                "executor='graphs' needs the same in every minibatch (drop_last=True, .contiguous()?), "
+                "executor='streams' does not"
             )
         for mine, theirs in zip(self._leaves, leaves, strict=True):
             if isinstance(mine, Tensor):
-                _copy(mine, theirs)
+                fill(mine, theirs)
         if isinstance(item, Lent):
             item.was_read(stream)
 
     def copied(self, tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
         """Copies of tensors like these, in their place; ``None`` where there is none."""
         pairs = zip(self._leaves, tensors, strict=True)
-        return tuple([None if theirs is None else _copy(mine, theirs) for mine, theirs in pairs])
+        return tuple([None if theirs is None else fill(mine, theirs) for mine, theirs in pairs])
 
 
 def plain(item: Any) -> Any:
@@ -63,22 +63,22 @@ def owned(item: Any, stream: Any) -> Any:
     """Copies of what is lent, made on this stream, else the item itself."""
     if not isinstance(item, Lent):
         return item
-    copies = tuple([distinct(x).clone().expand_as(x) if isinstance(x, Tensor) else x for x in item])
+    copies = tuple([replica(x) if isinstance(x, Tensor) else x for x in item])
     item.was_read(stream)
     return copies
 
 
 def _room(example: Tensor) -> Tensor:
-    return torch.zeros_like(distinct(example), requires_grad=False).expand_as(example)
+    room = room_like(example)
+    distinct(room).zero_()
+    return room
 
 
-def _copy(mine: Tensor, theirs: Tensor) -> Tensor:
-    distinct(mine).copy_(distinct(theirs))
-    return mine
-
-
-def _kind(value: Any) -> Any:
-    return (tuple(value.shape), value.dtype, distinct(value).shape) if isinstance(value, Tensor) else value
+def _takes(mine: Any, theirs: Any) -> bool:
+    if not isinstance(mine, Tensor) or not isinstance(theirs, Tensor):
+        return not isinstance(mine, Tensor) and not isinstance(theirs, Tensor) and bool(mine == theirs)
+    repeats = zip(distinct(mine).shape, distinct(theirs).shape, strict=False)
+    return (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype) and all(m >= t for m, t in repeats)
 
 
 def _kinds(values: Sequence[Any]) -> str:

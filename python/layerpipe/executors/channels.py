@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from layerpipe_kernels.layout import distinct
+from layerpipe_kernels.layout import replica
 
 
 class ChannelClosed(Exception):
@@ -80,13 +80,7 @@ def moved(item: Any, device: torch.device) -> Any:
     if all(tensor.device == device for tensor in tensors_in(item)):
         return item
     item = tuple(item) if isinstance(item, Lent) else item
-    return pytree.tree_map_only(Tensor, lambda t: _moved(t, device), item)
-
-
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    once = distinct(tensor)
-    copied = once.to(device, non_blocking=True)
-    return copied if once is tensor else copied.expand_as(tensor)
+    return pytree.tree_map_only(Tensor, lambda t: t if t.device == device else replica(t, device), item)
 
 
 def tensors_in(item: Any) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from layerpipe.errors import DivergenceError, StageError
 from layerpipe.executors.channels import Channel, moved
 from layerpipe.executors.ranks import Ranks, reached
-from layerpipe_kernels.layout import distinct
+from layerpipe_kernels.layout import distinct, fill, order
 
 _HEADER = 4096  # bytes: what follows, a number that depends on it, and room for what an error says
 _TENSORS, _LAYOUT, _EMPTY, _END = range(4)
@@ -32,7 +32,7 @@ _LAST_WORDS = datetime.timedelta(seconds=5)  # for a message that nobody may be 
 
 
 class _Kind(NamedTuple):
-    """A tensor without its numbers; its strides too, which decide what kernels the receiving stage runs."""
+    """A tensor without its numbers; its strides, too, which decide what kernels the receiving stage runs."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -40,14 +40,15 @@ class _Kind(NamedTuple):
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Kind:
-        if not tensor.is_contiguous():  # with its gaps closed, if it has any
-            tensor = torch.empty_like(distinct(tensor), device="meta").expand_as(tensor)
         return cls(tensor.dtype, tuple(tensor.shape), tensor.stride())
 
-    @property
-    def bytes(self) -> int:
-        """Of what crosses: each element once."""
-        return self.dtype.itemsize * math.prod(n for n, step in zip(self.shape, self.stride, strict=True) if step)
+    def packed(self) -> _Kind:
+        """As it crosses: every element once and no gaps, in the same order."""
+        lies = torch.empty_strided(self.shape, self.stride, device="meta")
+        if order(lies) is not None:
+            return self
+        once = distinct(lies)
+        return self._replace(shape=tuple(once.shape), stride=torch.empty_like(once).stride())
 
 
 class _Layout:
@@ -55,19 +56,33 @@ class _Layout:
 
     def __init__(self, kinds: Sequence[_Kind | None]) -> None:
         self.kinds = list(kinds)
-        self.starts, at = [], _HEADER
-        for kind in self.kinds:
-            self.starts.append(at)
+        self._packed = [None if kind is None else kind.packed() for kind in self.kinds]
+        self._starts, at = [], _HEADER
+        for kind in self._packed:
+            self._starts.append(at)
             if kind is not None:
-                at += -(-kind.bytes // 64) * 64
+                at += -(-kind.dtype.itemsize * math.prod(kind.shape) // 64) * 64
         self.bytes = at
 
-    def view(self, buffer: Tensor, i: int) -> Tensor | None:
-        kind = self.kinds[i]
-        if kind is None:
-            return None
-        start = self.starts[i]
-        return buffer[start : start + kind.bytes].view(kind.dtype).as_strided(kind.shape, kind.stride)
+    def put(self, buffer: Tensor, tensors: Sequence[Tensor | None]) -> None:
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                self._view(buffer, i).copy_(distinct(tensor.detach()))
+
+    def get(self, buffer: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple([None if kind is None else self._tensor(buffer, i, kind) for i, kind in enumerate(self.kinds)])
+
+    def _tensor(self, buffer: Tensor, i: int, kind: _Kind) -> Tensor:
+        packed = self._view(buffer, i)
+        if kind is self._packed[i]:
+            return packed
+        return fill(torch.empty_strided(kind.shape, kind.stride, dtype=kind.dtype), packed.expand(kind.shape))
+
+    def _view(self, buffer: Tensor, i: int) -> Tensor:
+        start, kind = self._starts[i], self._packed[i]
+        assert kind is not None
+        end = start + kind.dtype.itemsize * math.prod(kind.shape)
+        return buffer[start:end].view(kind.dtype).as_strided(kind.shape, kind.stride)
 
     def to_bytes(self) -> bytes:
         return json.dumps([k and (str(k.dtype).removeprefix("torch."), k.shape, k.stride) for k in self.kinds]).encode()
@@ -108,11 +123,7 @@ class Outgoing(Channel):
             self._send(text)
             self._layout = layout
         buffer = self._buffer(_TENSORS)
-        for i, tensor in enumerate(item):
-            if tensor is not None:
-                view = self._layout.view(buffer, i)
-                assert view is not None
-                distinct(view).copy_(distinct(tensor.detach()))
+        self._layout.put(buffer, item)
         self._send(buffer)
 
     def finish(self, fed: int) -> None:
@@ -174,7 +185,7 @@ class Incoming(Channel):
         """
         buffer, layout = self._next(_TENSORS), self._layout
         self._post()
-        tensors: tuple[Tensor | None, ...] = tuple([layout.view(buffer, i) for i in range(len(layout.kinds))])
+        tensors = layout.get(buffer)
         return tensors if self.device is None else moved(tensors, self.device)
 
     def finish(self) -> None:

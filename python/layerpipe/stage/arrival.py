@@ -1,10 +1,9 @@
 """The gradients of a stage's inputs, as the stage's layers made them.
 
-Where a gradient lies in memory in another order than the leaf that it belongs to, autograd copies it into the leaf's
-order. In a network that is not cut there is no leaf and nothing copies: the layers before see the other order, may take
-other kernels for it and round differently; the same goes for an expanded gradient, of a sum. Gradients with gaps do
-come as autograd's dense copies: that is how they cross to another process or device, and all executors are to give the
-same weights.
+Where a gradient lies in memory otherwise than the leaf that it belongs to (in another order, with gaps, the same memory
+for many elements), autograd puts down a copy that lies as the leaf does. In a network that is not cut there is no leaf
+and nothing copies: the layers before see the gradient as it was made, may take other kernels for it and round
+differently. So that one is handed on; autograd's copy is made in vain.
 """
 
 from __future__ import annotations
@@ -15,13 +14,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.layout import distinct, order
-
 Seen = dict[int, Tensor | None]
 
 
 class Arrival:
-    """Watches a stage's backwards, until an input of this shape has had a gradient that lay as the input does."""
+    """Watches a stage's backwards, until autograd has once put down an input's gradient as it was made."""
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[torch.Size, bool]] = {}  # of each input: its shape, and whether autograd copied
@@ -40,7 +37,7 @@ class Arrival:
         for i, made in seen.items():
             kept = grads[i]
             if made is not None and kept is not None:
-                copied = order(distinct(made)) is not None and made.stride() != kept.stride()
+                copied = made.layout == torch.strided and made.stride() != kept.stride()
                 self._known[i] = inputs[i].shape, copied
                 if copied:
                     grads[i] = made

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from layerpipe.errors import DivergenceError
 from layerpipe.stage import autograd, first_layer
 from layerpipe.stage.arrival import Arrival, Seen
-from layerpipe.stage.clipping import clip
 from layerpipe.stage.copies import warn_of_copies
+from layerpipe.stage.gradients import clip, memory_of, own
 from layerpipe.stage.options import Options, check_stage, set_options
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
@@ -22,7 +22,7 @@ from layerpipe.stage.saved import SavedTensors
 from layerpipe.stage.split_backward import SplitBackward
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 from layerpipe_kernels.native import all_finite
-from layerpipe_kernels.optim import PastOptimizer
+from layerpipe_kernels.optim import SGD, Adam, PastOptimizer
 
 Tensors = tuple[Tensor, ...]
 _NOTHING = contextlib.nullcontext()
@@ -91,6 +91,8 @@ class Stage:
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
         self._recomputes: bool | None = None  # not known before the first backward
         self._arrival = Arrival()
+        self._writes_gradients = optimizer is not None and not isinstance(optimizer, SGD | Adam)  # as far as we know
+        self._others: set[int] = set()  # the memory of the last backward's gradients of inputs and outputs
         self._rest: SplitBackward | None = None
         self._options: Options | None = None
         if optimizer is not None:
@@ -234,6 +236,8 @@ class Stage:
             if y.requires_grad and (grads is None or g is not None)
         ]
         seen: Seen = {}
+        if self._writes_gradients:
+            self._others = memory_of(arrived)
         if wanted:
             start = self.mark()
             seen = self._arrival.watch(flight.inputs if self.index else ())
@@ -243,6 +247,8 @@ class Stage:
         if not self.index:
             return ()
         upstream = self._arrival.gradients(flight.inputs, seen)
+        if self._writes_gradients:
+            self._others |= memory_of(upstream)
         if self.check_finite:
             self._check_finite(upstream, "gradient", minibatch)
         return upstream
@@ -294,6 +300,8 @@ class Stage:
                 self._options = options
             if self.max_norm is not None:
                 clip(self._params, self.max_norm)
+            elif self._others:
+                own(self._params, self._others)
             self.optimizer.step()
             self.span(STEP, start)
         self.version += 1
@@ -305,6 +313,7 @@ class Stage:
         if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
             self._recomputes = None if self.delay or self._split_backward else False
         self.look_again()
+        self._arrival = Arrival()  # as after a resumption
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
 
