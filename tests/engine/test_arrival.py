@@ -239,11 +239,19 @@ class Handing(nn.Module):
         return self.position.view(4, 6) + x.mean()
 
 
+def nesterov(params: list[Tensor], **_: Any) -> torch.optim.Optimizer:
+    """Writes into the gradients that it is given."""
+    return torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True, foreach=True)
+
+
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("executor", EXECUTORS)
+@pytest.mark.parametrize(("optimizer", "max_norm"), [(sgd, 1e-2), (nesterov, None)])
 @pytest.mark.parametrize("middle", [Position, Doubled, Full])
 @pytest.mark.parametrize("first", [lambda: nn.Linear(6, 6), Handing])
-def test_clipping_changes_no_gradient_of_a_neighbours(first: Any, middle: Any, executor: str, split: bool) -> None:
+def test_clipping_and_updates_change_no_gradient_of_a_neighbours(
+    first: Any, middle: Any, optimizer: Any, max_norm: float | None, executor: str, split: bool
+) -> None:
     torch.set_num_threads(1)
 
     def stages() -> list[nn.Module]:
@@ -251,34 +259,9 @@ def test_clipping_changes_no_gradient_of_a_neighbours(first: Any, middle: Any, e
         return [first(), middle(), nn.Linear(6, 3)]
 
     minibatches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(5)]
-    expected = plain(stages(), minibatches, max_norm=1e-2)
+    expected = plain(stages(), minibatches, max_norm, optimizer)
     options: dict[str, Any] = {"executor": executor, "schedule": "sequential", "split_backward": split}
-    with layerpipe.Pipeline(stages(), F.cross_entropy, sgd, max_norm=1e-2, **options) as pipe:
-        for x, y in minibatches:
-            pipe.step(x, y)
-        pipe.drain()
-        assert_equal_state(pipe.state_dict(), expected)
-
-
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("executor", EXECUTORS)
-@pytest.mark.parametrize("middle", [Position, Doubled, Full])
-@pytest.mark.parametrize("first", [lambda: nn.Linear(6, 6), Handing])
-def test_an_optimizer_may_write_into_its_gradients(first: Any, middle: Any, executor: str, split: bool) -> None:
-    """As torch's does with Nesterov's momentum."""
-    torch.set_num_threads(1)
-
-    def stages() -> list[nn.Module]:
-        torch.manual_seed(0)
-        return [first(), middle(), nn.Linear(6, 3)]
-
-    def nesterov(params: list[Tensor], **_: Any) -> torch.optim.Optimizer:
-        return torch.optim.SGD(params, lr=0.05, momentum=0.9, nesterov=True, foreach=True)
-
-    minibatches = [(torch.randn(4, 6), torch.randint(0, 3, (4,))) for _ in range(5)]
-    expected = plain(stages(), minibatches, optimizer=nesterov)
-    options: dict[str, Any] = {"executor": executor, "schedule": "sequential", "split_backward": split}
-    with layerpipe.Pipeline(stages(), F.cross_entropy, nesterov, **options) as pipe:
+    with layerpipe.Pipeline(stages(), F.cross_entropy, optimizer, max_norm=max_norm, **options) as pipe:
         for x, y in minibatches:
             pipe.step(x, y)
         pipe.drain()
