@@ -54,11 +54,14 @@ def fill(room: Tensor, tensor: Tensor) -> Tensor:
 
 
 def replica(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """A copy that lies in memory as the tensor does, with its repetitions and gaps: kernels round alike on both."""
+    """A copy that lies in memory as the tensor does, with its repetitions and gaps: kernels round alike on both.
+
+    For a ``device``, a dense tensor that is there already may be returned as it is.
+    """
     tensor = tensor.detach()
     if order(tensor) is None and tensor.layout == torch.strided:
         return fill(room_like(tensor, device), tensor)
-    return tensor.to(device or tensor.device, non_blocking=True, copy=True)
+    return tensor.to(device or tensor.device, non_blocking=True, copy=device is None)
 
 
 def in_memory(tensor: Tensor, dims: Order) -> Tensor:
