@@ -48,6 +48,9 @@ $(VENV)/.tools:
 # --no-compile: 12,000 files of Python would take a minute, and what is used of them is compiled when it is imported.
 $(VENV)/.package: $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(CPP)
 	@echo 'installing layerpipe into $(VENV) (the first time with torch: minutes)'
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); \
+	[ "$$free" -ge 9 ] || ls -d $(VENV)/lib/*/site-packages/torch >/dev/null 2>&1 || \
+	    echo "only $$free GiB are free here: torch with its CUDA packages takes up to 9 while it is installed" >&2
 	PYTHONWARNINGS='ignore:Editable installation' \
 	$(PIP) install $(if $(wildcard $(VENV)/lib/*/site-packages/torch),-q) --no-compile --no-build-isolation -e '.[cli,test,dev]'
 	@ls layerpipe_kernels/_C.*.so >/dev/null 2>&1 || \

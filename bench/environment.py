@@ -16,12 +16,13 @@ from typing import Any
 import torch
 
 import layerpipe_kernels
+from layerpipe.machine import processor
 
 
 def describe() -> dict[str, Any]:
     """Processor, versions, date and the command that was run."""
     return {
-        "processor": _processor(),
+        "processor": processor(),
         **_gpu(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
@@ -54,13 +55,3 @@ def _gpu() -> dict[str, Any]:
 def _module() -> str:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return spec.name if spec else Path(sys.argv[0]).stem
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

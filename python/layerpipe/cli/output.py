@@ -20,6 +20,7 @@ from layerpipe import checkpoint as checkpoints
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.training import Earlier, Result, Step
 from layerpipe.errors import UsageError
+from layerpipe.machine import processor
 
 
 class RunDirectory:
@@ -74,7 +75,7 @@ class RunDirectory:
         machine = {
             "torch": torch.__version__,
             "python": platform.python_version(),
-            "machine": platform.machine(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "kernels": layerpipe_kernels.build_info(),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from layerpipe.errors import UsageError
-from layerpipe.executors.ranks import reached
+from layerpipe.executors.ranks import Ranks, reached
 
 T = TypeVar("T")
 
@@ -89,22 +89,13 @@ def agreed(executor: str, call: Callable[[], T]) -> T:
     Raises:
         UsageError: what another process raised.
     """
-    if executor != "distributed":
-        return call()
-    error: Exception | None = None
+    value, error = None, None
     try:
         value = call()
     except Exception as caught:
         error = caught
-    said = None if error is None else f"{error} (process {dist.get_rank()}, on {socket.gethostname()})"
-    found: list[str | None] = [None] * dist.get_world_size()
-    reached("another stage", lambda: dist.all_gather_object(found, said))
-    if error is not None:
-        raise error
-    for message in found:
-        if message is not None:
-            raise UsageError(message)
-    return value
+    _all_of(executor).agree(error, UsageError)
+    return cast(T, value)
 
 
 def agreed_on_each_host(call: Callable[[], T]) -> T:
@@ -127,8 +118,9 @@ def _cores() -> int:
 
 def told(executor: str, value: T) -> T:
     """What the process that reports has."""
-    if executor != "distributed":
-        return value
-    box = [value]
-    reached("another stage", lambda: dist.broadcast_object_list(box, src=dist.get_world_size() - 1))
-    return box[0]
+    ranks = _all_of(executor)
+    return cast(T, ranks.told(value, by=ranks.size - 1))
+
+
+def _all_of(executor: str) -> Ranks:
+    return Ranks(dist.get_world_size(), dist.group.WORLD) if executor == "distributed" else Ranks(1)

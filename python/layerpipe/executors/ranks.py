@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -77,8 +78,12 @@ class Ranks:
         return values
 
     def agree(self, error: Exception | None, kind: type[Exception]) -> None:
-        """Raise where any process has an error: its own, or ``kind`` with the message of the first one's."""
-        others = [e for e in self.gather(None if error is None else f"{type(error).__name__}: {error}") if e]
+        """Raise where any process has an error: its own, or ``kind`` with what the first one's says, and where."""
+        said = None
+        if error is not None:
+            message = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
+            said = f"{message} (process {self.rank}, on {socket.gethostname()})"
+        others = [e for e in self.gather(said) if e]
         if error is not None:
             raise error
         if others:
