@@ -8,14 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from layerpipe import checkpoint
 
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
@@ -27,10 +24,8 @@ from typer.main import get_command
 from layerpipe.cli import main
 from layerpipe.cli.app import app
 from layerpipe.cli.config import TrainConfig, parse_decay
-from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.runs import prepare
-from layerpipe.cli.training import Step, make_stages
-from tests import forks
+from layerpipe.cli.training import make_stages
 from tests.engine.fake_device import fake_device
 
 SMALL = ["--model", "mlp", "--width", "2", "--steps", "25", "--warmup", "5", "--batch-size", "16", "--lr", "0.05"]
@@ -273,127 +268,6 @@ def test_a_profile_of_graphs_has_the_devices_clock(tmp_path: Path, capsys: pytes
     assert names[0] == "host"
     assert all(", stream " in name for name in names[1:])
     assert {e["tid"] for e in events if e["ph"] == "X"} == set(range(len(names)))
-
-
-def final_state(path: Path, run: str = "pipeline") -> dict[str, Any]:
-    return checkpoint.read(path / f"{run}.checkpoint")
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    """Losses, accuracies and the last checkpoint, bit for bit."""
-    for name in ("pipeline", "sequential"):
-        said = [[(m["event"], m["step"], m.get("loss"), m.get("accuracy"), m.get("lr")) for m in metrics(path)
-                 if m["run"] == name and m["event"] in ("step", "test")] for path in (a, b)]  # fmt: skip
-        assert said[0] == said[1]
-        one, two = final_state(a, name), final_state(b, name)
-        assert one["versions"] == two["versions"]
-        assert one["measured"] == two["measured"]
-        for key, value in one["model"].items():
-            assert torch.equal(value, two["model"][key]), key
-        for mine, theirs in zip(one["optimizer"]["stages"], two["optimizer"]["stages"], strict=True):
-            for index, state in mine["state"].items():
-                assert all(torch.equal(value, theirs["state"][index][key]) for key, value in state.items())
-
-
-CHECKPOINTED = ["--checkpoint-every", "7", "--past", "blend", "--stages", "3"]
-
-
-@pytest.mark.parametrize("when", [9, 24])
-def test_a_resumed_run_is_the_one_that_was_not_interrupted(
-    when: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run("train", *SMALL, *CHECKPOINTED, "--out", str(tmp_path / "whole")) == 0
-
-    class Crash(Exception):
-        pass
-
-    def crash(bar: TrainingBar, step: Step) -> None:
-        if step.step == when:
-            raise Crash
-
-    with monkeypatch.context() as patch:
-        patch.setattr(TrainingBar, "step", crash)
-        with pytest.raises(Crash):
-            main(["train", *SMALL, *CHECKPOINTED, "--out", str(tmp_path / "resumed")])
-    with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
-        file.write('{"run": "pipeline", "ev')  # killed while it wrote
-    asked = json.loads((tmp_path / "resumed" / "config.json").read_text())
-    for option in ("past_norm", "split_backward", "channels_last"):  # begun by a version that did not have them
-        del asked[option]
-    (tmp_path / "resumed" / "config.json").write_text(json.dumps(asked))
-    assert run("train", "--resume", str(tmp_path / "resumed")) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "resumed")
-    for name in ("loss.png", "past_weights.png", "timeline.png"):
-        assert (tmp_path / "resumed" / name).exists()
-
-
-def silent(arguments: list[str], _: Any) -> None:
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        main(arguments)
-
-
-@pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_as_the_one_that_was_not(tmp_path: Path) -> None:
-    arguments = [*SMALL, *CHECKPOINTED, "--steps", "120"]
-    assert run("train", *arguments, "--out", str(tmp_path / "whole")) == 0
-    out, kills = tmp_path / "killed", 0
-    command = ["train", *arguments, "--out", str(out)]
-    while kills < 3:
-        process, _ = forks.start(silent, command)
-        seen = (out / "pipeline.checkpoint").stat().st_mtime_ns if kills else 0
-        deadline = time.monotonic() + 120
-        while process.is_alive() and time.monotonic() < deadline:
-            file = out / "pipeline.checkpoint"
-            if file.exists() and file.stat().st_mtime_ns > seen:
-                break
-            time.sleep(0.005)
-        process.kill()
-        process.join()
-        kills += 1
-        command = ["train", "--resume", str(out)]
-    assert run("train", "--resume", str(out)) == 0
-    assert_same_run(tmp_path / "whole", out)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--resume", "none"], "config.json cannot be read"),
-        (["--resume", "plain"], "started without --checkpoint-every"),
-        (["--resume", "plain", "--lr", "0.1", "--batch-size", "4"], "leave out --lr, --batch-size"),
-        (["--resume", "newer"], "config.json has lookahead, which this version does not know"),
-        (["--resume", "comparison"], "a run of layerpipe compare, which cannot go on"),
-        (["--resume", "typed"], "config.json has stages='three'"),
-        (["--resume", "list"], "its config.json holds no options"),
-        (["--resume", "noise"], "noise/metrics.jsonl has lines that are not of a run"),
-    ],
-    ids=str,
-)
-def test_what_cannot_be_resumed_is_said(
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    runs: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "newer": {"lookahead": 2},
-        "comparison": {"past": ["blend"], "seeds": 3},
-        "typed": {"stages": "three"},
-        "noise": {"checkpoint_every": 5, "model": "mlp"},
-    }
-    for name, more in runs.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({**TrainConfig().to_json(), **more}))
-    (tmp_path / "noise" / "metrics.jsonl").write_text("[1]\n")
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list" / "config.json").write_text("[]")
-    assert run("train", *arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
 
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:

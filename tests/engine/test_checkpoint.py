@@ -314,3 +314,20 @@ def test_what_could_not_be_read_again_is_not_written(extra: Any, tmp_path: Path)
             pipe.checkpoint(path, epoch=2, more=extra)
         assert [file.name for file in tmp_path.iterdir()] == ["c.pt"]
         assert pipe.resume(path) == {"epoch": 1}
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("options", [{"past": "stash"}, {"materialize": True}], ids=str)
+def test_loaded_weights_are_their_own_past(options: dict[str, Any], capturable: bool) -> None:
+    def optimizer(params: Any, **past: Any) -> lk.SGD:
+        return lk.SGD(params, lr=0.05, capturable=capturable, **{**past, **options})
+
+    with layerpipe.Pipeline(chain(), F.cross_entropy, optimizer) as pipe:
+        start = copy.deepcopy(pipe.state_dict())
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+        pipe.drain()
+        pipe.load_state_dict(start)
+        for stage in pipe.stages:
+            assert isinstance(stage.optimizer, lk.SGD)
+            assert all(torch.equal(stage.optimizer.past_weight(p), p) for p in stage.module.parameters())
