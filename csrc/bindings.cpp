@@ -81,6 +81,7 @@ PYBIND11_MODULE(_C, m) {
              "group"_a, "settings"_a, "state"_a, "collector"_a, "plan"_a, "current"_a, "touched"_a, "mixture"_a,
              "delay"_a, "exchange"_a)
         .def("fits", &Routine::fits)
+        .def("ready", &Routine::ready)
         .def("step", &Routine::step)
         .def("past", &Routine::past, "i"_a, "out"_a);
 

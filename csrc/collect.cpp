@@ -55,6 +55,7 @@ bool Collector::collect(StepPlan& plan, const py::list& params, const py::dict& 
     for (size_t i = 0; i < entries_.size(); ++i) {
         const Entry& entry = entries_[i];
         PyObject* const param = PyList_GET_ITEM(params.ptr(), i);
+        if (param != entry.param.object.ptr()) return false;
         const py::object grad = attribute(param, grad_name);
         if (grad.is_none() == entry.moving) return false;
         if (!entry.moving) continue;

@@ -63,8 +63,8 @@ bool Routine::unchanged() const {
         if (value == values_[i].ptr()) continue;
         if (!value) return false;
         const int same = PyObject_RichCompareBool(value, values_[i].ptr(), Py_EQ);
-        if (same < 0) throw py::error_already_set();
-        if (!same) return false;
+        if (same < 0) PyErr_Clear();  // arrays and the like have no truth value
+        if (same != 1) return false;
     }
     return true;
 }
@@ -74,29 +74,33 @@ bool Routine::fits() const {
     return lr && std::isfinite(*lr) && unchanged();
 }
 
+bool Routine::ready() {
+    const auto list = params();
+    return list && fits() && exact_int(item(group_, names().updates)) && collector_.collect(plan_, *list, state_);
+}
+
 std::pair<uint64_t, int> Routine::current() const {
     const py::object found = current_();
     if (plan_.arrays().device < 0) return {0, found.cast<int>()};
     return found.cast<std::pair<uint64_t, int>>();
 }
 
-py::list Routine::params() const {
+std::optional<py::list> Routine::params() const {
     PyObject* const params = item(group_, names().params);
-    require(params && PyList_CheckExact(params), "Routine: a group without its list of parameters");
+    if (!params || !PyList_CheckExact(params)) return std::nullopt;
     return py::reinterpret_borrow<py::list>(params);
 }
 
-bool Routine::step() {
+void Routine::step() {
     PyObject* const lr_object = item(group_, names().lr);
     const auto lr = exact_float(lr_object);
     const auto updates = exact_int(item(group_, names().updates));
-    if (!lr || !updates || !collector_.collect(plan_, params(), state_)) return false;
+    require(lr && updates, "Routine: a step of a group that is not ready");
     const auto [stream, threads] = current();
     run_step(plan_, {*lr, nullptr, *updates + 1, nullptr, nullptr, nullptr}, {}, stream, threads);
     touched_();
     group_[names().updates] = py::int_(*updates + 1);
     group_[names().last_lr] = py::handle(lr_object);
-    return true;
 }
 
 bool Routine::past(size_t i, py::handle out) {
@@ -111,7 +115,8 @@ bool Routine::past(size_t i, py::handle out) {
         mixed_t_ = *t;
         mixed_lr_ = *lr;
     }
-    if (!collector_.holds(plan_, i, params(), state_)) return false;
+    const auto list = params();
+    if (!list || !collector_.holds(plan_, i, *list, state_)) return false;
     const auto there = view(out.ptr(), exchange_);
     require(there && there->dtype == plan_.arrays().weight && there->numel == plan_.record(i).numel &&
                 collector_.ordered(i, *there),

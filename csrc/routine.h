@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -26,8 +27,11 @@ class Routine {
     // Whether the group's settings are as they were, and its learning rate a number that can be used.
     bool fits() const;
 
-    // Makes the step, or says false, with nothing written, where an array or a gradient is not what it was.
-    bool step();
+    // Whether `fits()` and the arrays and gradients are what they were; looks up where the gradients lie now.
+    bool ready();
+
+    // Makes the step, with the gradients that `ready()` has found.
+    void step();
 
     // Writes the past weights of the group's `i`-th parameter into `out`; false where something is not what it was.
     bool past(size_t i, pybind11::handle out);
@@ -35,7 +39,7 @@ class Routine {
    private:
     bool unchanged() const;
     std::pair<uint64_t, int> current() const;
-    pybind11::list params() const;
+    std::optional<pybind11::list> params() const;
 
     pybind11::dict group_, state_;
     pybind11::tuple settings_;

@@ -157,6 +157,10 @@ def _ema_update(emas: list[Tensor], update: Tensor, decays: list[float], seed: i
 def _reconstruct_(
     out: Tensor, weight: Tensor, terms: list[Tensor], taps: list[float], taps_at: Tensor | None, backend: str
 ) -> None:
+    if taps_at is not None:
+        if taps_at.ndim != 1:
+            raise ValueError(f"taps must be a vector, got a tensor of shape {tuple(taps_at.shape)}")
+        taps_at = taps_at.contiguous()
     factors = taps if taps_at is None else taps_at
     if len(terms) != len(factors) or len(terms) > MAX_TERMS:
         raise ValueError(f"0 to {MAX_TERMS} terms with one tap each, got {len(terms)} and {len(factors)}")

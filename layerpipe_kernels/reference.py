@@ -118,12 +118,12 @@ def _full(weight: Tensor, master: Tensor | None) -> Tensor:
 def _gradient(grad: Tensor, w: Tensor, moment: Moment, maximize: bool) -> Tensor:
     g = grad.to(w.dtype)
     if moment.grad_scale is not None:
-        g = g * moment.grad_scale.to(w.dtype).reciprocal()
+        g = g * moment.grad_scale.to(w.dtype).view(()).reciprocal()
     return -g if maximize else g
 
 
 def _scalar(value: float | Tensor, like: Tensor) -> float | Tensor:
-    return value.to(like.dtype) if isinstance(value, Tensor) else value
+    return value.to(like.dtype).view(()) if isinstance(value, Tensor) else value
 
 
 def _keep(

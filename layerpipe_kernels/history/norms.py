@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ class Norms:
     """
 
     def __init__(self, n: int, params: Sequence[Tensor], states: Sequence[State]) -> None:
-        self.n = n
+        self.n, self._params = n, [*params]
         self.dtype = max((state_dtype(p.dtype) for p in params), key=lambda dtype: dtype.itemsize)
         # Whoever has no row yet has not been moved yet, and its norm was always the present one.
         now = torch.stack(torch._foreach_norm([p.detach() for p in params], 2, dtype=self.dtype))
@@ -36,6 +37,10 @@ class Norms:
             if "norms" in state and state["norms"].shape == row.shape:
                 row.copy_(state["norms"])
             state["norms"] = row
+
+    def are_of(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters that it was made for."""
+        return len(params) == len(self._params) and all(map(operator.is_, params, self._params))
 
     @torch.no_grad()
     def record(self, params: Sequence[Tensor], at: int | DeviceClock, found_inf: Tensor | None = None) -> None:

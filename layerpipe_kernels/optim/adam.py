@@ -24,7 +24,7 @@ class Adam(FusedOptimizer):
         params: parameters, named parameters, or dicts of groups.
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
         capturable: let the device count the updates, so that a CUDA graph can replay them; needed with a delay.
-        foreach, fused, differentiable: accepted for torch's sake; every step here is fused, none is differentiable.
+        foreach, fused, differentiable: as in :class:`layerpipe_kernels.SGD`.
         delay, past, order, ema_decay, ema_of, ema_dtype, past_norm, materialize, master_weights, seed, backend: as in
             :class:`layerpipe_kernels.SGD`. ``past="momentum"`` is SGD's alone. The newest update is gone after an Adam
             step, so a blend does without it unless ``materialize`` lets the step itself write the past weights.
@@ -138,3 +138,8 @@ class AdamW(Adam):
         **options: Any,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **options)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # whatever a checkpoint of Adam's says
+            group["decoupled_weight_decay"] = True

@@ -56,7 +56,9 @@ def complete(
         state["ema"] = _zeros_apart(param, ema_dtype or full, 4, kept.emas)
     if kept.past and "past" not in state:
         state["past"] = _zeros_apart(param, param.dtype, 5).copy_(param)
-    if kept.master and "master" not in state:
+    if not kept.master:
+        state.pop("master", None)  # the next step would leave it behind
+    elif "master" not in state:
         state["master"] = _zeros_apart(param, torch.float32, 6).copy_(param)
     return state
 

@@ -36,9 +36,9 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
 
     def _reset_caches(self) -> None:
         self._histories: dict[int, tuple[Any, history.History]] = {}
-        self._group_of: dict[Tensor, Group] = {}
+        self._places: dict[Tensor, tuple[int, int]] = {}  # of a parameter: its group, and its place there
         # Per group: what its past weights are made with after the update that the clock shows.
-        self._ready: dict[int, tuple[tuple[Any, Any], history.History | None, history.Mixture | None]] = {}
+        self._ready: dict[int, tuple[Group, tuple[Any, Any], history.History | None, history.Mixture | None]] = {}
         self._clocks: dict[int, tuple[history.History, DeviceClock]] = {}
         self._norms: dict[int, Norms] = {}
 
@@ -102,7 +102,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         still = {p for p in self._still if p not in self._moved}
         still.update(p for p, moved in self._moved.items() if not moved)
         packed = checkpoint.without_unmoved(super().state_dict(), list(map(self._keeps_state, self.param_groups)))
-        return checkpoint.mark(packed, params, still, self._fresh)
+        return checkpoint.without_functions(checkpoint.mark(packed, params, still, self._fresh))
 
     def _keeps_state(self, group: Group) -> bool:
         """Whether a step gives the group's parameters state of the optimizer's own, besides their past."""
@@ -159,8 +159,8 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         if group["past_norm"] is None or not group["delay"]:
             return None
         norms = self._norms.get(id(group))
-        if norms is None or norms.n != group["delay"]:
-            params = group["params"]
+        params = group["params"]
+        if norms is None or norms.n != group["delay"] or not norms.are_of(params):
             norms = self._norms[id(group)] = Norms(group["delay"], params, [self.state[p] for p in params])
         return norms
 
@@ -181,12 +181,12 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
             return self._past_on_device(param, group, clock, out)
         t, lr = now = group["updates"], group["last_lr"]
         ready = self._ready.get(id(group))
-        if ready is None or ready[0] != now:
+        if ready is None or ready[0] is not group or ready[1] != now:
             past = self.history(group)
             # A learning rate that lies on a device is read here, once for all parameters.
             made = past.mixture(history.Clock(t, float(lr))) if past is not None else None
-            ready = self._ready[id(group)] = now, past, made
-        _, past, mixture = ready
+            ready = self._ready[id(group)] = group, now, past, made
+        _, _, past, mixture = ready
         if past is None or mixture is None:
             return history.copy_into(out, param.detach())
         state = self._aligned_state(param)
@@ -239,12 +239,14 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         return out
 
     def _find(self, param: Tensor) -> Group:
-        if not self._group_of:
-            self._group_of = {p: group for group in self.param_groups for p in group["params"]}
-        group = self._group_of.get(param)
-        if group is None:
-            raise KeyError(f"the parameter of shape {tuple(param.shape)} is not in this optimizer")
-        return group
+        groups = self.param_groups
+        g, i = self._places.get(param, (0, -1))
+        if i < 0 or g >= len(groups) or i >= len(groups[g]["params"]) or groups[g]["params"][i] is not param:
+            self._places = {p: (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
+            if param not in self._places:
+                raise KeyError(f"the parameter of shape {tuple(param.shape)} is not in this optimizer")
+            g, _ = self._places[param]
+        return groups[g]
 
     def restart_history(self) -> None:
         """Forget the past: the pipeline is empty, and the next ``delay`` updates are exact again."""

@@ -61,6 +61,13 @@ def mark(packed: StateDict, params: list[Tensor], still: set[Tensor], fresh: set
     return {**packed, "state": state}
 
 
+def without_functions(packed: StateDict) -> StateDict:
+    """A state_dict that can be loaded with ``weights_only=True``: a decay rule that is a function stays behind, and
+    the optimizer that loads it keeps its own."""
+    groups = [{k: v for k, v in g.items() if k != "ema_decay" or not callable(v)} for g in packed["param_groups"]]
+    return {**packed, "param_groups": groups}
+
+
 def with_options(groups: list[Group], state_dict: StateDict) -> StateDict:
     """Options that a torch checkpoint does not have stay as they are here; a clock that it does not have starts. The
     backend stays in any case: it is a matter of the machine."""
@@ -79,6 +86,9 @@ def restore_precision(groups: list[Group], state: dict[Tensor, Any], saved: Stat
             for key in FULL_PRECISION:
                 value = saved["state"].get(index, {}).get(key)
                 if value is None:
+                    continue
+                if key == "master" and reference.state_dtype(param.dtype) == param.dtype:
+                    del state[param][key]  # the weight itself is as precise
                     continue
                 dtype = kept_dtype(key, value, param)
                 if state[param][key].dtype != dtype:

@@ -12,7 +12,7 @@ import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from layerpipe_kernels import backend, native
+from layerpipe_kernels import backend, native, reference
 from layerpipe_kernels.history import Clock, History, Momentum
 from layerpipe_kernels.optim.arguments import Group, scalar_on
 from layerpipe_kernels.optim.arrays import Kept, complete
@@ -35,14 +35,24 @@ class _Ready(NamedTuple):
     collector: Any  # gathers the gradients for compiled kernels; None for other backends
 
 
+class _Found(NamedTuple):
+    """What a step of a group needs besides its options."""
+
+    past: History | None
+    ready: _Ready | None  # None where no parameter has a gradient
+    grads: Sequence[Tensor]  # none where the plan has them
+
+
 class FusedOptimizer(PastOptimizer):
     """A :class:`PastOptimizer` that steps a whole parameter group in one pass over memory."""
 
     rule: ClassVar[str]  # the kernels' name for it
 
-    #: Told by torch.amp.GradScaler, in attributes ``grad_scale`` and ``found_inf``, it unscales gradients itself and
-    #: skips an update that overflowed, both on the device.
-    _step_supports_amp_scaling = True
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Told by torch.amp.GradScaler, in attributes ``grad_scale`` and ``found_inf``, it unscales gradients itself
+        and skips an update that overflowed, both on the device; with ``fused=False`` the scaler does that."""
+        return self.defaults["fused"] is not False
 
     @abstractmethod
     def _options(self, group: Group) -> Options:
@@ -109,23 +119,27 @@ class FusedOptimizer(PastOptimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is None and found_inf is None and self._step_as_before():
             return loss
-        options = [self._options(group) for group in self.param_groups]  # all of them before any weight is written
+        # All groups are looked at before any weight is written.
+        options = [self._options(group) for group in self.param_groups]
+        found = [
+            self._find_arrays(index, group, found_inf is not None or group["capturable"])
+            for index, group in enumerate(self.param_groups)
+        ]
         for index, group in enumerate(self.param_groups):
-            self._step_group(index, group, options[index], scale, found_inf)
+            self._step_group(index, group, options[index], found[index], scale, found_inf)
         return loss
 
     def _step_as_before(self) -> bool:
-        """Step by routine; false, with nothing written, where a group's options have changed."""
+        """Step by routine; false, with nothing written, where something has changed in a group."""
         routines, state = self._routines, self.state
         if len(routines) != len(self.param_groups):
             return False
         for index, group in enumerate(self.param_groups):
             routine = routines.get(index)
-            if routine is None or routine.group is not group or routine.state is not state or not routine.fits():
+            if routine is None or routine.group is not group or routine.state is not state or not routine.ready():
                 return False
-        for index, group in enumerate(self.param_groups):
-            if not routines[index].step():
-                self._step_group(index, group, self._options(group), None, None)
+        for index in range(len(routines)):
+            routines[index].step()
         return True
 
     def past_view(self, param: Tensor) -> Tensor:
@@ -150,23 +164,15 @@ class FusedOptimizer(PastOptimizer):
         self._past_makers.update((id(maker.param), maker) for maker in routine.makers)
 
     def _step_group(
-        self, index: int, group: Group, options: Options, scale: Tensor | None, found_inf: Tensor | None
+        self, index: int, group: Group, options: Options, found: _Found, scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
-        past, params = self.history(group), group["params"]
+        params = group["params"]
         if not params:
             return
-        if isinstance(past, Momentum) and past.settings.momentum != group["momentum"] and type(group["updates"]) is int:
-            group["designed_for"] = None
-            past = self.history(group)
         device = params[0].device
         scale, found_inf = (None if told is None else scalar_on(told, device) for told in (scale, found_inf))
-        told = found_inf is not None or group["capturable"]
-        if told and past is not None:
-            self._keep_clock_on_device(group)
-        elif past is not None and device.type == "cuda" and not isinstance(group["updates"], Tensor):
-            refuse_capture()
+        past, ready, grads = found
         clock = self.device_clock(group)
-        ready, grads = self._gather(index, group, past, told)
         moving, still = (ready.moving, ready.still) if ready is not None else ([], params)
         norms = self._norms_of(group)
         at = clock if clock is not None else group["updates"]
@@ -201,16 +207,29 @@ class FusedOptimizer(PastOptimizer):
             states = [self.state[p] for p in params if "past" in self.state[p]]
             norms.match([state["past"] for state in states], states, clock or group["updates"], found_inf)
 
-    def _gather(
-        self, index: int, group: Group, past: History | None, told: bool
-    ) -> tuple[_Ready | None, Sequence[Tensor]]:
-        """The group's plan, made anew when an array has moved, and its gradients; none where the plan has them."""
-        params = group["params"]
+    def _find_arrays(self, index: int, group: Group, told: bool) -> _Found:
+        """What a step needs, its plan made anew where an array has moved. Refuses what cannot be stepped.
+
+        Args:
+            index: of the group.
+            group: one of the optimizer's.
+            told: whether only the device knows whether there is an update.
+        """
+        past, params = self.history(group), list(group["params"])
+        if not params:
+            return _Found(past, None, ())
+        if isinstance(past, Momentum) and past.settings.momentum != group["momentum"] and type(group["updates"]) is int:
+            group["designed_for"] = None
+            past = self.history(group)
+        if told and past is not None:
+            self._keep_clock_on_device(group)
+        elif past is not None and params[0].device.type == "cuda" and not isinstance(group["updates"], Tensor):
+            refuse_capture()
         kept = Kept(
             self._states(group),
             past.emas if past is not None else 0,
             past is not None and group["materialize"],
-            group["master_weights"],
+            group["master_weights"] and reference.state_dtype(params[0].dtype) != params[0].dtype,
             self._counts(group, told),
         )
         ready = self._ready_groups.get(index)
@@ -219,16 +238,18 @@ class FusedOptimizer(PastOptimizer):
         if ready is not None and ready.collector is not None:
             assert isinstance(ready.plan.runner, native.NativeRunner)
             if ready.collector.collect(ready.plan.runner.plan, params, self.state):
-                return ready, ()
+                return _Found(past, ready, ())
         moving = [p for p in params if p.grad is not None]
         if not moving:
-            return None, ()
+            return _Found(past, None, ())
         if ready is None or not self._unchanged(ready, moving):
             ready = self._ready_groups[index] = self._prepare(group, kept, moving)
-        return ready, ready.plan.check_grads([p.grad for p in moving if p.grad is not None])
+        return _Found(past, ready, ready.plan.check_grads([p.grad for p in moving if p.grad is not None]))
 
     def _unchanged(self, ready: _Ready, moving: Sequence[Tensor]) -> bool:
         if len(moving) != len(ready.moving) or not all(map(operator.is_, moving, ready.moving)):
+            return False
+        if moving[0].grad is not None and moving[0].grad.dtype != ready.plan.grad_dtype:
             return False
         states = [self.state[p] for p in moving]
         try:
@@ -238,7 +259,7 @@ class FusedOptimizer(PastOptimizer):
 
     @torch.no_grad()
     def _prepare(self, group: Group, kept: Kept, moving: list[Tensor]) -> _Ready:
-        params = group["params"]
+        params = list(group["params"])
         states = [complete(self.state[p], p, kept, group["ema_dtype"], self._fresh) for p in moving]
         arrays = Arrays(
             moving,

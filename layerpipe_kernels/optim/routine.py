@@ -20,8 +20,8 @@ from layerpipe_kernels.native import EXCHANGE, NativeRunner
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.plan import StepPlan
 
-#: What may differ from step to step.
-_MOVING = ("lr", "updates", "last_lr")
+#: What may differ from step to step; the list of parameters the collector looks at.
+_MOVING = ("lr", "updates", "last_lr", "params")
 
 
 class PastMaker(NamedTuple):
@@ -46,8 +46,8 @@ class Routine:
 
     Attributes:
         fits: ``fits()`` says whether the group's options are as they were, and its learning rate a number.
-        step: ``step()`` makes the step, or says false, with nothing written, where an array or a gradient is not what
-            it was.
+        ready: ``ready()`` says whether it fits and arrays and gradients are what they were, too.
+        step: ``step()`` makes the step of a group that is ready.
     """
 
     def __init__(self, group: Group, plan: StepPlan, collector: Any, past: History | None, state: Any) -> None:
@@ -69,9 +69,10 @@ class Routine:
         )
         self.group, self.state, self._collector, self._past = group, state, collector, past
         self.fits: Callable[[], bool] = routine.fits
-        self.step: Callable[[], bool] = routine.step
+        self.ready: Callable[[], bool] = routine.ready
+        self.step: Callable[[], None] = routine.step
         if not on_host and past is not None:
-            self.step = functools.partial(_step_outside_captures, routine.step)
+            self.ready = functools.partial(_ready_outside_captures, routine.ready)
         params = group["params"] if makes_past else ()
         self.makers = [PastMaker(p, p.detach(), routine.past, i, state) for i, p in enumerate(params)]
 
@@ -97,5 +98,5 @@ def _mixture(past: History, t: int, lr: float) -> tuple[float, tuple[float, ...]
     return mixture.velocity, mixture.emas
 
 
-def _step_outside_captures(step: Callable[[], bool]) -> bool:
-    return not torch.cuda.is_current_stream_capturing() and step()
+def _ready_outside_captures(ready: Callable[[], bool]) -> bool:
+    return not torch.cuda.is_current_stream_capturing() and ready()

@@ -26,16 +26,18 @@ class SGD(FusedOptimizer):
         delay: ``n``, how many updates lie between a forward and its backward; 0 keeps no history.
         past: ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``; see :mod:`layerpipe_kernels.history`.
         order: number of EMAs of a blend, 1 to 3.
-        ema_decay: a rule's name, a number, a function of the delay, or for a blend a tuple; default: designed.
+        ema_decay: a rule's name, a number, a function of the delay (which checkpoints leave out), or for a blend a
+            tuple; default: designed.
         ema_of: ``"update"``, or ``"gradient"`` for the paper's literal form.
         ema_dtype: ``torch.bfloat16`` halves the averages' memory; rounded stochastically. Default: the state's.
         past_norm: ``"match"`` scales past weights to the norm that the true ones had, kept as ``n`` numbers per tensor.
         materialize: let the step itself write the past weights, at one more copy of memory.
-        master_weights: keep float32 copies of weights of 16 bits, update those and round them.
+        master_weights: keep float32 copies of weights of 16 bits, update those and round them; others need none.
         seed: of the stochastic rounding; the same seed gives the same bits on every backend.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
         capturable: let the device count the updates, so that a CUDA graph can replay them; needed with a delay.
         foreach, fused, differentiable: accepted for torch's sake; every step here is fused, none is differentiable.
+            With ``fused=False`` a :class:`torch.amp.GradScaler` unscales the gradients itself, before the step.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.

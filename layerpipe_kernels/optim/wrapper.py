@@ -25,7 +25,8 @@ class PastWeights(AveragingOptimizer):
     It steps the optimizer it is given and takes the difference of the weights before and after as the update. For that
     it holds one more copy of the weights during a step, unless the kind of past needs no updates (``"stash"``,
     ``"latest"``). Parameter groups are the optimizer's own, so schedulers may be given either; its state stays in
-    ``optimizer.state``, and :meth:`state_dict` has both.
+    ``optimizer.state``, and :meth:`state_dict` has both. That is why ``torch.distributed.checkpoint`` must not flatten
+    it (``flatten_optimizer_state_dict``): it would load only what it finds in this optimizer's own state.
 
     Args:
         optimizer: steps on dense weights, without gaps in memory.
@@ -101,14 +102,18 @@ class PastWeights(AveragingOptimizer):
         if self._complete:
             self.optimizer.add_param_group(param_group)
             group = self.param_groups[-1]
-        for key, value in {**self._options, **CLOCK}.items():
-            group.setdefault(key, value)
         try:
-            self._check_group(group)
+            self._adopt(group)
         except Exception:
             if self._complete:
                 self.param_groups.pop()
             raise
+
+    def _adopt(self, group: Group) -> None:
+        """Give a group of the wrapped optimizer a past."""
+        for key, value in {**self._options, **CLOCK}.items():
+            group.setdefault(key, value)
+        self._check_group(group)
         self._reset_caches()
 
     def _settings(self, group: Group) -> history.Settings:
@@ -119,6 +124,9 @@ class PastWeights(AveragingOptimizer):
     @_disable_dynamo  # its scalars are new in every step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the wrapped optimizer, and average what it changed."""
+        for group in self.param_groups:
+            if "updates" not in group:  # added, or loaded from a checkpoint, behind our back
+                self._adopt(group)
         before: list[list[Tensor | None]] = []
         for param, state in self.optimizer.state.items():
             layout.align(state, param)  # torch's fused steps do not look at strides
@@ -141,13 +149,20 @@ class PastWeights(AveragingOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and in every parameter's state what its past weights are made of."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         packed = self.optimizer.state_dict()
         state = dict(packed["state"])
         for group, own in zip(packed["param_groups"], self.param_groups, strict=True):
             for index, param in zip(group["params"], own["params"], strict=True):
                 if self.state.get(param):
                     state[index] = {**state.get(index, {}), **self.state[param]}
-        return checkpoint.without_unmoved({**packed, "state": state}, list(map(self._keeps_state, self.param_groups)))
+        keep_state = list(map(self._keeps_state, self.param_groups))
+        packed = checkpoint.without_functions(checkpoint.without_unmoved({**packed, "state": state}, keep_state))
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, packed)
+            packed = packed if changed is None else changed
+        return packed
 
     def _keeps_state(self, group: Group) -> bool:
         return any(self.optimizer.state.get(p) for g in self.param_groups for p in g["params"])
@@ -158,6 +173,10 @@ class PastWeights(AveragingOptimizer):
 
         Where there are no averages, their warm-up begins anew, with a warning.
         """
+        state_dict = {**state_dict}
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         saved = checkpoint.with_options(self.param_groups, state_dict)
         theirs = {i: {k: v for k, v in s.items() if k not in HISTORY_KEYS} for i, s in saved["state"].items()}
         self.optimizer.load_state_dict({**saved, "state": {i: s for i, s in theirs.items() if s}})
@@ -174,6 +193,8 @@ class PastWeights(AveragingOptimizer):
         for param, state in self.state.items():
             layout.align(state, param)
         checkpoint.restart_where_lost(self, self.state, saved)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def optimizer_bytes(self) -> int:
         """Bytes of the wrapped optimizer's state."""

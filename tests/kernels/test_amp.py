@@ -214,3 +214,23 @@ def test_a_restart_begins_the_warm_up_anew_on_the_device_too(past: str) -> None:
         pair.step(overflow=overflow)
         for param, begun in zip(pair.params, start, strict=True):
             torch.testing.assert_close(pair.optimizer.past_weight(param), begun, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [lk.SGD, lk.AdamW])
+def test_fused_false_leaves_unscaling_to_the_scaler(kind: Any) -> None:
+    """Who clips gradients between the two, as Lightning does, needs that."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = kind([param], lr=0.1, fused=False)
+    assert not optimizer._step_supports_amp_scaling
+    assert kind([param], lr=0.1)._step_supports_amp_scaling
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(param.sum()).backward()
+    scaler.step(optimizer)
+    assert torch.equal(param.grad, torch.ones(3))
+    assert not hasattr(optimizer, "found_inf")
+    scaler.update()
+    param.grad = None
+    scaler.scale(param.sum() * float("inf")).backward()
+    before = param.detach().clone()
+    scaler.step(optimizer)
+    assert torch.equal(param, before)

@@ -385,3 +385,65 @@ def test_hooks_may_change_what_is_loaded() -> None:
         assert buffer.dtype == F32
         assert torch.equal(buffer, old.state[param]["momentum_buffer"] / 2)
     assert len(new._optimizer_load_state_dict_pre_hooks) == 1
+
+
+@pytest.mark.parametrize("library", [lk, torch.optim])
+def test_adamw_stays_adamw_with_a_checkpoint_of_adams(library: Any) -> None:
+    ours, theirs = parameters(), parameters()
+    adam = library.Adam(parameters(), lr=0.05, weight_decay=0.1)
+    steps(adam, adam.param_groups[0]["params"], 3, seed=1)
+    for kind, params in ((lk.AdamW, ours), (torch.optim.AdamW, theirs)):
+        optimizer = kind(params)
+        optimizer.load_state_dict(saved(adam))
+        steps(optimizer, params, 3, seed=2)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_masters_of_narrow_weights_are_not_needed_for_others(dtype: torch.dtype) -> None:
+    narrow = parameters(BF16)
+    optimizer = lk.AdamW(narrow, lr=0.05, delay=3, master_weights=True)
+    steps(optimizer, narrow, 5, seed=1)
+    params = parameters(dtype)
+    take(params, narrow)
+    other = lk.AdamW(params, lr=0.05, delay=3)
+    other.load_state_dict(saved(optimizer))
+    assert not any("master" in state for state in other.state.values())
+    plain = copy.deepcopy((params, other))
+    plain[1].param_groups[0]["master_weights"] = False
+    for each in ((params, other), plain):
+        steps(each[1], each[0], 2, seed=2)
+    assert all(map(torch.equal, params, plain[0]))
+
+
+def test_a_master_that_is_no_longer_wanted_is_no_past() -> None:
+    params = parameters(BF16)
+    optimizer = lk.SGD(params, lr=0.1, delay=3, past="blend", master_weights=True)
+    steps(optimizer, params, 5, seed=1)
+    optimizer.param_groups[0]["master_weights"] = False
+    history = []
+    for t in range(6):
+        history.append([p.detach().clone() for p in params])
+        steps(optimizer, params, 1, seed=2 + t)
+    for param, then in zip(params, history[-3], strict=True):
+        assert (optimizer.past_weight(param) - then).norm() < 0.5 * (param.detach() - then).norm()
+
+
+def halves(_: int) -> float:
+    return 0.5
+
+
+@pytest.mark.parametrize("kind", [lk.SGD, lambda params, **o: lk.PastWeights(torch.optim.SGD(params, lr=0.1), **o)])
+def test_a_decay_that_is_a_function_stays_where_it_is(kind: Any) -> None:
+    """A checkpoint with one could not be loaded with ``weights_only=True``."""
+    params, others = parameters(), parameters()
+    optimizer, other = (kind(p, delay=3, past="ema", ema_decay=halves) for p in (params, others))
+    steps(optimizer, params, 5, seed=1)
+    take(others, params)
+    other.load_state_dict(saved(optimizer))
+    assert other.param_groups[0]["ema_decay"] is halves
+    steps(optimizer, params, 3, seed=2)
+    steps(other, others, 3, seed=2)
+    for a, b in zip(params, others, strict=True):
+        assert torch.equal(optimizer.past_weight(a), other.past_weight(b))

@@ -308,3 +308,24 @@ def test_build_info_says_what_is_there() -> None:
     info = lk.build_info()
     assert info["backends"] == list(lk.available_backends())
     assert info["extension"] == ("cpp" in info["backends"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_taps_in_a_tensor_may_lie_anywhere_in_memory_and_are_a_vector(backend: str) -> None:
+    weight, terms = torch.zeros(8), [torch.ones(8), torch.full((8,), 10.0)]
+    for taps in (torch.tensor([[1.0, 100.0], [2.0, 200.0]])[:, 0], torch.tensor([1.0, 2.0])):
+        assert torch.equal(ops.reconstruct(weight, terms, taps, backend=backend), torch.full((8,), 21.0))
+    assert torch.equal(
+        ops.reconstruct(weight, terms, torch.tensor(2.0).expand(2), backend=backend), torch.full((8,), 22.0)
+    )
+    with pytest.raises(ValueError, match=r"taps must be a vector, got a tensor of shape \(2, 1\)"):
+        ops.reconstruct(weight, terms, torch.ones(2, 1), backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_a_learning_rate_and_a_scale_of_one_element_have_any_shape(backend: str, shape: tuple[int, ...]) -> None:
+    weights, lr, scale = [torch.ones(()), torch.ones(3)], torch.full(shape, 0.5), torch.full(shape, 2.0)
+    grads = [torch.ones(()), torch.ones(3)]
+    ops.sgd_step_(weights, grads, options=SgdOptions(lr=lr), moment=Moment(grad_scale=scale), backend=backend)
+    assert all(torch.equal(w, torch.full_like(w, 0.75)) for w in weights)

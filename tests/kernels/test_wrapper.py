@@ -249,3 +249,47 @@ def test_an_optimizer_is_wrapped_once() -> None:
     another.load_state_dict(wrapped.state_dict())
     with pytest.raises(ValueError, match="load a checkpoint into the PastWeights"):
         lk.PastWeights(another, delay=6)
+
+
+def test_hooks_of_checkpoints_are_called() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = lk.PastWeights(torch.optim.AdamW([param]), delay=2)
+    called = list[str]()
+
+    def lower(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        called.append("before loading")
+        return {**state, "param_groups": [{**group, "lr": 0.5} for group in state["param_groups"]]}
+
+    def said(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        called.append("after saving")
+        return {**state, "said": True}
+
+    optimizer.register_state_dict_pre_hook(lambda _: called.append("before saving"))
+    optimizer.register_state_dict_post_hook(said)
+    optimizer.register_load_state_dict_pre_hook(lower)
+    optimizer.register_load_state_dict_post_hook(lambda _: called.append("after loading"))
+    state = optimizer.state_dict()
+    assert state["said"]
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert state["param_groups"][0]["lr"] != 0.5
+    assert called == ["before saving", "after saving", "before loading", "after loading"]
+
+
+@pytest.mark.parametrize("how", ["load", "add"])
+def test_groups_that_the_wrapped_optimizer_gets_behind_its_back_have_a_past(how: str) -> None:
+    first, second = (torch.nn.Parameter(torch.full((3,), 2.0)) for _ in range(2))
+    inner = torch.optim.SGD([first], lr=0.1)
+    plain = inner.state_dict()
+    optimizer = lk.PastWeights(inner, delay=2, past="stash")
+    if how == "load":
+        inner.load_state_dict(plain)
+    else:
+        inner.add_param_group({"params": [second]})
+    start = first.detach().clone()
+    for _ in range(2):
+        first.grad = second.grad = torch.ones(3)
+        optimizer.step()
+    assert torch.equal(optimizer.past_weight(first), start)
+    if how == "add":
+        assert torch.equal(optimizer.past_weight(second), start)
