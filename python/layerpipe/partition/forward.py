@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from layerpipe.partition.aliasing import overwritten
 from layerpipe.partition.exported import exported
-from layerpipe.partition.tensors import run_without_data
+from layerpipe.partition.operations import check_same
+from layerpipe.partition.tensors import Interpreted, note_tensors
 
 
 class Forward(NamedTuple):
@@ -61,7 +62,9 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None, *, bloc
                 evaluated = capture()
                 forward = _both_modes(model, trained, evaluated)
                 if example_inputs is not None:
-                    run_without_data(*forward, example_inputs)
+                    note_tensors(*forward, example_inputs)
+                    if name == "torch.fx":  # torch.export runs the code itself
+                        check_same(model, Interpreted(forward.root, forward.nodes[0].graph), example_inputs)
                 return forward
             except Exception as error:  # whatever the model's own code raises under tracing
                 cause = error
@@ -91,7 +94,7 @@ class _Captured(NamedTuple):
 def _captures(
     model: nn.Module, inputs: Sequence[Any] | None, blocks: bool
 ) -> Iterator[tuple[str, Callable[[], _Captured]]]:
-    for tracer in (_Layers(), _Blocks()) if blocks else (_Layers(),):
+    for tracer in (_Layers(inputs), _Blocks(inputs)) if blocks else (_Layers(inputs),):
         yield "torch.fx", functools.partial(_symbolic, tracer, model)
     if inputs is not None:
         yield "torch.export", lambda: _Captured(*exported(model, inputs))
@@ -116,9 +119,25 @@ class _Layers(fx.Tracer):
 
     proxy_buffer_attributes = True  # else what changes a buffer is run while tracing, and no part of the trace
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: Sequence[Any] | None) -> None:
         super().__init__()
         self.whole = set[str]()
+        self._inputs = inputs
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """Arguments that a forward is called without have their defaults, so that ``if mask is None`` means what it
+        says: torch.fx gives them a stand-in. Without examples these are all that have a default."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        for i, arg in enumerate(args[1:], start=1):
+            if not isinstance(arg, fx.Proxy):
+                continue
+            given = self._inputs is not None and i <= len(self._inputs)
+            if not given and arg.node.args:
+                args[i] = arg.node.args[0]
+                self.graph.erase_node(arg.node)
+            elif given and self._inputs is not None and self._inputs[i - 1] is None:
+                args[i] = None  # and whatever is handed in there is not looked at
+        return function, args
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from layerpipe.partition import regions
+from layerpipe.partition.operations import run_without_data
 
 _SIZES = frozenset(("dim", "numel", "size"))
 #: Methods and functions that return several tensors. Those that do only with a ``dim``, such as ``max``, show it by
@@ -26,7 +24,7 @@ _FIELDS = ("values", "indices")
 
 
 def is_tensor(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a value is one tensor: by :func:`run_without_data`, or as far as its making and its use show."""
+    """Whether a value is one tensor: by what :func:`note_tensors` saw, or as far as its making and its use show."""
     if "val" in node.meta:  # of torch.export
         return regions.is_tensor(node)
     if "is_tensor" in node.meta:
@@ -47,34 +45,27 @@ def is_tensor(model: nn.Module, node: fx.Node) -> bool:
     return not _is_size(node)
 
 
-def run_without_data(root: nn.Module, nodes: Sequence[fx.Node], example_inputs: Sequence[Any]) -> None:
+def note_tensors(root: nn.Module, nodes: Sequence[fx.Node], example_inputs: Sequence[Any]) -> None:
     """Note of every value whether it is a tensor, as far as the forward runs on fake ones."""
-    with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):  # whatever the model's code raises
-        state = {name: fake(p).requires_grad_(p.requires_grad) for name, p in root.named_parameters(prefix="root")}
-        state |= {name: fake(b) for name, b in root.named_buffers(prefix="root")}
-        inputs = tuple(fake(x) for x in example_inputs)
-        # Not tied: of a layer with two names, functional_call would put back what it had put there under the other.
-        torch.func.functional_call(_Noting(root, nodes[0].graph), state, inputs, tie_weights=False)
+
+    class Noting(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            n.meta["is_tensor"] = isinstance(value, Tensor)
+            return value
+
+    run_without_data(Interpreted(root, nodes[0].graph, Noting), example_inputs)
 
 
-class _Noting(nn.Module):
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+class Interpreted(nn.Module):
+    """A graph as a module."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, interpreter: type[fx.Interpreter] = fx.Interpreter) -> None:
         super().__init__()
-        self.root, self._graph = root, graph
+        self.root, self._graph, self._interpreter = root, graph, interpreter
 
-    def forward(self, *inputs: Any) -> None:
-        class Interpreter(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                value = super().run_node(n)
-                n.meta["is_tensor"] = isinstance(value, Tensor)
-                return value
-
-        Interpreter(self.root, graph=self._graph).run(*inputs)
-
-
-def fake(x: Any) -> Any:
-    """Shape, strides and dtype without memory; on a processor, so that attention is the fused kernel it would be."""
-    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cpu") if isinstance(x, Tensor) else x
+    def forward(self, *inputs: Any) -> Any:
+        return self._interpreter(self.root, graph=self._graph).run(*inputs)
 
 
 def _name(node: fx.Node) -> str:

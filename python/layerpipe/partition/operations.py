@@ -1,0 +1,95 @@
+"""What a forward does to its inputs and weights, operation by operation: a trace has to do what its model does.
+
+``torch.fx`` runs a model's Python on stand-ins for tensors. Code that asks what it has been given (``isinstance(x,
+Tensor)``), draws random numbers of a fixed shape, or opens a ``torch.no_grad()`` or ``torch.autocast`` leaves no trace,
+or a wrong one, and ``torch.fx`` does not say so. On fake tensors both can be run and compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def run_without_data(module: nn.Module, example_inputs: Sequence[Any]) -> list[str] | None:
+    """Every operation on what comes from the inputs, the weights or a random generator, with its numbers and shapes;
+    ``None`` where the module does not run on fake tensors."""
+    caller, operations = _Caller(module), None
+    with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):  # whatever the model's code raises
+        state = {name: fake(p).requires_grad_(p.requires_grad) for name, p in caller.named_parameters()}
+        state |= {name: fake(b) for name, b in caller.named_buffers()}
+        inputs = tuple(fake(x) for x in example_inputs)
+        with _Log([*state.values(), *inputs]) as log:
+            # Not tied: of a layer with two names, functional_call would put back what it put there under the other.
+            torch.func.functional_call(caller, state, inputs, tie_weights=False)
+        operations = log.operations
+    return operations
+
+
+def check_same(model: nn.Module, traced: nn.Module, example_inputs: Sequence[Any]) -> None:
+    """Refuse a trace that does something else than its model, as far as both run on fake tensors.
+
+    Raises:
+        ValueError: it does.
+    """
+    wanted, found = run_without_data(model, example_inputs), run_without_data(traced, example_inputs)
+    if wanted is None or found is None:
+        return
+    for a, b in itertools.zip_longest(wanted, found):
+        if a != b:
+            what = "nothing" if a is None else a.partition(" ")[0]
+            instead = "nothing" if b is None else b.partition(" ")[0]
+            how = f"{instead} for {what}" if what != instead else f"another {what}"
+            raise ValueError(f"its code does something else while it is traced: {how}")
+
+
+def fake(x: Any) -> Any:
+    """Shape, strides and dtype without memory; on a processor, so that attention is the fused kernel it would be."""
+    return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cpu") if isinstance(x, Tensor) else x
+
+
+class _Caller(nn.Module):
+    """Gives all parameters a name, those of a module that is one itself, too."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.root = module
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.root(*inputs)
+
+
+class _Log(TorchDispatchMode):
+    """Lists operations on ``followed`` tensors and on all that is made of them. What is made of constants alone may
+    be done once, while the model is traced."""
+
+    def __init__(self, followed: Sequence[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[str] = []
+        self._followed: dict[int, Any] = {}  # storages; held, so that none is taken for another
+        self._follow(followed)
+
+    def _follow(self, values: Any) -> None:
+        for value in pytree.tree_leaves(values):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                self._followed[storage._cdata] = storage
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        drawn = torch.Tag.nondeterministic_seeded in func.tags
+        if drawn or any(x.untyped_storage()._cdata in self._followed for x in tensors):
+            self._follow(result)
+            seen = pytree.tree_map(lambda x: (*x.shape, x.dtype) if isinstance(x, Tensor) else x, (args, kwargs))
+            self.operations.append(f"{func} {torch.is_grad_enabled()} {seen}")
+        return result
