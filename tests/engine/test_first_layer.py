@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe.stage.first_layer import drop_history, without_past
+from layerpipe.partition.first_layer import without_past
+from layerpipe.stage.history import drop_history
 from layerpipe.stage.probe import ReconstructionProbe
 from tests.engine.models import chain, minibatches
 from tests.engine.pipelines import pipeline
@@ -79,7 +80,7 @@ def test_training_is_the_same_with_and_without_its_history(past: str, monkeypatc
     states = []
     for keep in (False, True):
         if keep:
-            monkeypatch.setattr("layerpipe.stage.first_layer.without_past", lambda stage: set())
+            monkeypatch.setattr("layerpipe.stage.stage.without_past", lambda stage: set())
         with pipeline(past=past) as pipe:
             for x, y in minibatches(20):
                 pipe.step(x, y)

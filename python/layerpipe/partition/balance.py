@@ -26,8 +26,7 @@ def balance(
     parts: int,
     *,
     crossing: Sequence[float] | None = None,
-    memory: Array | None = None,
-    received: Array | None = None,
+    memory: Sequence[Array] | None = None,
     cap: float = np.inf,
 ) -> list[int]:
     """Cuts ``0 = c_0 < ... < c_parts = len(costs)``; exact, by dynamic programming over parts.
@@ -37,8 +36,7 @@ def balance(
         parts: how many.
         crossing: ``[layers + 1]``, the cost of the link that a cut before each layer makes, in the same unit: no link
             may be slower than the slowest part.
-        memory: ``[parts, layers]``, bytes of each layer in each part; a delay makes early parts keep more.
-        received: ``[parts, layers + 1]``, bytes that a part keeps of what it receives when it begins with that layer.
+        memory: of each part ``[layers + 1, layers + 1]``, bytes that it keeps with the layers ``start`` to ``end``.
         cap: bytes that no part may exceed.
 
     Raises:
@@ -52,16 +50,19 @@ def balance(
         raise ValueError("costs must not be negative")
     ends = np.arange(count + 1)
     links = np.zeros(count + 1) if crossing is None else np.array([0, *crossing[1:count], 0], dtype=float)
-    spans = _spans(np.asarray(costs, dtype=float))
-    needs = None
-    if memory is not None and np.isfinite(cap):
-        kept = np.zeros((parts, count + 1)) if received is None else received
-        needs = [_spans(memory[p]) + kept[p][:, None] for p in range(parts)]
+    spans = sums(np.asarray(costs, dtype=float))
+    needs = memory if np.isfinite(cap) else None
     cuts = _best(spans, links, parts, ends, needs, cap)
     if cuts is None:
         assert needs is not None
         raise CapError(parts, cap, _least_cap(needs, parts, ends))
     return cuts
+
+
+def sums(values: Array) -> Array:
+    """``[start, end]``: sums of ``values[start:end]``, infinite where that is empty."""
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    return np.where(np.triu(np.ones((len(total), len(total)), dtype=bool), 1), total - total[:, None], np.inf)
 
 
 def refine(
@@ -123,14 +124,8 @@ def _moved(cuts: Cuts) -> Iterator[Cuts]:
             yield (*cuts[:i], at, *cuts[i + 1 :])
 
 
-def _spans(values: Array) -> Array:
-    """``[start, end]``: sums of ``values[start:end]``, infinite where that is empty."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    return np.where(np.triu(np.ones((len(total), len(total)), dtype=bool), 1), total - total[:, None], np.inf)
-
-
 def _best(
-    spans: Array, links: Array, parts: int, ends: Array, needs: list[Array] | None, cap: float
+    spans: Array, links: Array, parts: int, ends: Array, needs: Sequence[Array] | None, cap: float
 ) -> list[int] | None:
     before = np.where(ends == 0, 0.0, np.inf)  # the most expensive of p parts that end here
     chosen = []
@@ -148,7 +143,7 @@ def _best(
     return cuts[::-1]
 
 
-def _least_cap(needs: list[Array], parts: int, ends: Array) -> float:
+def _least_cap(needs: Sequence[Array], parts: int, ends: Array) -> float:
     before = np.where(ends == 0, 0.0, np.inf)
     for p in range(parts):
         before = np.maximum(before[:, None], needs[p]).min(axis=0)

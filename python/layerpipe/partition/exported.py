@@ -49,7 +49,7 @@ def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph,
     for x in example_inputs:
         if isinstance(x, Tensor) and x.dim():
             shapes[x] = {0: torch.export.Dim.AUTO}
-    with _quietly():
+    with quietly():
         program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes, strict=False)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -76,7 +76,7 @@ def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph,
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without what torch prints of a graph that it gives up on; its exception says it, too."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)

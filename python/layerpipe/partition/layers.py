@@ -20,7 +20,8 @@ class Layer:
     parameters: int = 0
     weights: int = 0  # bytes of the parameters
     largest: int = 0  # bytes of the largest parameter
-    no_past: int = 0  # bytes of the parameters whose past no backward reads: of a first layer that only meets data
+    no_past: int = 0  # bytes of the parameters whose past the first stage does without: they only meet data
+    largest_past: int = 0  # bytes of the largest one of the others
     forward_flops: float = 0.0
     backward_flops: float = 0.0  # gradient of the input; 0 in the first layer, where nobody wants it
     gradient_flops: float = 0.0  # gradient of the weights
@@ -44,6 +45,14 @@ class Flow(NamedTuple):
     bytes: int
 
 
+class Kept(NamedTuple):
+    """A value that a layer keeps for its backward, and the layer before that keeps it, too; -1 if there is none."""
+
+    before: int
+    layer: int
+    bytes: int
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerGraph:
     """A model's layers in the order in which the forward runs them, and what flows between them."""
@@ -52,6 +61,7 @@ class LayerGraph:
     flows: list[Flow]
     crossing: list[int]  # bytes that cross a cut before each layer: [layers + 1], the first the input's, the last 0
     tied: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)  # a weight that two layers use
+    kept: list[Kept] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -67,7 +77,9 @@ class LayerGraph:
 
 
 def chain(layers: Sequence[Layer]) -> LayerGraph:
-    """Layers one after the other, each handing its output on."""
+    """Layers one after the other, each handing its output on, and keeping what it has received."""
     flows = [Flow(i, i + 1, layer.output_bytes) for i, layer in enumerate(layers[:-1])]
     sizes = [layers[0].input_bytes if layers else 0, *(layer.output_bytes for layer in layers[:-1]), 0]
-    return LayerGraph(list(layers), flows, sizes)
+    kept = [Kept(-1, i, layer.saved) for i, layer in enumerate(layers)]
+    kept += [Kept(i - 1, i, size) for i, size in enumerate(sizes[:-1]) if i]
+    return LayerGraph(list(layers), flows, sizes, kept=kept)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerpipe.partition.cuts import Piece, pieces, unique_names
+from layerpipe.partition.exported import quietly
+from layerpipe.partition.first_layer import without_past
 from layerpipe.partition.forward import trace
-from layerpipe.partition.layers import Flow, Layer, LayerGraph
+from layerpipe.partition.layers import Flow, Kept, Layer, LayerGraph
+from layerpipe.partition.operations import fake
 from layerpipe.partition.split_stage import SplitStage
-from layerpipe.partition.tensors import fake
 
 Tensors = tuple[Any, ...]
 
@@ -51,20 +53,32 @@ def profile(model: nn.Module, example_inputs: Sequence[Any], *, measure: bool = 
     """
     forward = trace(model, example_inputs)
     parts = pieces(forward)
-    return profile_units(parts, [SplitStage(forward.root, [piece]) for piece in parts], example_inputs, measure=measure)
+    units = [SplitStage(forward.root, [piece]) for piece in parts]
+    return profile_units(
+        parts, units, example_inputs, measure=measure, no_past=without_past(SplitStage(forward.root, parts))
+    )
 
 
 def profile_units(
-    parts: list[Piece], units: Sequence[nn.Module], example_inputs: Sequence[Any], *, measure: bool
+    parts: list[Piece],
+    units: Sequence[nn.Module],
+    example_inputs: Sequence[Any],
+    *,
+    measure: bool,
+    no_past: Collection[nn.Parameter] = (),
 ) -> LayerGraph:
-    """:func:`profile` of a model that is already in pieces."""
+    """:func:`profile` of a model that is in pieces already. A first stage has no past of the weights ``no_past``."""
     measured = seconds([Rehearsal(units, example_inputs)])[0] if measure else []
     with FakeTensorMode():
-        return _profile(parts, units, tuple(fake(x) for x in example_inputs), measured)
+        return _profile(parts, units, tuple(fake(x) for x in example_inputs), measured, no_past)
 
 
 def _profile(
-    parts: list[Piece], units: Sequence[nn.Module], values: Tensors, measured: list[tuple[float, float]]
+    parts: list[Piece],
+    units: Sequence[nn.Module],
+    values: Tensors,
+    measured: list[tuple[float, float]],
+    no_past: Collection[nn.Parameter],
 ) -> LayerGraph:
     storages = _Storages()
     layers, crossing = [], [_bytes(values)]
@@ -74,8 +88,16 @@ def _profile(
     tied = []
     names = unique_names(parts)
     for i, (piece, unit) in enumerate(zip(parts, units, strict=True)):
+        storages.layer = i
         layer, values = _run(names[i], unit, values, storages, first=i == 0)
-        layers.append(dataclasses.replace(layer, seconds=_split_backward(measured[i], layer) if measured else None))
+        layers.append(
+            dataclasses.replace(
+                layer,
+                seconds=_split_backward(measured[i], layer) if measured else None,
+                no_past=sum(p.nbytes for p in unit.parameters() if p in no_past),
+                largest_past=max((p.nbytes for p in unit.parameters() if p not in no_past), default=0),
+            )
+        )
         tied += [(name, users[p], i) for name, p in unit.named_parameters() if users.setdefault(p, i) != i]
         crossing.append(_bytes(values) if i < len(parts) - 1 else 0)
         for node in {source for n in piece.nodes for source in n.all_input_nodes}:
@@ -84,21 +106,31 @@ def _profile(
                 flows[source, i] = flows.get((source, i), 0) + size
         for node, value in zip(piece.outputs, values, strict=False):
             maker.setdefault(node, (i, _bytes((value,))))
-    return LayerGraph(layers, [Flow(*key, size) for key, size in flows.items()], crossing, tied)
+    return LayerGraph(layers, [Flow(*key, size) for key, size in flows.items()], crossing, tied, storages.kept)
 
 
 class _Storages:
-    """What is kept somewhere, each storage once; holds them, so that none is taken for another."""
+    """What is kept for backwards, each storage once; holds them, so that none is taken for another."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Any] = {}
-        self.bytes = 0
+        self._last: dict[int, tuple[Any, int | None]] = {}  # a storage and the last layer to keep it; None: a weight
+        self.kept: list[Kept] = []
+        self.layer = 0  # the one that runs
 
-    def add(self, tensor: Tensor, *, count: bool = True) -> None:
+    def ignore(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._held:
-            self._held[storage._cdata] = storage
-            self.bytes += storage.nbytes() if count else 0
+        self._last[storage._cdata] = storage, None
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        _, before = self._last.get(storage._cdata, (storage, -1))
+        if before is not None and before != self.layer:
+            self._last[storage._cdata] = storage, self.layer
+            self.kept.append(Kept(before, self.layer, storage.nbytes()))
+
+    def first_kept_by(self, layer: int) -> int:
+        """Bytes that no layer before has kept."""
+        return sum(kept.bytes for kept in self.kept if kept.layer == layer and kept.before < 0)
 
 
 def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, first: bool) -> tuple[Layer, Tensors]:
@@ -107,28 +139,29 @@ def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, fi
     params = {key: fake(p).requires_grad_() for key, p in unit.named_parameters()}
     state = {**params, **{key: fake(b) for key, b in unit.named_buffers()}}
     for param in params.values():
-        storages.add(param, count=False)
-    before = storages.bytes
-
-    weights = {p.untyped_storage()._cdata: p.nbytes for p in params.values()}
-    read = set()  # weights that the backward will read
+        storages.ignore(param)
 
     def pack(tensor: Tensor) -> Tensor:
         storages.add(tensor)
-        read.add(tensor.untyped_storage()._cdata)
         return tensor
 
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), FlopCounterMode(display=False) as forward:
+        with (
+            quietly(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
+            FlopCounterMode(display=False) as forward,
+        ):
             result = torch.func.functional_call(unit, state, inputs)
         outputs = result if isinstance(result, tuple) else (result,)
         tensors = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
         backward = _backward_flops(outputs, tensors)
         both = _backward_flops(outputs, [*tensors, *params.values()])
     except Exception as error:  # whatever the model's own code raises without data
+        shapes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else repr(x) for x in inputs)
         raise ValueError(
-            f"{name} cannot be run without data ({str(error).splitlines()[0]}); balance by 'params', or "
-            "give the stages by hand"
+            f"{name} cannot be run without data on {shapes} ({(str(error) or repr(error)).splitlines()[0]}): do the "
+            "example inputs fit? layerpipe.split does not run it with balance='params' or at=..., and takes stages "
+            "that are made by hand"
         ) from error
     made = [y for y in outputs if isinstance(y, Tensor) and not any(y is x for x in inputs)]
     layer = Layer(
@@ -136,14 +169,13 @@ def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, fi
         parameters=sum(p.numel() for p in params.values()),
         weights=sum(p.nbytes for p in params.values()),
         largest=max((p.nbytes for p in params.values()), default=0),
-        no_past=0 if not first or read & weights.keys() else sum(weights.values()),
         forward_flops=float(forward.get_total_flops()),
         backward_flops=backward,
         gradient_flops=both - backward,
         elements=sum(y.numel() for y in made),
         input_bytes=_bytes(inputs),
         output_bytes=_bytes(tuple(made)),
-        saved=storages.bytes - before,
+        saved=storages.first_kept_by(storages.layer),
     )
     return layer, outputs
 

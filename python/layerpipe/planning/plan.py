@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from layerpipe.partition.balance import balance as balanced
 from layerpipe.partition.layers import Layer, LayerGraph
 from layerpipe.planning.machine import A100, Machine
 from layerpipe.planning.memory import Memory, history_copies, stage_memory
+from layerpipe.planning.parts import Parts
 from layerpipe.retiming import Derivation
 from layerpipe.simulate import BUILDERS, Report, StageCost, Timeline, layerpipe, report, run, together
 
@@ -137,27 +139,32 @@ def plan(
     costs = [machine.cost(layer, layers.crossing[i]) for i, layer in enumerate(layers.layers)]
     weights = [cost.seconds for cost in costs] if balance == "roofline" else costs_by(layers, balance)
 
-    def kept(delays: Sequence[int], in_flight: Sequence[int]) -> tuple[Any, Any]:
-        # Additive over layers but for scratch, which is at most the largest weight of all.
-        by_layer = np.array([
-            [stage_memory(weights=layer.weights, no_past=layer.no_past, largest=0, activations=f * layer.saved, delay=n,
-                          past=past, order=order, momentum=momentum).total for layer in layers.layers]
-            for n, f in zip(delays, in_flight, strict=True)
-        ], dtype=float)  # fmt: skip
-        return by_layer, np.outer(in_flight, [0, *layers.crossing[1:]]).astype(float)
+    parts = Parts(layers)
+
+    def memory_of(stage: int, at: Any, delay: int, in_flight: int, kind: str) -> Memory:
+        return stage_memory(
+            weights=parts.weights[at],
+            no_past=0 if stage else parts.no_past[at],
+            largest=(parts.largest if stage else parts.largest_past)[at],
+            activations=in_flight * parts.activations[at],
+            delay=delay, past=kind, order=order, momentum=momentum,
+        )  # fmt: skip
 
     def cut(count: int) -> list[int]:
+        if memory_per_stage is None:
+            return balanced(weights, count)
         # Delays depend on how many stages there are, not on what is in them.
         found = retiming.derive(count, [[s] for s in range(count)], schedule)
-        memory, received = kept(found.delays, found.in_flight) if memory_per_stage else (None, None)
-        scratch = max((layer.largest for layer in layers.layers), default=0) if past != "stash" and count > 1 else 0
-        cap = memory_per_stage - scratch if memory_per_stage else np.inf
+        memory = [
+            np.where(parts.empty, np.inf, memory_of(s, ..., delay, in_flight, past).total)
+            for s, (delay, in_flight) in enumerate(zip(found.delays, found.in_flight, strict=True))
+        ]
         try:
-            return balanced(weights, count, memory=memory, received=received, cap=cap)
+            return balanced(weights, count, memory=memory, cap=memory_per_stage)
         except CapError as error:
             raise ValueError(
-                f"no cut into {count} stages keeps every stage to {(cap + scratch) / 1e9:.3g} GB under {schedule} and "
-                f"past={past!r}; {(error.least + scratch) / 1e9:.3g} GB would do"
+                f"no cut into {count} stages keeps every stage to {readable(memory_per_stage)} under {schedule} and "
+                f"past={past!r}; {readable(error.least)} would do"
             ) from error
 
     if stages is not None or memory_per_stage is None:
@@ -170,19 +177,14 @@ def plan(
 
     made = []
     for s, (a, b) in enumerate(itertools.pairwise(cuts)):
-        part, n, flying = layers.layers[a:b], derivation.delays[s], derivation.in_flight[s]
+        n, flying = derivation.delays[s], derivation.in_flight[s]
         cost = together(costs[a:b])
-        activations = flying * (cost.saved + (cost.received if a else 0))
         memory = {
-            kind: stage_memory(
-                weights=sum(layer.weights for layer in part), no_past=sum(layer.no_past for layer in part),
-                largest=max(layer.largest for layer in part),
-                activations=activations, delay=n, past=kind, order=order, momentum=momentum,
-            )
+            kind: Memory(*map(int, memory_of(s, (a, b), n, flying, kind)))
             for kind in ("stash", "latest", "ema", "momentum", "blend")
             if momentum or kind != "momentum"
-        }  # fmt: skip
-        made.append(Stage(part, cost, n, flying, memory))
+        }
+        made.append(Stage(layers.layers[a:b], cost, n, flying, memory))
     minibatches = 16 + 3 * len(made)  # what is ever in flight, and some more
     timelines = {}
     for name in simulate:
@@ -197,6 +199,13 @@ def plan(
         timelines[name] = run(tasks, machine.link, len(made))
     reports = {name: report(timeline) for name, timeline in timelines.items()}
     return Plan(layers, schedule, made, derivation, timelines, reports)
+
+
+def readable(size: float) -> str:
+    """Bytes in three digits, rounded up, as ``--memory-per-stage`` reads them but for the B."""
+    unit, factor = next(((u, f) for u, f in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if size >= f), ("", 1.0))
+    digits = max(0, 3 - len(str(int(size / factor))))
+    return f"{math.ceil(size / factor * 10**digits - 1e-9) / 10**digits:.{digits}f} {unit}B"
 
 
 def _check(names: Sequence[str], known: Any, what: str) -> None:

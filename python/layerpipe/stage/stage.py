@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe.errors import DivergenceError
-from layerpipe.stage import autograd, first_layer
+from layerpipe.partition.first_layer import without_past
+from layerpipe.stage import autograd
 from layerpipe.stage.arrival import Arrival, Seen
 from layerpipe.stage.copies import warn_of_copies
 from layerpipe.stage.gradients import clip, memory_of, own
+from layerpipe.stage.history import drop_history
 from layerpipe.stage.options import Options, check_stage, set_options
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
@@ -99,8 +101,8 @@ class Stage:
             check_stage(name, module, optimizer, delay)
         self.without_past: set[nn.Parameter] = set()  # weights whose past no backward reads
         if delay and index == 0 and isinstance(optimizer, PastOptimizer):
-            self.without_past = first_layer.without_past(module)
-            first_layer.drop_history(optimizer, self.without_past)
+            self.without_past = without_past(module)
+            drop_history(optimizer, self.without_past)
         past_view = optimizer.past_view if delay and optimizer is not None else None
         self._saved = SavedTensors(self._all_params, past_view)
 

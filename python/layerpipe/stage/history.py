@@ -1,0 +1,31 @@
+"""Which parameters of a stage have a past."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from layerpipe_kernels.optim.checkpoint import CLOCK
+
+
+def drop_history(optimizer: Any, params: set[nn.Parameter]) -> None:
+    """Give these parameters of an optimizer a delay of 0, in a group of their own where others share theirs."""
+    for group in list(optimizer.param_groups):
+        ours = [p for p in group["params"] if p in params]
+        if not ours:
+            continue
+        if len(ours) == len(group["params"]):
+            group["delay"] = 0
+            continue
+        names = group.pop("param_names", None)
+        kept = [i for i, p in enumerate(group["params"]) if p not in params]
+        moved = [i for i, p in enumerate(group["params"]) if p in params]
+        options = {k: v for k, v in group.items() if k not in ("params", *CLOCK)}
+        members: list[Any] = group["params"]
+        group["params"] = [members[i] for i in kept]
+        added = [members[i] for i in moved]
+        if names is not None:
+            group["param_names"] = [names[i] for i in kept]
+            added = [(names[i], members[i]) for i in moved]
+        optimizer.add_param_group({**options, "params": added, "delay": 0})
