@@ -68,7 +68,7 @@ def test_plots_and_trace(stages: int, drawn: set[str], tmp_path: Path) -> None:
         (["plan", "torch.nn:Linear"], "--input 3,224,224"),
         ([*SMALL, "--stages", "40"], "cannot cut into 40 stages"),
         ([*SMALL, "--memory-per-stage", "lots"], "--memory-per-stage 'lots' is not a positive number"),
-        ([*SMALL, "--memory-per-stage", "1"], "GB would do"),
+        ([*SMALL, "--memory-per-stage", "1"], "kB would do"),
         ([*SMALL, "--memory-per-stage", ""], "--memory-per-stage '' is not a positive number"),
         ([*SMALL, "--link-latency", "inf"], "'--link-latency': inf is not a finite number"),
         (["plan", "mlp", "--set", "width=-1"], "mlp cannot be made with width=-1: Trying to create tensor with"),

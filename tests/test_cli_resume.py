@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -23,6 +24,7 @@ from layerpipe.cli import main
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Step
+from layerpipe.errors import UsageError
 from tests import forks
 from tests.test_cli import SMALL, metrics, run
 
@@ -146,3 +148,31 @@ def test_what_cannot_be_resumed_is_said(
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run"
+    assert run("train", *SMALL, *CHECKPOINTED, "--no-baseline", "--out", str(path)) == 0
+    before = (path / "metrics.jsonl").read_bytes()
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "past": "stash"}))
+    capsys.readouterr()
+    assert run("train", "--resume", str(path)) == 2
+    assert "past" in capsys.readouterr().err
+    assert (path / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": "many"}, {"ema_decay": 5}, {"max_norm": "x"}, {"at": 3}, {"at": [3]}, {"lr_schedule": "foo"},
+        {"checkpoint_every": "x"}, {"lr": True}, {"data_dir": 1}, {"width": 2.5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_a_config_cannot_hold_is_named(wrong: dict[str, Any]) -> None:
+    (name, value), *_ = wrong.items()
+    with pytest.raises(UsageError, match=re.escape(f"config.json has {name}={value!r}, which cannot be")):
+        TrainConfig.from_json({**TrainConfig().to_json(), **wrong})
+    whole = TrainConfig(at=("a", "b"), max_norm=1, steps=5)
+    assert TrainConfig.from_json(json.loads(json.dumps(whole.to_json()))) == whole

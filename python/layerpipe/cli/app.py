@@ -79,6 +79,7 @@ def train(
         seed=seed, device=device, split_backward=split_backward, checkpoint_every=checkpoint_every,
         past_norm=past_norm, channels_last=channels_last,
     )  # fmt: skip
+    config.check_past()
     path = resume or out or default_path(model, data, past)
     if processes.started() and (executor == "distributed" or resume is not None):
         with processes.joined(timeout) as reports:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from layerpipe.errors import UsageError
 
@@ -31,7 +32,7 @@ class TrainConfig:
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    lr_schedule: str = "cosine"
+    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: int = 50
     max_norm: float | None = None
     batch_size: int = 64
@@ -51,6 +52,17 @@ class TrainConfig:
         if self.epochs is not None:
             return max(1, round(self.epochs * (images // self.batch_size)))
         return self.default_steps
+
+    def check_past(self) -> None:
+        """Refuse options that this kind of past weights has no use for.
+
+        Raises:
+            UsageError: there is one.
+        """
+        if self.order != type(self).order and self.past != "blend":
+            raise UsageError(f"--order {self.order} is a blend's; --past {self.past} has none")
+        if self.ema_decay is not None and self.past not in ("ema", "blend"):
+            raise UsageError(f"--ema-decay {self.ema_decay} is that of averages; --past {self.past} keeps none")
 
     def past_options(self) -> dict[str, Any]:
         """``past``, ``order`` and the decay as the library takes them.
@@ -81,10 +93,9 @@ class TrainConfig:
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise UsageError(f"the run's config.json has {', '.join(unknown)}, which this version does not know")
+        kinds = get_type_hints(cls)
         for name, value in values.items():
-            default = getattr(cls, name)
-            kind = float | int if isinstance(default, float) else str if isinstance(default, Path) else type(default)
-            if default is not None and not isinstance(value, kind):
+            if not _is(value, kinds[name]):
                 raise UsageError(f"the run's config.json has {name}={value!r}, which cannot be")
         options: dict[str, Any] = {**values, "data_dir": Path(values.get("data_dir", cls.data_dir))}
         if options.get("at") is not None:
@@ -93,6 +104,19 @@ class TrainConfig:
 
     def to_json(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value from JSON is of a field's type."""
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is(value, each) for each in get_args(kind))
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_is(each, get_args(kind)[0]) for each in value)
+    if kind is float:
+        return isinstance(value, float | int) and not isinstance(value, bool)
+    return type(value) is (str if kind is Path else kind)
 
 
 def parse_decay(text: str | None) -> str | float | tuple[float, ...] | None:

@@ -26,7 +26,8 @@ from layerpipe.machine import processor
 class RunDirectory:
     """``runs/<name>/``: ``config.json``, ``metrics.jsonl``, checkpoints and TensorBoard's event file.
 
-    Every line of metrics is on disk when it is written, so that an interrupted run leaves a readable file.
+    Every line of metrics is on disk when it is written, so that an interrupted run leaves a readable file. What a
+    resumed run does again is taken out when it writes its first line: one that is refused leaves all as it was.
 
     Args:
         path: made new, or with ``resume`` the directory of an interrupted run.
@@ -38,6 +39,7 @@ class RunDirectory:
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
         self._earlier: list[dict[str, Any]] = []
+        self._shortened = not resume
         if path.exists() and not path.is_dir():
             raise UsageError(f"--out {path} is not a directory")
         metrics = path / "metrics.jsonl"
@@ -48,9 +50,6 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             if resume:
                 self._earlier = _up_to_checkpoints(path)
-                text = "".join(json.dumps(line) + "\n" for line in self._earlier)
-                (path / "metrics.jsonl.partial").write_text(text, encoding="utf-8")
-                os.replace(path / "metrics.jsonl.partial", metrics)
             self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
@@ -100,7 +99,17 @@ class RunDirectory:
         (self.path / "summary.json").write_text(text + "\n", encoding="utf-8")
 
     def write(self, run: str, event: str, **values: Any) -> None:
+        if not self._shortened:
+            self._shorten()
         self._metrics.write(json.dumps({"run": run, "event": event, **values}) + "\n")
+
+    def _shorten(self) -> None:
+        metrics, partial = self.path / "metrics.jsonl", self.path / "metrics.jsonl.partial"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self._earlier), encoding="utf-8")
+        self._metrics.close()
+        os.replace(partial, metrics)
+        self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
+        self._shortened = True
 
     def scalars(self, run: str, step: int, **values: float) -> None:
         for name, value in values.items():

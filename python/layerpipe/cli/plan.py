@@ -70,7 +70,9 @@ def plan(
             shown=True,
         ),
     ] = "roofline",
-    microbatches: Annotated[int, _option("Parts of a minibatch under gpipe.", CUT, min=1, shown=True)] = 8,
+    microbatches: Annotated[
+        int | None, _option("Parts of a minibatch under gpipe. Default: 8, if it has as many examples.", CUT, min=1)
+    ] = None,
     compute_rate: Annotated[str, _option("FLOP/s of a processor.", MACHINE, shown=True)] = "19.5T",
     memory_rate: Annotated[str, _option("Bytes/s of its memory.", MACHINE, shown=True)] = "1555G",
     link_rate: Annotated[str, _option("Bytes/s between two processors, each way.", MACHINE, shown=True)] = "32G",
@@ -86,6 +88,8 @@ def plan(
         memory=quantity(memory_rate, "--memory-rate"),
         link=Link(quantity(link_rate, "--link-rate"), link_latency),
     )
+    if microbatches is not None and microbatches > batch_size:
+        raise UsageError(f"--microbatches {microbatches}: a minibatch has --batch-size {batch_size} examples")
     memory = None if memory_per_stage is None else quantity(memory_per_stage, "--memory-per-stage")
     measure = balance == "time"
     import_from_here()
@@ -104,7 +108,7 @@ def plan(
             stages=stages,
             memory_per_stage=memory,
             schedule=schedule, past=past, order=order, momentum=momentum, balance=balance, machine=machine,
-            microbatches=microbatches,
+            microbatches=min(8, batch_size) if microbatches is None else microbatches,
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error

@@ -46,7 +46,8 @@ def loss(path: Path, runs: Mapping[str, Result]) -> None:
         axes.plot(steps, values, color=line.get_color(), alpha=0.2, linewidth=0.8)
     axes.set(xlabel="minibatches", ylabel="training loss (cross entropy)", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     save(figure, path)
 
 
@@ -111,7 +112,8 @@ def comparison(path: Path, curves: Mapping[str, Sequence[Result]], title: str) -
     right.set(xlabel="minibatches", ylabel="training loss", yscale="log")
     for axes in (left, right):
         axes.grid(alpha=0.3, which="both")
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     save(figure, path)
 
 

@@ -39,9 +39,9 @@ def stage_table(result: Result) -> Table:
         caption_justify="left",
     )
     table.add_column("stage")
-    table.add_column("layers")
+    table.add_column("layers", overflow="fold")
     for name in ("n, rule", "n, measured", "past-weight error"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for i, stage in enumerate(result.stages):
         table.add_row(str(i), stage.layers, str(stage.delay), measured_text(stage), error_text(stage.error))
     return table
@@ -52,7 +52,7 @@ def memory_table(result: Result) -> Table:
     table = Table(title="Memory", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("stage")
     for name in ("weights", "history", "optimizer", "scratch", "activations", "stashing\nwould keep"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for i, stage in enumerate(result.stages):
         m = stage.memory
         columns = (m.weights, m.history, m.optimizer, m.scratch, m.activations, m.stash)
@@ -78,7 +78,7 @@ def profile_table(trace: Trace) -> Table:
     )  # fmt: skip
     table.add_column("stage")
     for name in ("compute", "past", "step", "channel", "Python", "idle", "at work"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for i, time in enumerate(times):
         *seconds, busy = time
         table.add_row(str(i), *(f"{1e3 * value:.2f}" for value in seconds), f"{100 * busy:.0f} %")
@@ -89,7 +89,7 @@ def history_sentence(result: Result) -> str | None:
     """What is kept for past weights beside what weight stashing keeps; nothing where no stage has a delay."""
     kept = sum(s.memory.history for s in result.stages)
     stashed = sum(s.memory.stash for s in result.stages)
-    if not stashed:
+    if not stashed or not any(s.measured for s in result.stages):
         return None
     return (
         f"Kept for past weights: {decimal(kept)}, where weight stashing under the same schedule keeps "
@@ -101,7 +101,7 @@ def accuracy_table(results: Mapping[str, Result]) -> Table:
     """Each run's accuracy on the test data, and how fast it trained."""
     table = Table(title="Accuracy", title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "test accuracy", "last training loss", "samples/s", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for name, result in results.items():
         accuracy = "diverged" if result.diverged else "–"
         if result.test_accuracy is not None and not result.interrupted:
@@ -122,7 +122,7 @@ def comparison_table(results: Mapping[str, Sequence[Result]]) -> Table:
         "to the latest weights.",
     )  # fmt: skip
     for column in ("past", "n", "test accuracy", "error of\npast", "weights\n+ past", "samples\nper s", "diverged"):
-        table.add_column(column, justify="right" if column != "past" else "left", no_wrap=column == "past")
+        table.add_column(column, justify="left" if column == "past" else "right", overflow="fold")
     for name, found in results.items():
         good = [r.test_accuracy for r in found if r.test_accuracy is not None]
         spread = statistics.stdev(good) if len(good) > 1 else 0.0
