@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerpipe import split
+from layerpipe.models.resnet import resnet18
+from layerpipe.partition.forward import trace
 
 
 class Base(nn.Module):
@@ -90,6 +92,33 @@ class Noisy(Base):
         return self.b(h)  # type: ignore[no-any-return]
 
 
+class Adding(Base):
+    """In place, on a tensor that has no other name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        h += x
+        h *= 2
+        return self.b(h)  # type: ignore[no-any-return]
+
+
+class Dropping(Base):
+    """A function that does nothing in evaluation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.dropout(self.a(x), 0.5, self.training))  # type: ignore[no-any-return]
+
+
+class Overwriting(Base):
+    """In place, on a part of a tensor that is looked at as a whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x) * 2
+        part = h[:, :3]
+        part += 1
+        return self.b(h)  # type: ignore[no-any-return]
+
+
 def outcome(model: nn.Module, stages: list[nn.Module], x: Tensor) -> list[Tensor | None]:
     """Output, and the weights' gradients."""
     model.zero_grad()
@@ -101,7 +130,7 @@ def outcome(model: nn.Module, stages: list[nn.Module], x: Tensor) -> list[Tensor
     return [y, *(None if p.grad is None else p.grad.clone() for p in model.parameters())]
 
 
-MODELS = (Optional, Named, Causal, Asking, Frozen, Mixed, Noisy)
+MODELS = (Optional, Named, Causal, Asking, Frozen, Mixed, Noisy, Adding, Overwriting)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -132,3 +161,13 @@ def test_what_is_given_is_used_and_a_none_that_is_given_is_none() -> None:
     assert torch.equal(second(first(x, noise)), model(x, noise))
     first, second = split(model, 2, (x, None))
     assert torch.equal(second(first(x, None)), model(x))
+
+
+def test_what_torch_fx_can_follow_is_cut_as_finely_as_it_can() -> None:
+    with_fx = [str(node.target) for node in trace(Adding(), (torch.randn(5, 6),)).nodes]
+    assert "a" in with_fx
+    assert not any("aten" in name for name in with_fx)
+    assert "a" in [str(node.target) for node in trace(Dropping(), (torch.randn(5, 6),)).nodes]
+    model = resnet18(width=4)
+    names = [str(node.target) for node in trace(model, (torch.randn(2, 3, 8, 8),)).nodes]
+    assert "layer1.0.conv1" in names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -31,6 +32,19 @@ class ByMode(nn.Module):
 
     def forward(self) -> Any:
         return self.values[self.training]
+
+
+@contextlib.contextmanager
+def _evaluating(root: nn.Module) -> Iterator[None]:
+    """The constants that differ as the model is."""
+    constants = [module for module in root.modules() if isinstance(module, ByMode)]
+    for constant in constants:
+        constant.training = False
+    try:
+        yield
+    finally:
+        for constant in constants:
+            constant.training = True
 
 
 def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None, *, blocks: bool = True) -> Forward:
@@ -64,7 +78,8 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None, *, bloc
                 if example_inputs is not None:
                     note_tensors(*forward, example_inputs)
                     if name == "torch.fx":  # torch.export runs the code itself
-                        check_same(model, Interpreted(forward.root, forward.nodes[0].graph), example_inputs)
+                        with _evaluating(forward.root):
+                            check_same(model, Interpreted(forward.root, forward.nodes[0].graph), example_inputs)
                 return forward
             except Exception as error:  # whatever the model's own code raises under tracing
                 cause = error

@@ -69,27 +69,52 @@ class _Caller(nn.Module):
 
 class _Log(TorchDispatchMode):
     """Lists operations on ``followed`` tensors and on all that is made of them. What is made of constants alone may
-    be done once, while the model is traced."""
+    be done once, while the model is traced.
+
+    ``a += b`` is traced as ``a = a + b``, which is the same where nobody sees ``a`` under another name: so both are
+    listed alike, and what sees it is marked.
+    """
 
     def __init__(self, followed: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[str] = []
         self._followed: dict[int, Any] = {}  # storages; held, so that none is taken for another
+        self._names: dict[int, list[Tensor]] = {}  # the tensors that were seen of each of them
+        self._overwritten: dict[int, list[Tensor]] = {}  # those of them that now hold what another one was given
         self._follow(followed)
 
     def _follow(self, values: Any) -> None:
-        for value in pytree.tree_leaves(values):
-            if isinstance(value, Tensor):
-                storage = value.untyped_storage()
-                self._followed[storage._cdata] = storage
+        for value in _tensors(values):
+            storage = value.untyped_storage()
+            self._followed[storage._cdata] = storage
+            names = self._names.setdefault(storage._cdata, [])
+            if not _among(value, names):
+                names.append(value)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = _tensors((args, kwargs))
+        keys = [x.untyped_storage()._cdata for x in tensors]
         drawn = torch.Tag.nondeterministic_seeded in func.tags
-        if drawn or any(x.untyped_storage()._cdata in self._followed for x in tensors):
-            self._follow(result)
-            seen = pytree.tree_map(lambda x: (*x.shape, x.dtype) if isinstance(x, Tensor) else x, (args, kwargs))
-            self.operations.append(f"{func} {torch.is_grad_enabled()} {seen}")
+        if not drawn and not any(key in self._followed for key in keys):
+            return result
+        marked = any(_among(x, self._overwritten.get(key, ())) for x, key in zip(tensors, keys, strict=True))
+        name = func._schema.name
+        if name.endswith("_") and tensors:
+            others = [x for x in self._names.get(keys[0], ()) if x is not tensors[0]]
+            self._overwritten.setdefault(keys[0], []).extend(others)
+        self._follow(result)
+        seen = pytree.tree_map(lambda x: (*x.shape, x.dtype) if isinstance(x, Tensor) else x, (args, kwargs))
+        self.operations.append(
+            f"{name.removesuffix('_')} {func._overloadname} {torch.is_grad_enabled()} {seen}{' overwritten' * marked}"
+        )
         return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def _among(value: Tensor, tensors: Sequence[Tensor]) -> bool:
+    return any(value is each for each in tensors)
