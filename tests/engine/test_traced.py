@@ -103,10 +103,11 @@ class Adding(Base):
 
 
 class Dropping(Base):
-    """A function that does nothing in evaluation."""
+    """A function that does nothing in evaluation, and a constant that is made where the input lies."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.dropout(self.a(x), 0.5, self.training))  # type: ignore[no-any-return]
+        h = F.dropout(self.a(x), 0.5, self.training)
+        return self.b(h + torch.ones(6, device=h.device))  # type: ignore[no-any-return]
 
 
 class Overwriting(Base):

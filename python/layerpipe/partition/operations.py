@@ -97,7 +97,8 @@ class _Log(TorchDispatchMode):
         tensors = _tensors((args, kwargs))
         keys = [x.untyped_storage()._cdata for x in tensors]
         drawn = torch.Tag.nondeterministic_seeded in func.tags
-        if not drawn and not any(key in self._followed for key in keys):
+        asked = func.namespace == "prim"  # for a tensor's device or layout: nothing is computed
+        if asked or not (drawn or any(key in self._followed for key in keys)):
             return result
         marked = any(_among(x, self._overwritten.get(key, ())) for x, key in zip(tensors, keys, strict=True))
         name = func._schema.name
