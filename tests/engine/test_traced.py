@@ -96,8 +96,9 @@ class Adding(Base):
     """In place, on a tensor that has no other name."""
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        h += x
+        h = self.a(x)[:, :5]
+        h += x[:, :5]
+        h = F.pad(h, (0, 1))
         h *= 2
         return self.b(h)  # type: ignore[no-any-return]
 

@@ -102,6 +102,9 @@ class _Log(TorchDispatchMode):
             return result
         marked = any(_among(x, self._overwritten.get(key, ())) for x, key in zip(tensors, keys, strict=True))
         name = func._schema.name
+        if marked and func.is_view:  # by autograd, too, of a view that was written to: what is made of it counts
+            self._overwritten[keys[0]] += _tensors(result)
+            return result
         if name.endswith("_") and tensors:
             others = [x for x in self._names.get(keys[0], ()) if x is not tensors[0]]
             self._overwritten.setdefault(keys[0], []).extend(others)
