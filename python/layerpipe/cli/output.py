@@ -88,6 +88,7 @@ class RunDirectory:
         kinds = {
             name: {
                 "test_accuracy": [result.test_accuracy for result in found],
+                "tests": [result.tests for result in found],
                 "diverged": [result.diverged for result in found],
                 "delays": [stage.delay for stage in found[0].stages],
                 "past_weight_error": [[stage.error for stage in result.stages] for result in found],
