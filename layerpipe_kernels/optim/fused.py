@@ -52,7 +52,7 @@ class FusedOptimizer(PastOptimizer):
     def _step_supports_amp_scaling(self) -> bool:
         """Told by torch.amp.GradScaler, in attributes ``grad_scale`` and ``found_inf``, it unscales gradients itself
         and skips an update that overflowed, both on the device; with ``fused=False`` the scaler does that."""
-        return self.defaults["fused"] is not False
+        return self.defaults.get("fused") is not False
 
     @abstractmethod
     def _options(self, group: Group) -> Options:
