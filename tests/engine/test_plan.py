@@ -54,6 +54,7 @@ def normalized() -> tuple[nn.Module, tuple[Tensor, ...]]:
 
 
 def residual() -> tuple[nn.Module, tuple[Tensor, ...]]:
+    pytest.importorskip("torchvision")
     return resnet18(width=8, channels=1, classes=3), (torch.randn(4, 1, 16, 16),)
 
 

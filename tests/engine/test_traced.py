@@ -170,6 +170,7 @@ def test_what_torch_fx_can_follow_is_cut_as_finely_as_it_can() -> None:
     assert "a" in with_fx
     assert not any("aten" in name for name in with_fx)
     assert "a" in [str(node.target) for node in trace(Dropping(), (torch.randn(5, 6),)).nodes]
+    pytest.importorskip("torchvision")
     model = resnet18(width=4)
     names = [str(node.target) for node in trace(model, (torch.randn(2, 3, 8, 8),)).nodes]
     assert "layer1.0.conv1" in names
