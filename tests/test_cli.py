@@ -38,6 +38,15 @@ def run(*arguments: str) -> int:
     return end.value.code
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What is said of a mistake: one line, and status 2."""
+    assert run(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("layerpipe: ")
+    assert error.count("\n") == 1
+    return error
+
+
 def metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
@@ -187,11 +196,7 @@ def test_a_mistake_is_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("layerpipe: ")
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in refused(capsys, *arguments)
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
@@ -204,9 +209,7 @@ def test_data_that_is_missing_without_a_network_is_one_line(
         raise OSError("Network is unreachable")
 
     monkeypatch.setattr(datasets, "CIFAR10", offline)
-    assert run("train", "--data", "cifar10", "--data-dir", str(tmp_path)) == 2
-    assert "CIFAR10 is not in" in (error := capsys.readouterr().err)
-    assert error.count("\n") == 1
+    assert "CIFAR10 is not in" in refused(capsys, "train", "--data", "cifar10", "--data-dir", str(tmp_path))
 
 
 def test_an_output_directory_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

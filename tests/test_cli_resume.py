@@ -26,7 +26,7 @@ from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Step
 from layerpipe.errors import UsageError
 from tests import forks
-from tests.test_cli import SMALL, metrics, run
+from tests.test_cli import SMALL, metrics, refused, run
 
 
 def final_state(path: Path, run: str = "pipeline") -> dict[str, Any]:
@@ -144,10 +144,7 @@ def test_what_cannot_be_resumed_is_said(
     (tmp_path / "noise" / "metrics.jsonl").write_text("[1]\n")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "config.json").write_text("[]")
-    assert run("train", *arguments) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
+    assert message in refused(capsys, "train", *arguments)
 
 
 def test_a_resume_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
