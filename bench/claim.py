@@ -32,10 +32,9 @@ Network = tuple[list[StageCost], list[int]]
 def costs(layers: LayerGraph) -> Network:
     """FLOPs in place of seconds."""
     pairs = zip(layers.layers, layers.crossing, strict=False)
-    return [
-        StageCost(a.forward_flops, a.backward_flops, a.gradient_flops, received=size, saved=a.saved)
-        for a, size in pairs
-    ], [layer.weights for layer in layers.layers]
+    return [StageCost(a.forward_flops, a.backward_flops, a.gradient_flops, received=size) for a, size in pairs], [
+        layer.weights for layer in layers.layers
+    ]
 
 
 def blocks(layers: LayerGraph) -> Network:

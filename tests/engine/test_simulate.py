@@ -20,7 +20,7 @@ from layerpipe.simulate import (
     to_chrome,
 )
 
-EVEN = StageCost(forward=1, backward=1, gradient=1, received=100, saved=10)
+EVEN = StageCost(forward=1, backward=1, gradient=1, received=100)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 4, 7])
@@ -96,7 +96,7 @@ def test_ready_tasks_run_by_priority_and_ordered_ones_in_order() -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_nothing_overlaps_on_a_processor_and_nothing_runs_before_what_it_needs(name: str) -> None:
-    stages = [StageCost(1 + s % 2, 2, 1, 0.5, 10, 10) for s in range(4)]
+    stages = [StageCost(1 + s % 2, 2, 1, 0.5, 10) for s in range(4)]
     tasks = BUILDERS[name](stages, 9, 3)
     timeline = run(tasks, Link(100.0, 0.1))
     ends = {event.key: event.end for event in timeline.tasks}

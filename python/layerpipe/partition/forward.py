@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 
 from layerpipe.partition.aliasing import overwritten
 from layerpipe.partition.exported import exported
-from layerpipe.partition.operations import check_same
-from layerpipe.partition.tensors import Interpreted, note_tensors
+from layerpipe.partition.operations import check_same, run_without_data
+from layerpipe.partition.tensors import note_tensors
 
 
 class Forward(NamedTuple):
@@ -76,10 +76,10 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None, *, bloc
                 evaluated = capture()
                 forward = _both_modes(model, trained, evaluated)
                 if example_inputs is not None:
-                    note_tensors(*forward, example_inputs)
+                    with _evaluating(forward.root):
+                        operations = note_tensors(*forward, example_inputs)
                     if name == "torch.fx":  # torch.export runs the code itself
-                        with _evaluating(forward.root):
-                            check_same(model, Interpreted(forward.root, forward.nodes[0].graph), example_inputs)
+                        check_same(run_without_data(model, example_inputs), operations)
                 return forward
             except Exception as error:  # whatever the model's own code raises under tracing
                 cause = error
@@ -109,7 +109,8 @@ class _Captured(NamedTuple):
 def _captures(
     model: nn.Module, inputs: Sequence[Any] | None, blocks: bool
 ) -> Iterator[tuple[str, Callable[[], _Captured]]]:
-    for tracer in (_Layers(inputs), _Blocks(inputs)) if blocks else (_Layers(inputs),):
+    given = inputs or ()
+    for tracer in (_Layers(given), _Blocks(given)) if blocks else (_Layers(given),):
         yield "torch.fx", functools.partial(_symbolic, tracer, model)
     if inputs is not None:
         yield "torch.export", lambda: _Captured(*exported(model, inputs))
@@ -134,7 +135,7 @@ class _Layers(fx.Tracer):
 
     proxy_buffer_attributes = True  # else what changes a buffer is run while tracing, and no part of the trace
 
-    def __init__(self, inputs: Sequence[Any] | None) -> None:
+    def __init__(self, inputs: Sequence[Any]) -> None:
         super().__init__()
         self.whole = set[str]()
         self._inputs = inputs
@@ -146,11 +147,11 @@ class _Layers(fx.Tracer):
         for i, arg in enumerate(args[1:], start=1):
             if not isinstance(arg, fx.Proxy):
                 continue
-            given = self._inputs is not None and i <= len(self._inputs)
+            given = i <= len(self._inputs)
             if not given and arg.node.args:
                 args[i] = arg.node.args[0]
                 self.graph.erase_node(arg.node)
-            elif given and self._inputs is not None and self._inputs[i - 1] is None:
+            elif given and self._inputs[i - 1] is None:
                 args[i] = None  # and whatever is handed in there is not looked at
         return function, args
 

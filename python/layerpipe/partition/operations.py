@@ -34,13 +34,12 @@ def run_without_data(module: nn.Module, example_inputs: Sequence[Any]) -> list[s
     return operations
 
 
-def check_same(model: nn.Module, traced: nn.Module, example_inputs: Sequence[Any]) -> None:
-    """Refuse a trace that does something else than its model, as far as both run on fake tensors.
+def check_same(wanted: list[str] | None, found: list[str] | None) -> None:
+    """Refuse a trace whose operations are not its model's, as far as both run on fake tensors.
 
     Raises:
-        ValueError: it does.
+        ValueError: they are others.
     """
-    wanted, found = run_without_data(model, example_inputs), run_without_data(traced, example_inputs)
     if wanted is None or found is None:
         return
     for a, b in itertools.zip_longest(wanted, found):

@@ -45,27 +45,24 @@ def is_tensor(model: nn.Module, node: fx.Node) -> bool:
     return not _is_size(node)
 
 
-def note_tensors(root: nn.Module, nodes: Sequence[fx.Node], example_inputs: Sequence[Any]) -> None:
-    """Note of every value whether it is a tensor, as far as the forward runs on fake ones."""
-
-    class Noting(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            n.meta["is_tensor"] = isinstance(value, Tensor)
-            return value
-
-    run_without_data(Interpreted(root, nodes[0].graph, Noting), example_inputs)
+def note_tensors(root: nn.Module, nodes: Sequence[fx.Node], example_inputs: Sequence[Any]) -> list[str] | None:
+    """Note of every value whether it is a tensor, as far as the forward runs on fake ones; its operations."""
+    return run_without_data(_Noting(root, nodes[0].graph), example_inputs)
 
 
-class Interpreted(nn.Module):
-    """A graph as a module."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph, interpreter: type[fx.Interpreter] = fx.Interpreter) -> None:
+class _Noting(nn.Module):
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__()
-        self.root, self._graph, self._interpreter = root, graph, interpreter
+        self.root, self._graph = root, graph
 
     def forward(self, *inputs: Any) -> Any:
-        return self._interpreter(self.root, graph=self._graph).run(*inputs)
+        class Interpreter(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                n.meta["is_tensor"] = isinstance(value, Tensor)
+                return value
+
+        return Interpreter(self.root, graph=self._graph).run(*inputs)
 
 
 def _name(node: fx.Node) -> str:

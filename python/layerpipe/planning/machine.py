@@ -38,7 +38,7 @@ class Machine:
             gradient = max(layer.gradient_flops / self.flops, (kept + layer.weights) / self.memory)
             gradient *= bool(layer.parameters)
         update = STEP.one_pass() / STEP.weight.itemsize * layer.weights / self.memory
-        return StageCost(forward, backward, gradient, update, received, layer.saved)
+        return StageCost(forward, backward, gradient, update, received)
 
 
 A100 = Machine()

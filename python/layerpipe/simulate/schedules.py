@@ -26,7 +26,6 @@ class StageCost:
     gradient: float = 0.0  # gradient of the weights
     update: float = 0.0
     received: int = 0  # comes in at the front, and goes back there as a gradient
-    saved: int = 0  # kept from forward to backward, with what was received
 
     @property
     def seconds(self) -> float:
@@ -36,7 +35,7 @@ class StageCost:
         """The cost of one of ``parts`` equal parts of a minibatch; the update is not made in parts."""
         return StageCost(
             self.forward / parts, self.backward / parts, self.gradient / parts, self.update,
-            -(-self.received // parts), -(-self.saved // parts),
+            -(-self.received // parts),
         )  # fmt: skip
 
 
@@ -44,7 +43,7 @@ def together(costs: Sequence[StageCost]) -> StageCost:
     """Consecutive layers as one."""
     return StageCost(
         sum(c.forward for c in costs), sum(c.backward for c in costs), sum(c.gradient for c in costs),
-        sum(c.update for c in costs), costs[0].received, sum(c.saved for c in costs),
+        sum(c.update for c in costs), costs[0].received,
     )  # fmt: skip
 
 
