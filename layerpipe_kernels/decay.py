@@ -152,6 +152,25 @@ def blend(
     return best
 
 
+@functools.cache
+def retapped(n: int, decays: tuple[float, ...], correlation: float, newest: bool, turn: float = 0.0) -> Blend:
+    """The best taps for a delay of ``n`` where the averages are those of a design for another one.
+
+    Args:
+        n: delay in updates, at least 1.
+        decays: of the averages there are; distinct.
+        correlation, newest: as for :func:`blend`.
+        turn: of the first two, where a design has coupled them.
+    """
+    if n == 1 and newest:
+        return Blend(decays, (0.0,) * len(decays), 1.0, 0.0, turn)
+    row: Decays = np.array([decays])
+    if turn:
+        row = row.astype(complex)
+        row[0, :2] = complex(decays[0], turn), complex(decays[0], -turn)
+    return _best(n, row, correlation, newest)
+
+
 def _coupled(n: int, order: int, correlation: float, newest: bool) -> Blend:
     """As the search in :func:`blend`, over a complex decay's age and angle (below a right angle, so that its real part
     is a decay too), and the age of a third EMA."""

@@ -46,6 +46,7 @@ class Mixture(NamedTuple):
     clock: Clock
     velocity: float  # what the momentum buffer is multiplied with
     emas: tuple[float, ...]  # what the first EMAs are
+    n: int  # how many updates ago the past weights are of
 
 
 class History(ABC):
@@ -96,17 +97,48 @@ class History(ABC):
     def restart(self, param: Tensor, state: State) -> None:  # noqa: B027
         """Called where the clock is set to 0 while ``param`` has its present value."""
 
-    def mixture(self, clock: Clock) -> Mixture:
-        """Everything about :meth:`past` that does not depend on the parameter."""
-        emas, update = self.design.taps_at(clock.t) if clock.t else ((), 0.0)
+    def taps(self, t: int, n: int) -> tuple[tuple[float, ...], float]:
+        """What averages and newest update are multiplied with after update ``t`` for the weights of ``n`` updates ago,
+        ``n <= min(t, delay)``."""
+        if not n:
+            return (0.0,) * self.emas, 0.0
+        if n == min(t, self.n):
+            return self.design.taps_at(t)
+        if not self.emas:
+            return (), self.design._replace(delay=n).taps_at(n)[1]
+        if t <= self.n:  # every average is still the mean of all updates
+            return (float(n), *[0.0] * (self.emas - 1)), 0.0
+        return self.retapped(n)
+
+    def retapped(self, n: int) -> tuple[tuple[float, ...], float]:
+        """:meth:`taps` once the delay has filled, for an ``n`` that is not the one that the averages are designed for,
+        where there are averages."""
+        raise NotImplementedError
+
+    def mixture(self, clock: Clock, n: int | None = None) -> Mixture:
+        """Everything about :meth:`past` that does not depend on the parameter.
+
+        Args:
+            clock: where the group stands.
+            n: how many updates ago; by default the delay, or as many as there have been.
+
+        Raises:
+            ValueError: more updates ago than the delay, or than there have been.
+        """
+        most = min(clock.t, self.n)
+        if n is None:
+            n = most
+        elif not 0 <= n <= most:
+            raise ValueError(f"after {clock.t} updates with a delay of {self.n} there is no past of {n} updates ago")
+        emas, update = self.taps(clock.t, n)
         while emas and not emas[-1]:  # while the delays fill, one average knows it all
             emas = emas[:-1]
-        return Mixture(clock, update * clock.lr, emas)
+        return Mixture(clock, update * clock.lr, emas, n)
 
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
     ) -> Tensor:
-        """``What(t - min(t, n))``: fresh or ``out``, or memory of this history that lives until the next update.
+        """``What(t - mixture.n)``: fresh or ``out``, or memory of this history that lives until the next update.
 
         ``moved`` says whether the last update reached this parameter; one without a gradient stood still.
         """
@@ -122,10 +154,18 @@ class History(ABC):
         return ops.mix(weight, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
 
     def past_on_device(
-        self, param: Tensor, state: State, clock: DeviceClock, *, moved: Tensor | None = None, out: Tensor | None = None
+        self,
+        param: Tensor,
+        state: State,
+        clock: DeviceClock,
+        *,
+        n: int | None = None,
+        moved: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """:meth:`past` where only the device knows the clock; ``moved`` is then 1 or 0, a float32 scalar there."""
-        terms, taps = [], clock.taps
+        """:meth:`past` where only the device knows the clock; ``moved`` is then 1 or 0, a float32 scalar there, and
+        ``n`` the most updates ago, by default the delay."""
+        terms, taps = [], clock.taps if n is None else clock.taps_of(n)
         velocity = state.get("momentum_buffer") if clock.has_velocity else None
         if velocity is None or velocity.shape != param.shape:
             taps = taps[1:]

@@ -54,3 +54,12 @@ class Blend(History):
             seed=settings.seed,
             turn=blend.turn,
         )
+
+    def taps(self, t: int, n: int) -> tuple[tuple[float, ...], float]:
+        if n == 1 and self.settings.newest:
+            return (0.0,) * self.emas, 1.0  # exact
+        return super().taps(t, n)
+
+    def retapped(self, n: int) -> tuple[tuple[float, ...], float]:
+        made = decay.retapped(n, self.design.decays, self.settings.correlation, self.settings.newest, self.design.turn)
+        return tuple(n * tap for tap in made.taps), n * made.update_tap

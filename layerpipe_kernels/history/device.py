@@ -26,11 +26,8 @@ class DeviceClock:
     def __init__(self, history: History, t: Tensor, lr: Tensor) -> None:
         self.n, self.t, self.lr = history.n, t, lr
         design = history.design
-        rows = [[0.0] * (1 + len(design.decays))]  # before the first update the weights are what they were
-        for at in range(1, self.n + 2):
-            _, taps, update_tap = design.at(at)
-            rows.append([update_tap, *taps])
-        self._table = torch.tensor(rows, dtype=torch.float32, device=t.device)  # (n + 2, 1 + K)
+        self._history = history
+        self._tables: dict[int, Tensor] = {}  # by how many updates ago: (delay + 2, 1 + K), taps by the clock
         by_lr = [True, *[design.ema_of_gradient] * len(design.decays)]
         self._by_lr = torch.tensor(by_lr, device=t.device)
         self._decays = torch.tensor(design.decays, dtype=torch.float64, device=t.device)
@@ -42,8 +39,24 @@ class DeviceClock:
     @torch.no_grad()
     def refresh(self) -> None:
         """``taps``, the momentum buffer's first, for the update that the clock shows."""
-        row = self._table.index_select(0, self.t.clamp(max=self.n + 1).view(1))[0]
+        row = self._row(self.n)
         torch.where(self._by_lr, row * self.lr, row, out=self.taps)
+
+    @torch.no_grad()
+    def taps_of(self, n: int) -> Tensor:
+        """:attr:`taps` for the weights of ``n`` updates ago, or of as many as there have been."""
+        row = self._row(n)
+        return torch.where(self._by_lr, row * self.lr, row)
+
+    def _row(self, n: int) -> Tensor:
+        table = self._tables.get(n)
+        if table is None:
+            rows = []
+            for at in range(self.n + 2):  # before the first update the weights are what they were
+                taps, update_tap = self._history.taps(at, min(n, at))
+                rows.append([update_tap, *taps])
+            table = self._tables[n] = torch.tensor(rows, dtype=torch.float32, device=self.t.device)
+        return table.index_select(0, self.t.clamp(max=self.n + 1).view(1))[0]
 
     @torch.no_grad()
     def tick(self, lr: float | Tensor, found_inf: Tensor | None, *, counted: bool) -> None:
@@ -72,9 +85,9 @@ class DeviceClock:
         """``(1,)``: where a ring of ``n`` keeps the version that the clock shows."""
         return (self.t % self.n).view(1)
 
-    def past_slot(self) -> Tensor:
-        """``(1,)``: where it keeps the version that a backward wants."""
-        return ((self.t - self.t.clamp(max=self.n)) % self.n).view(1)
+    def past_slot(self, n: int | None = None) -> Tensor:
+        """``(1,)``: where it keeps the version of ``n`` updates ago, by default that of the delay."""
+        return ((self.t - self.t.clamp(max=self.n if n is None else n)) % self.n).view(1)
 
 
 def put(ring: Tensor, dim: int, slot: Tensor, value: Tensor, found_inf: Tensor | None) -> None:

@@ -34,6 +34,9 @@ class Ema(History):
             seed=settings.seed,
         )
 
-    def mixture(self, clock: Clock) -> Mixture:
-        made = super().mixture(clock)
+    def retapped(self, n: int) -> tuple[tuple[float, ...], float]:
+        return (float(n),), 0.0
+
+    def mixture(self, clock: Clock, n: int | None = None) -> Mixture:
+        made = super().mixture(clock, n)
         return made._replace(emas=tuple(tap * clock.lr for tap in made.emas)) if self.design.ema_of_gradient else made

@@ -19,6 +19,13 @@ class Latest(History):
         return copy_into(out, param.detach())
 
     def past_on_device(
-        self, param: Tensor, state: State, clock: DeviceClock, *, moved: Tensor | None = None, out: Tensor | None = None
+        self,
+        param: Tensor,
+        state: State,
+        clock: DeviceClock,
+        *,
+        n: int | None = None,
+        moved: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         return copy_into(out, param.detach())

@@ -58,16 +58,19 @@ class Norms:
         states: Sequence[State],
         at: int | DeviceClock,
         found_inf: Tensor | None = None,
+        n: int | None = None,
     ) -> None:
-        """After an update: scale every ``What``, in place, to the norm of the version that it estimates."""
-        if isinstance(at, int) and at == 0:
+        """After an update: scale every ``What``, in place, to the norm of the version that it estimates, of ``n``
+        updates ago or of the delay."""
+        n = self.n if n is None else n
+        if n == 0 or (isinstance(at, int) and at == 0):
             return  # nothing has been recorded
         norms = torch._foreach_norm(list(estimates), 2, dtype=self.dtype)
         if isinstance(at, DeviceClock):
-            slot = at.past_slot()
+            slot = at.past_slot(n)
             targets = [state["norms"].index_select(0, slot)[0] for state in states]
         else:
-            targets = [state["norms"][(at - min(at, self.n)) % self.n] for state in states]
+            targets = [state["norms"][(at - min(at, n)) % self.n] for state in states]
         for estimate, norm, target in zip(estimates, norms, targets, strict=True):
             matched = norm > 0
             if isinstance(at, DeviceClock):

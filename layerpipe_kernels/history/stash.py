@@ -48,16 +48,21 @@ class Stash(History):
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
     ) -> Tensor:
-        t = mixture.clock.t
-        back = min(t, self.n)
-        if not back or "stash" not in state:
+        if not mixture.n or "stash" not in state:
             return copy_into(out, param.detach())
-        return copy_into(out, state["stash"][(t - back) % self.n])
+        return copy_into(out, state["stash"][(mixture.clock.t - mixture.n) % self.n])
 
     def past_on_device(
-        self, param: Tensor, state: State, clock: DeviceClock, *, moved: Tensor | None = None, out: Tensor | None = None
+        self,
+        param: Tensor,
+        state: State,
+        clock: DeviceClock,
+        *,
+        n: int | None = None,
+        moved: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        if "stash" not in state:
+        if n == 0 or "stash" not in state:
             return copy_into(out, param.detach())
         out = torch.empty_like(param, requires_grad=False) if out is None else out
-        return copy_into(out, state["stash"].index_select(0, clock.past_slot())[0])
+        return copy_into(out, state["stash"].index_select(0, clock.past_slot(n))[0])

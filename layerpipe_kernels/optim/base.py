@@ -38,7 +38,9 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         self._histories: dict[int, tuple[Any, history.History]] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}  # of a parameter: its group, and its place there
         # Per group: what its past weights are made with after the update that the clock shows.
-        self._ready: dict[int, tuple[Group, tuple[Any, Any], history.History | None, history.Mixture | None]] = {}
+        self._ready: dict[
+            tuple[int, int | None], tuple[Group, tuple[Any, Any], history.History | None, history.Mixture | None]
+        ] = {}
         self._clocks: dict[int, tuple[history.History, DeviceClock]] = {}
         self._norms: dict[int, Norms] = {}
 
@@ -170,59 +172,68 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         layout.align(state, param)
         return state
 
-    def past_view(self, param: Tensor) -> Tensor:
+    def past_view(self, param: Tensor, n: int | None = None) -> Tensor:
         """Like :meth:`past_weight`, but may return memory that the next step overwrites. For one backward."""
-        return self._past(param, None)
+        return self._past(param, None, n)
 
-    def _past(self, param: Tensor, out: Tensor | None) -> Tensor:
+    def _past(self, param: Tensor, out: Tensor | None, n: int | None = None) -> Tensor:
         group = self._find(param)
         clock = self.device_clock(group)
         if clock is not None:
-            return self._past_on_device(param, group, clock, out)
+            return self._past_on_device(param, group, clock, out, n)
         t, lr = now = group["updates"], group["last_lr"]
-        ready = self._ready.get(id(group))
+        ready = self._ready.get((id(group), n))
         if ready is None or ready[0] is not group or ready[1] != now:
             past = self.history(group)
             # A learning rate that lies on a device is read here, once for all parameters.
-            made = past.mixture(history.Clock(t, float(lr))) if past is not None else None
-            ready = self._ready[id(group)] = group, now, past, made
+            made = past.mixture(history.Clock(t, float(lr)), n) if past is not None else None
+            ready = self._ready[id(group), n] = group, now, past, made
         _, _, past, mixture = ready
         if past is None or mixture is None:
             return history.copy_into(out, param.detach())
         state = self._aligned_state(param)
-        if group["materialize"] and "past" in state and t:
+        if not mixture.n:
+            return history.copy_into(out, param.detach())
+        if group["materialize"] and "past" in state and mixture.n == min(t, past.n):
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
         result = past.past(param, state, mixture, moved=param not in self._still, out=out)
         if norms is not None:
-            norms.match([result], [state], t)
+            norms.match([result], [state], t, n=mixture.n)
         return result
 
-    def _past_on_device(self, param: Tensor, group: Group, clock: DeviceClock, out: Tensor | None) -> Tensor:
+    def _past_on_device(
+        self, param: Tensor, group: Group, clock: DeviceClock, out: Tensor | None, n: int | None
+    ) -> Tensor:
         past, state = self.history(group), self._aligned_state(param)
         assert past is not None
-        if group["materialize"] and "past" in state:
+        if n == 0:
+            return history.copy_into(out, param.detach())
+        if group["materialize"] and "past" in state and n in (None, past.n):
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
-        result = past.past_on_device(param, state, clock, moved=self._moved_on_device(param, clock), out=out)
+        result = past.past_on_device(param, state, clock, n=n, moved=self._moved_on_device(param, clock), out=out)
         if norms is not None:
-            norms.match([result], [state], clock)
+            norms.match([result], [state], clock, n=n)
         return result
 
-    def past_weight(self, param: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """The weights of ``min(updates, delay)`` updates ago, as this parameter's history has them.
+    def past_weight(self, param: Tensor, n: int | None = None, *, out: Tensor | None = None) -> Tensor:
+        """The weights of ``n`` updates ago, as this parameter's history has them.
 
         Args:
             param: one of this optimizer's parameters, ``(*)``.
+            n: at most the group's delay and the number of updates since it began to fill, which of the two is smaller
+                is the default. A group without a delay has its present weights for any ``n``. Averages are designed for
+                the delay; another ``n`` gets the best that they can give (:func:`layerpipe_kernels.decay.retapped`).
             out: ``(*)``, its dtype and device, any strides; written and returned. A fresh tensor if not given.
 
         Raises:
             KeyError: the parameter is not in this optimizer.
-            ValueError: ``out`` does not fit.
+            ValueError: ``out`` does not fit, or ``n`` is larger than what there is.
         """
         if out is not None and (out.shape, out.dtype, out.device) != (param.shape, param.dtype, param.device):
             raise ValueError(
@@ -230,12 +241,12 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
                 f"got {tuple(out.shape)} {out.dtype} on {out.device}"
             )
         if out is None:
-            return self._past(param, torch.empty_like(param, requires_grad=False))
+            return self._past(param, torch.empty_like(param, requires_grad=False), n)
         if layout.follows(out, param) and not out.is_neg():
-            self._past(param, out)
+            self._past(param, out, n)
             torch.autograd.graph.increment_version(out)  # somebody's graph may have saved it
         else:
-            history.copy_into(out, self._past(param, None))
+            history.copy_into(out, self._past(param, None, n))
         return out
 
     def _find(self, param: Tensor) -> Group:

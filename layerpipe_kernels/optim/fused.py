@@ -142,13 +142,13 @@ class FusedOptimizer(PastOptimizer):
             routines[index].step()
         return True
 
-    def past_view(self, param: Tensor) -> Tensor:
-        maker = self._past_makers.get(id(param))
+    def past_view(self, param: Tensor, n: int | None = None) -> Tensor:
+        maker = self._past_makers.get(id(param)) if n is None else None
         if maker is not None and maker.param is param and maker.state is self.state:
             past = _empty_like(maker.like)
             if maker.write(maker.i, past):
                 return past
-        return self._past(param, None)
+        return self._past(param, None, n)
 
     def _begin_routine(self, index: int, group: Group, ready: _Ready | None, past: History | None) -> None:
         """After a step that looked at everything, if the next one need not."""
