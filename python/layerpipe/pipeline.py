@@ -198,6 +198,8 @@ class Pipeline(Network):
         while self.tick < self.schedule.ticks(self.fed):
             self._submit()
         self._synchronize()
+        if self.tick:
+            self._executor.check()  # it may have been closed meanwhile
         try:
             for stage in self.stages:
                 stage.check_weights()
@@ -389,10 +391,15 @@ class Pipeline(Network):
     # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the workers and let go of the minibatches in the pipe. Weights stay readable. Idempotent."""
+        """Stop the workers and let go of the minibatches in the pipe. Weights stay readable. Idempotent.
+
+        Called from inside a stage, it waits for no other stage, and each ends what it is at; a :meth:`step` or
+        :meth:`drain` that waits for them raises a RuntimeError.
+        """
         self._executor.close()
-        for stage in self.stages:
-            stage.forget()
+        if not self._executor.inside_stage():
+            for stage in self.stages:
+                stage.forget()
 
     def _synchronize(self) -> None:
         self._executor.synchronize()

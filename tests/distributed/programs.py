@@ -380,3 +380,35 @@ def refuses(rank: int, stage: int) -> None:
 
 def untrained(rank: int) -> None:
     pipeline([*chain(2), nn.Tanh(), nn.Tanh()], executor="distributed")
+
+
+def closes_inside(rank: int, stage: int, where: str, at: int, size: int) -> str:
+    """Close the pipeline inside the ``at``-th forward, backward or loss of a stage; what each process is told.
+
+    Whoever has been told waits for the others: the end of a process says more than a message.
+    """
+    stages = chain(6)
+    calls: list[layerpipe.Pipeline] = []
+
+    def call(value: Tensor) -> Tensor:
+        calls.append(pipe)
+        if len(calls) == at:
+            pipe.close()
+        return value
+
+    if where == "forward":
+        stages[stage].register_forward_pre_hook(lambda module, inputs: (call(inputs[0]),))
+    elif where == "backward":
+        first: Any = next(stages[stage].parameters())
+        first.register_hook(call)
+    loss_fn = F.cross_entropy if where != "loss" else lambda output, target: call(F.cross_entropy(output, target))
+    pipe = layerpipe.Pipeline(stages, loss_fn, sgd, executor="distributed")
+    said = "trained"
+    try:
+        for x, y in minibatches(30, size=size):
+            pipe.step(x, y)
+        pipe.drain()
+    except RuntimeError as error:
+        said = f"{type(error).__name__}: {error}"
+    dist.barrier()
+    return said

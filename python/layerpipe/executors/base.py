@@ -43,6 +43,7 @@ class Executor(ABC):
         self.names, self._run = names, run
         self._failure: BaseException | None = None
         self._closed = False
+        self._acts = False  # whether the thread that submits is inside an action
 
     @abstractmethod
     def submit(self, tick: Tick) -> None:
@@ -93,8 +94,12 @@ class Executor(ABC):
         """Losses for the caller, once :meth:`wait` or :meth:`synchronize` has returned."""
         return list(losses)
 
+    def inside_stage(self) -> bool:
+        """Whether the caller is inside an action: called by a stage's module, the loss or an optimizer."""
+        return self._acts
+
     def close(self) -> None:
-        """Stop; idempotent."""
+        """Stop; idempotent. From inside an action it returns at once, and the other stages end theirs."""
         self._closed = True
 
     def abort(self, error: BaseException) -> None:

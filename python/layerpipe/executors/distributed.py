@@ -88,6 +88,8 @@ class Distributed(Serial):
     def close(self) -> None:
         first, self._closed = not self._closed, True
         if first:
+            for channel in (*self._incoming, *self._outgoing):
+                channel.close()
             ended = {incoming.peer.rank for incoming in self._incoming if incoming.ended}
             for outgoing in self._outgoing:
                 if outgoing.peer.rank not in ended:

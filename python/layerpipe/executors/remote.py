@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from layerpipe.errors import DivergenceError, StageError
-from layerpipe.executors.channels import Channel, moved
+from layerpipe.executors.channels import Channel, ChannelClosed, moved
 from layerpipe.executors.ranks import Ranks, reached
 from layerpipe_kernels.layout import distinct, fill, order
 
@@ -101,7 +101,21 @@ class Peer(NamedTuple):
     name: str  # the stage there, for messages
 
 
-class Outgoing(Channel):
+class _End(Channel):
+    """This process's end of a channel."""
+
+    _open = True
+
+    def close(self) -> None:
+        """The other process has been told that nothing follows, and tells nothing more itself."""
+        self._open = False
+
+    def _check(self) -> None:
+        if not self._open:
+            raise ChannelClosed(self.name)
+
+
+class Outgoing(_End):
     """The sending end. Tensors may be changed once :meth:`put` has returned; those of a device come by the host."""
 
     def __init__(self, name: str, peer: Peer) -> None:
@@ -113,8 +127,10 @@ class Outgoing(Channel):
         """Send tensors; does not wait for them to arrive, unless several messages are still under way.
 
         Raises:
+            ChannelClosed: this process has closed its pipeline.
             StageError: the other process is gone.
         """
+        self._check()
         kinds = [None if t is None else _Kind.of(t) for t in item]
         if kinds != self._layout.kinds:
             layout = _Layout(kinds)
@@ -162,7 +178,7 @@ class Outgoing(Channel):
         self._unsent.append((work, buffer))
 
 
-class Incoming(Channel):
+class Incoming(_End):
     """The receiving end.
 
     Args:
@@ -181,8 +197,10 @@ class Incoming(Channel):
         """The next message's tensors, once they are there.
 
         Raises:
+            ChannelClosed: this process has closed its pipeline.
             StageError: the other process failed, with its error's message; or it is gone, or has fewer minibatches.
         """
+        self._check()
         buffer, layout = self._next(_TENSORS), self._layout
         self._post()
         tensors = layout.get(buffer)

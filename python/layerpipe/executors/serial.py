@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from layerpipe.executors.base import Executor, Tick
+from layerpipe.executors.channels import ChannelClosed
 from layerpipe.executors.interrupts import Held
 
 
@@ -20,12 +21,21 @@ class Serial(Executor):
         with Held() as interrupt:
             for action in tick.actions:
                 try:
+                    self._acts = True
                     self._run(action, tick)
                     if interrupt.came:
                         interrupt.release()
                 except BaseException as error:
+                    if self._closed and isinstance(error, ChannelClosed):
+                        break
                     self._failure = self._named(action.stage, error)
                     raise self._failure from self._failure.__cause__
+                finally:
+                    self._acts = False
+                if self._closed:  # inside the action: the stages may be in different ticks
+                    break
+        if self._closed:
+            self.check()
 
     def wait(self, done: Callable[[], bool]) -> None:
         if not done():

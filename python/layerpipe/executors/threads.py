@@ -80,10 +80,14 @@ class Threads(Executor):
         self.check()
         while not done():
             self._take_events(block=True)
+            if self._closed and not done():
+                self._events.put(None)  # whoever else waits shall not wait on, either
+                self.check()
 
     def synchronize(self) -> None:
         if self._closed:
-            return  # nothing runs any more, after an error too, and the weights may still be read
+            self._join()  # after an error too: the weights may still be read
+            return
         self.check()
         idle: list[int] = []
         for commands in self._commands:
@@ -95,8 +99,16 @@ class Threads(Executor):
         for commands in self._commands:
             commands.put(None)
         self._close_channels()
-        for worker in self._workers:
-            if worker is not threading.current_thread():
+        self._events.put(None)  # the workers end without a word, and another thread may wait for one
+        self._join()
+
+    def inside_stage(self) -> bool:
+        return threading.current_thread() in self._workers
+
+    def _join(self) -> None:
+        """Wait for the workers to end. A worker does not: it would wait for one that waits for it."""
+        if not self.inside_stage():
+            for worker in self._workers:
                 worker.join()
 
     def _take_events(self, *, block: bool) -> None:
@@ -158,7 +170,8 @@ def _work(
         except ChannelClosed:
             return  # a neighbour failed, or the pipeline was closed; the cause is reported from there
         except BaseException as error:
-            events.put(owner._named(stage, error))
+            if not (owner._closed and isinstance(error, Exception)):  # else what is missing was let go of
+                events.put(owner._named(stage, error))
             return
         if stage == len(owner.names) - 1:
             events.put(None)  # a loss may be ready
