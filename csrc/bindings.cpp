@@ -22,24 +22,25 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init([](const std::string& rule, int device, int weight, int grad, int average, int emas,
                          std::vector<int64_t> numels, std::vector<uint64_t> weights, std::vector<uint64_t> masters,
                          std::vector<std::vector<uint64_t>> states, std::vector<uint64_t> averages,
-                         std::vector<uint64_t> pasts, std::vector<uint64_t> counts, int64_t chunk) {
+                         std::vector<uint64_t> pasts, std::vector<uint64_t> counts, std::vector<uint64_t> previous,
+                         int64_t chunk) {
                  return StepPlan::make(rule,
                                        {device, dtype_of(weight), dtype_of(grad), dtype_of(average), emas,
                                         std::move(numels), std::move(weights), std::move(masters), std::move(counts),
-                                        std::move(averages), std::move(pasts), std::move(states)},
+                                        std::move(averages), std::move(pasts), std::move(previous), std::move(states)},
                                        chunk);
              }),
              "rule"_a, py::kw_only(), "device"_a, "weight"_a, "grad"_a, "average"_a, "emas"_a, "numels"_a, "weights"_a,
-             "masters"_a, "states"_a, "averages"_a, "pasts"_a, "counts"_a, "chunk"_a = 0)
+             "masters"_a, "states"_a, "averages"_a, "pasts"_a, "counts"_a, "previous"_a, "chunk"_a = 0)
         .def(
             "configure",
             [](StepPlan& plan, const std::vector<double>& options, int64_t delay, std::vector<double> decays,
-               std::vector<double> taps, double update_tap, double fill_ratio, bool ema_of_gradient, uint32_t seed,
-               double turn) {
-                plan.configure(options, {delay, std::move(decays), std::move(taps), update_tap, fill_ratio,
+               std::vector<double> taps, double update_tap, double fill_tap, double fill_ratio, bool ema_of_gradient,
+               uint32_t seed, double turn) {
+                plan.configure(options, {delay, std::move(decays), std::move(taps), update_tap, fill_tap, fill_ratio,
                                          ema_of_gradient, seed, turn});
             },
-            "options"_a, py::kw_only(), "delay"_a, "decays"_a, "taps"_a, "update_tap"_a, "fill_ratio"_a,
+            "options"_a, py::kw_only(), "delay"_a, "decays"_a, "taps"_a, "update_tap"_a, "fill_tap"_a, "fill_ratio"_a,
             "ema_of_gradient"_a, "seed"_a, "turn"_a = 0.0)
         .def("set_grads",
              [](StepPlan& plan, const std::vector<uint64_t>& grads) {
@@ -49,17 +50,22 @@ PYBIND11_MODULE(_C, m) {
         .def(
             "step",
             [](StepPlan& plan, double lr, int64_t t, const std::vector<uint8_t>& first, uint64_t lr_at, uint64_t clock,
-               uint64_t grad_scale, uint64_t found_inf, uint64_t stream, int threads) {
+               uint64_t grad_scale, uint64_t found_inf, double horizon, double horizon_before, uint64_t horizon_at,
+               uint64_t stream, int threads) {
                 const Moment moment{lr,
                                     at<const float*>(lr_at),
                                     t,
                                     at<int64_t*>(clock),
                                     at<const float*>(grad_scale),
-                                    at<const float*>(found_inf)};
+                                    at<const float*>(found_inf),
+                                    horizon,
+                                    horizon_before,
+                                    at<float*>(horizon_at)};
                 require(first.empty() || first.size() == plan.grads.size(), "step: one `first` per tensor, or none");
                 run_step(plan, moment, first, stream, threads);
             },
-            "lr"_a, "t"_a, "first"_a, "lr_at"_a, "clock"_a, "grad_scale"_a, "found_inf"_a, "stream"_a, "threads"_a)
+            "lr"_a, "t"_a, "first"_a, "lr_at"_a, "clock"_a, "grad_scale"_a, "found_inf"_a, "horizon"_a,
+            "horizon_before"_a, "horizon_at"_a, "stream"_a, "threads"_a)
         .def("table",
              [](const StepPlan& plan) {
                  const auto bytes = plan.table();
@@ -77,9 +83,9 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<Routine>(m, "Routine", "The step and past weights of a group in which little is new.")
         .def(py::init<py::dict, py::tuple, py::dict, py::object, py::object, py::object, py::object, py::object,
-                      int64_t, const py::object&>(),
+                      int64_t, double, const py::object&>(),
              "group"_a, "settings"_a, "state"_a, "collector"_a, "plan"_a, "current"_a, "touched"_a, "mixture"_a,
-             "delay"_a, "exchange"_a)
+             "delay"_a, "horizon"_a, "exchange"_a)
         .def("fits", &Routine::fits)
         .def("ready", &Routine::ready)
         .def("step", &Routine::step)

@@ -13,9 +13,10 @@ struct alignas(16) Record {
     void* weight;
     void* master;  // the weight in full precision, where `weight` is its rounded copy; else null
     void* state[kMaxStates];
-    void* ema;     // averages one behind the other, `numel` apart; null without
-    void* past;    // null unless the step writes the past weights
-    float* count;  // steps this parameter has made, where the rule depends on it; else null
+    void* ema;       // averages one behind the other, `numel` apart; null without
+    void* past;      // null unless the step writes the past weights
+    void* previous;  // the last update, of the type of `state`, where `weight` is predicted; else null
+    float* count;    // steps this parameter has made, where the rule depends on it; else null
     int64_t numel;
     int32_t aligned;  // every array but the gradient starts at a multiple of 16 bytes
 };
@@ -29,6 +30,9 @@ struct Moment {
     int64_t* clock;  // updates before this one; counted up by the step
     const float* grad_scale;
     const float* found_inf;  // nonzero: change nothing
+    double horizon;          // of weight prediction, in updates
+    double horizon_before;   // which the weights in memory were predicted with
+    float* horizon_at;       // instead of `horizon_before`; set to `horizon` by the step
 };
 
 LP_INLINE bool overflowed(const Moment& m) { return m.found_inf && *m.found_inf != 0.0f; }
@@ -39,6 +43,7 @@ struct TensorScalars {
     using T = typename Rule::Number;
     typename Rule::Scalars rule;
     PastScalars<T> past;
+    Horizon<T> horizon;
     T grad_factor;
     int form;
     uint32_t key[kMaxEmas];  // of the random bits with which an average is rounded
@@ -55,6 +60,7 @@ LP_INLINE TensorScalars<Rule> tensor_scalars(const typename Rule::Options& optio
     s.rule = Rule::at(options, m.lr_at ? T(*m.lr_at) : T(m.lr), count + T(1));
     s.form = Rule::form(present, r.count ? count == T(0) : first);
     s.past = past_at<T, kEmas>(design, m.clock ? *m.clock + 1 : m.t);
+    s.horizon = {m.horizon_at ? T(*m.horizon_at) : T(m.horizon_before), T(m.horizon)};
     s.grad_factor = m.grad_scale ? T(1) / T(*m.grad_scale) : T(1);
     LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) s.key[k] =
         hash32(s.past.key + static_cast<uint32_t>(tensor * kMaxEmas + k));

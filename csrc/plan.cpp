@@ -23,7 +23,8 @@ P pointer(const std::vector<uint64_t>& list, size_t i) {
 
 bool all_aligned(const Record& r, const GroupArrays& a) {
     uintptr_t bits = reinterpret_cast<uintptr_t>(r.weight) | reinterpret_cast<uintptr_t>(r.master) |
-                     reinterpret_cast<uintptr_t>(r.ema) | reinterpret_cast<uintptr_t>(r.past);
+                     reinterpret_cast<uintptr_t>(r.ema) | reinterpret_cast<uintptr_t>(r.past) |
+                     reinterpret_cast<uintptr_t>(r.previous);
     for (const void* state : r.state) bits |= reinterpret_cast<uintptr_t>(state);
     if (a.emas > 1) bits |= static_cast<uintptr_t>(r.numel) * size_of(a.average);
     return bits % 16 == 0;
@@ -42,6 +43,7 @@ StepPlan::StepPlan(GroupArrays arrays, int states, int64_t chunk) : arrays_(std:
     fits(a.counts, "counts");
     fits(a.averages, "averages");
     fits(a.pasts, "pasts");
+    fits(a.previous, "previous");
     for (const auto& state : a.states) fits(state, "states");
     require(a.emas >= 0 && a.emas <= kMaxEmas, "StepPlan: 0 to 3 EMAs");
     require(a.averages.empty() == (a.emas == 0), "StepPlan: averages where there are EMAs, and only there");
@@ -63,6 +65,7 @@ StepPlan::StepPlan(GroupArrays arrays, int states, int64_t chunk) : arrays_(std:
         for (size_t j = 0; j < a.states.size(); ++j) r.state[j] = pointer<void*>(a.states[j], i);
         r.ema = pointer<void*>(a.averages, i);
         r.past = pointer<void*>(a.pasts, i);
+        r.previous = pointer<void*>(a.previous, i);
         r.count = pointer<float*>(a.counts, i);
         r.numel = a.numels[i];
         r.aligned = all_aligned(r, a);
@@ -79,7 +82,12 @@ class PlanOf : public StepPlan {
    public:
     using T = typename Rule::Number;
 
-    PlanOf(GroupArrays arrays, int64_t chunk) : StepPlan(std::move(arrays), Rule::kStates, chunk) {}
+    PlanOf(GroupArrays arrays, int64_t chunk) : StepPlan(std::move(arrays), Rule::kStates, chunk) {
+        const GroupArrays& a = arrays_;
+        require(Rule::kUpdates || (a.averages.empty() && a.pasts.empty() && a.previous.empty() && a.masters.empty() &&
+                                   (a.weight == Dtype::f32 || a.weight == Dtype::f64)),
+                "StepPlan: a rule that only makes directions writes them in full precision, and nothing else");
+    }
 
     void configure(const std::vector<double>& options, const Design& d) override {
         require(options.size() == Rule::kOptions, "configure: not the rule's number of options");
@@ -90,6 +98,7 @@ class PlanOf : public StepPlan {
         design_ = {};
         design_.delay = d.delay;
         design_.tap_update = static_cast<T>(d.tap_update);
+        design_.fill_tap = static_cast<T>(d.fill_tap);
         design_.fill_ratio = static_cast<T>(d.fill_ratio);
         design_.ema_of_gradient = d.ema_of_gradient;
         design_.seed = d.seed;
@@ -137,6 +146,7 @@ class CpuPlan final : public PlanOf<Rule> {
         for (const Record& r : this->records_)
             if (r.count) *r.count += 1.0f;
         if (moment.clock) *moment.clock += 1;
+        if (moment.horizon_at) *moment.horizon_at = static_cast<float>(moment.horizon);
     }
 
    private:
@@ -177,7 +187,7 @@ class CudaPlan final : public PlanOf<Rule> {
         args.moment = moment;
         args.records = reinterpret_cast<const Record*>(base_);
         args.float_grads = a.grad != a.weight;
-        const bool counts = !a.counts.empty() || moment.clock;
+        const bool counts = !a.counts.empty() || moment.clock || moment.horizon_at;
         args.blocks_done = counts ? reinterpret_cast<uint32_t*>(base_ + counter_at()) : nullptr;
         for (int l = 0; l < this->launches_; ++l) {
             const int64_t chunks = begin_[l + 1] - begin_[l];
@@ -225,6 +235,8 @@ std::unique_ptr<StepPlan> make_plan(GroupArrays arrays, int64_t chunk) {
 std::unique_ptr<StepPlan> StepPlan::make(const std::string& rule, GroupArrays arrays, int64_t chunk) {
     if (rule == "sgd") return make_plan<Sgd>(std::move(arrays), chunk);
     if (rule == "adam") return make_plan<Adam>(std::move(arrays), chunk);
+    if (rule == "adam_direction") return make_plan<AdamDirection>(std::move(arrays), chunk);
+    if (rule == "direction") return make_plan<Direction>(std::move(arrays), chunk);
     throw std::invalid_argument("StepPlan: unknown rule " + rule);
 }
 

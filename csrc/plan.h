@@ -15,14 +15,14 @@ struct GroupArrays {
     Dtype weight, grad, average;
     int emas;
     std::vector<int64_t> numels;
-    std::vector<uint64_t> weights, masters, counts, averages, pasts;
+    std::vector<uint64_t> weights, masters, counts, averages, pasts, previous;
     std::vector<std::vector<uint64_t>> states;  // per kind of state, in the order of step.h
 };
 
 struct Design {
     int64_t delay;
     std::vector<double> decays, taps;
-    double tap_update, fill_ratio;
+    double tap_update, fill_tap, fill_ratio;
     bool ema_of_gradient;
     uint32_t seed;
     double turn;
@@ -31,7 +31,8 @@ struct Design {
 // Does not own memory: the caller keeps the tensors alive and makes a new plan when a pointer changes.
 class StepPlan {
    public:
-    // `rule` is "sgd" or "adam". Throws std::invalid_argument for lists that do not fit together.
+    // `rule` is "sgd", "adam", "adam_direction" or "direction". Throws std::invalid_argument for lists that do not fit
+    // together.
     static std::unique_ptr<StepPlan> make(const std::string& rule, GroupArrays arrays, int64_t chunk);
     virtual ~StepPlan() = default;
 

@@ -41,7 +41,8 @@ std::optional<int64_t> exact_int(PyObject* value) {
 }  // namespace
 
 Routine::Routine(py::dict group, py::tuple settings, py::dict state, py::object collector, py::object plan,
-                 py::object current, py::object touched, py::object mixture, int64_t delay, const py::object& exchange)
+                 py::object current, py::object touched, py::object mixture, int64_t delay, double horizon,
+                 const py::object& exchange)
     : group_(std::move(group)),
       state_(std::move(state)),
       settings_(std::move(settings)),
@@ -53,6 +54,7 @@ Routine::Routine(py::dict group, py::tuple settings, py::dict state, py::object 
       collector_(collector_object_.cast<const Collector&>()),
       plan_(plan_object_.cast<StepPlan&>()),
       delay_(delay),
+      horizon_(horizon),
       exchange_(exchange_of(exchange)) {
     for (const auto key : settings_) values_.push_back(group_[key]);
 }
@@ -97,7 +99,8 @@ void Routine::step() {
     const auto updates = exact_int(item(group_, names().updates));
     require(lr && updates, "Routine: a step of a group that is not ready");
     const auto [stream, threads] = current();
-    run_step(plan_, {*lr, nullptr, *updates + 1, nullptr, nullptr, nullptr}, {}, stream, threads);
+    const Moment moment{*lr, nullptr, *updates + 1, nullptr, nullptr, nullptr, horizon_, horizon_, nullptr};
+    run_step(plan_, moment, {}, stream, threads);
     touched_();
     group_[names().updates] = py::int_(*updates + 1);
     group_[names().last_lr] = py::handle(lr_object);
@@ -110,7 +113,7 @@ bool Routine::past(size_t i, py::handle out) {
     const bool steady = *t > delay_ && mixed_t_ > delay_;
     if (mixed_lr_ != *lr || (mixed_t_ != *t && !steady)) {
         const py::tuple mixture = mixture_(*t, *lr);
-        velocity_tap_ = mixture[0].cast<double>();
+        newest_tap_ = mixture[0].cast<double>();
         ema_taps_ = mixture[1].cast<std::vector<double>>();
         mixed_t_ = *t;
         mixed_lr_ = *lr;
@@ -122,7 +125,7 @@ bool Routine::past(size_t i, py::handle out) {
                 collector_.ordered(i, *there),
             "Routine: past weights go into a tensor like the parameter");
     const auto [stream, threads] = current();
-    run_past(plan_, i, reinterpret_cast<uint64_t>(there->address), velocity_tap_, ema_taps_, stream, threads);
+    run_past(plan_, i, reinterpret_cast<uint64_t>(there->address), newest_tap_, ema_taps_, stream, threads);
     return true;
 }
 

@@ -19,10 +19,11 @@ class Routine {
     // `group`, `state`: the optimizer's dicts. `settings`: the group's keys that must not change; those that may are
     // read from it: "lr", "updates", "last_lr". `current()` is the number of threads on the host, the stream and 1 on a
     // GPU. `touched()` tells torch that the arrays have changed. `mixture(t, lr)` is the taps of past weights after
-    // update `t`, `(velocity, averages)`, the same for all `t > delay`; None where the group makes its past otherwise.
+    // update `t`, `(newest, averages)`, the same for all `t > delay`; None where the group makes its past otherwise.
+    // `horizon`: of the weights' prediction, before the step and after it.
     Routine(pybind11::dict group, pybind11::tuple settings, pybind11::dict state, pybind11::object collector,
             pybind11::object plan, pybind11::object current, pybind11::object touched, pybind11::object mixture,
-            int64_t delay, const pybind11::object& exchange);
+            int64_t delay, double horizon, const pybind11::object& exchange);
 
     // Whether the group's settings are as they were, and its learning rate a number that can be used.
     bool fits() const;
@@ -48,10 +49,11 @@ class Routine {
     const Collector& collector_;
     StepPlan& plan_;
     int64_t delay_;
+    double horizon_;
     Exchange exchange_;
 
     int64_t mixed_t_ = -1;  // when the taps were asked for
-    double mixed_lr_ = 0.0, velocity_tap_ = 0.0;
+    double mixed_lr_ = 0.0, newest_tap_ = 0.0;
     std::vector<double> ema_taps_;
 };
 

@@ -112,7 +112,7 @@ void run_ema_update(int device, const std::vector<uint64_t>& emas, const std::ve
 #endif
 }
 
-void run_past(const StepPlan& plan, size_t i, uint64_t out, double velocity_tap, const std::vector<double>& ema_taps,
+void run_past(const StepPlan& plan, size_t i, uint64_t out, double newest_tap, const std::vector<double>& ema_taps,
               uint64_t stream, int threads) {
     const GroupArrays& a = plan.arrays();
     const Record& r = plan.record(i);
@@ -126,7 +126,8 @@ void run_past(const StepPlan& plan, size_t i, uint64_t out, double velocity_tap,
         dtypes.push_back(static_cast<int>(dtype));
         taps.push_back(tap);
     };
-    if (velocity_tap != 0.0 && r.state[0]) add(r.state[0], full, velocity_tap);
+    const void* const newest = r.previous ? r.previous : r.state[0];
+    if (newest_tap != 0.0 && newest) add(newest, full, newest_tap);
     for (size_t k = 0; k < ema_taps.size(); ++k)
         add(static_cast<const char*>(r.ema) + k * static_cast<size_t>(r.numel) * size_of(a.average), a.average,
             ema_taps[k]);

@@ -36,8 +36,9 @@ void run_ema_update(int device, const std::vector<uint64_t>& emas, const std::ve
                     int update_dtype, int64_t numel, const std::vector<double>& decays, uint32_t seed, double turn,
                     uint64_t stream, int threads);
 
-// The past weights of a plan's `i`-th tensor: by the momentum buffer, where it has a tap, and its first averages.
-void run_past(const StepPlan& plan, size_t i, uint64_t out, double velocity_tap, const std::vector<double>& ema_taps,
+// The past weights of a plan's `i`-th tensor: by the newest update, where it has a tap, and its first averages. That
+// update is kept where weights are predicted; elsewhere the momentum buffer tells it.
+void run_past(const StepPlan& plan, size_t i, uint64_t out, double newest_tap, const std::vector<double>& ema_taps,
               uint64_t stream, int threads);
 
 void run_step(StepPlan& plan, const Moment& moment, const std::vector<uint8_t>& first, uint64_t stream, int threads);

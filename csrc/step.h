@@ -5,9 +5,16 @@
 //         v  = momentum v + (1 - dampening) g    m = beta1 m + (1 - beta1) g,  q = beta2 q + (1 - beta2) g^2
 //         d  = nesterov ? g + momentum v : v     d = m / (sqrt(max q) / sqrt(1 - beta2^step) + eps) / (1 - beta1^step)
 //         u  = lr * d                            u = lr * d (+ lr * weight_decay * W where decoupled)
+// With a share b of the newest gradient in the direction (spike compensation), SGD's v in d is
+// (1 - b) v + b (1 - dampening) / (1 - momentum) g, and Adam's m is (1 - b) m + b (1 - beta1^step) g.
+// Direction: d is given in the gradient's place,  u = lr * d + lr * weight_decay * W
+//
 //   W   = W - u
 //   E_k = decay_k E_k + (1 - decay_k) u           and if they turn,  E_0 += turn (u - E_1),  E_1 -= turn (u - E_0)
 //   What = W + tap_update u + sum_k tap_k E_k     (an estimate of W some updates ago)
+//
+// With weight prediction memory holds F = W - p u_ and u_, the last update, p updates of which F is ahead of W: a step
+// begins with W = F + p_before u_ and ends with F = W - p u, u_ = u. What is then F + tap_update u + sum_k tap_k E_k.
 //
 // SGD rounds in torch.optim.SGD's order, with its fused multiply-adds written out, so a float32 step equals torch's
 // for-loop implementation bit for bit and does not depend on the compiler's contraction rules.
@@ -37,6 +44,7 @@ template <class T>
 struct PastDesign {
     int64_t delay;  // n: the first n updates are averaged evenly
     T decay[kMaxEmas], one_minus_decay[kMaxEmas], tap[kMaxEmas], tap_update;
+    T fill_tap;    // with EMAs, the newest update's while the delay fills
     T fill_ratio;  // without EMAs, how one update was to the one after it while the delay fills
     uint32_t seed;
     bool ema_of_gradient;
@@ -75,7 +83,7 @@ LP_INLINE PastScalars<T> past_at(const PastDesign<T>& d, int64_t t) {
         s.tap[k] = !filling ? d.tap[k] : k == 0 ? T(t) : T(0);
     }
     s.turn = Turn<T>(filling ? T(0) : d.turn);
-    s.tap_update = filling && kEmas > 0 ? T(0) : d.tap_update;
+    s.tap_update = filling && kEmas > 0 ? d.fill_tap : d.tap_update;
     if (filling && kEmas == 0 && d.tap_update != T(0)) {
         T sum = 0;
         for (int64_t i = 0; i < t; ++i) sum = fused_multiply_add(sum, d.fill_ratio, T(1));
@@ -104,19 +112,41 @@ LP_INLINE T keep_past(T weight, T update, T gradient, T* ema, const PastScalars<
     return past;
 }
 
+// By how many of the last update the weights in memory are ahead of W: before the step and after it.
+template <class T>
+struct Horizon {
+    T before, after;
+    LP_INLINE T current(T predicted, T previous) const { return fused_multiply_add(before, previous, predicted); }
+    LP_INLINE T predicted(T weight, T update) const { return fused_multiply_add(-after, update, weight); }
+};
+
+// Of a rule, `states(form)` says how many arrays a step of a form keeps, `reads(form)` whether it reads them, and
+// `kUpdates` whether it moves weights.
+//
 // I/O: read W, g, v; write W, v. Returns u; `gradient` becomes g.
 template <class T>
 struct Sgd {
     using Number = T;
     static constexpr int kStates = 1;  // v
+    static constexpr bool kUpdates = true;
 
     struct Options {
         T momentum, one_minus_dampening, weight_decay, sign;
-        Choice<T> nesterov, decay;
+        T of_v, of_g;  // the direction, where it is not v alone
+        Choice<T> mixes, decay;
     };
-    static constexpr int kOptions = 5;  // momentum, dampening, weight_decay, nesterov, maximize
+    static constexpr int kOptions = 6;  // momentum, dampening, weight_decay, nesterov, maximize, newest_share
     static Options options(const double* o) {
-        return {T(o[0]), T(1.0 - o[1]), T(o[2]), o[4] != 0 ? T(-1) : T(1), Choice<T>(o[3] != 0), Choice<T>(o[2] != 0)};
+        const bool nesterov = o[3] != 0;
+        const double of_g = nesterov ? 1.0 : o[5] * (1.0 - o[1]) / (1.0 - o[0]);
+        return {T(o[0]),
+                T(1.0 - o[1]),
+                T(o[2]),
+                o[4] != 0 ? T(-1) : T(1),
+                T(nesterov ? o[0] : 1.0 - o[5]),
+                T(of_g),
+                Choice<T>(nesterov || o[5] != 0),
+                Choice<T>(o[2] != 0)};
     }
 
     // The form of a step is known at compile time on the CPU and the same for a whole tensor on a GPU.
@@ -124,6 +154,8 @@ struct Sgd {
     LP_INLINE static int form(const bool* present, bool first) {
         return !present[0] ? kPlain : first ? kFirst : kMomentum;
     }
+    static constexpr int states(int form) { return form != kPlain; }
+    static constexpr bool reads(int form) { return form == kMomentum; }
 
     struct Scalars {
         Options o;
@@ -140,8 +172,8 @@ struct Sgd {
         if (form != kPlain) {
             T& v = state[0];
             v = form == kFirst ? g : fused_multiply_add(g, s.o.one_minus_dampening, s.o.momentum * v);
-            const T ahead = fused_multiply_add(v, s.o.momentum, g);
-            d = s.o.nesterov(ahead, v);
+            const T mixed = fused_multiply_add(v, s.o.of_v, s.o.of_g * g);
+            d = s.o.mixes(mixed, v);
         }
         weight = fused_multiply_add(d, -s.lr, weight);
         return s.lr * d;
@@ -153,13 +185,15 @@ template <class T>
 struct Adam {
     using Number = T;
     static constexpr int kStates = 3;  // m, q, max q
+    static constexpr bool kUpdates = true;
 
     struct Options {
         T beta1, one_minus_beta1, beta2, one_minus_beta2, log_beta1, log_beta2, eps, weight_decay, sign;
-        Choice<T> decay, from_m;
+        T newest_share, one_minus_share;
+        Choice<T> decay, from_m, mixes;
         bool decoupled;
     };
-    static constexpr int kOptions = 6;  // beta1, beta2, eps, weight_decay, decoupled, maximize
+    static constexpr int kOptions = 7;  // beta1, beta2, eps, weight_decay, decoupled, maximize, newest_share
     static Options options(const double* o) {
         const bool decoupled = o[4] != 0;
         return {T(o[0]),
@@ -171,29 +205,31 @@ struct Adam {
                 T(o[2]),
                 T(o[3]),
                 o[5] != 0 ? T(-1) : T(1),
+                T(o[6]),
+                T(1.0 - o[6]),
                 Choice<T>(!decoupled && o[3] != 0),
                 Choice<T>(1.0 - o[0] < 0.5),
+                Choice<T>(o[6] != 0),
                 decoupled};
     }
 
     enum Form { kPlain, kAmsgrad, kForms };
     LP_INLINE static int form(const bool* present, bool) { return present[2] ? kAmsgrad : kPlain; }
+    static constexpr int states(int form) { return 2 + form; }
+    static constexpr bool reads(int) { return true; }
 
     struct Scalars {
         Options o;
-        T step_size, root_correction, keep, shrink;
+        T step_size, root_correction, keep, shrink, of_g;
     };
     LP_INLINE static Scalars at(const Options& o, T lr, T step) {
         const T correction1 = one_minus_exp(step * o.log_beta1), correction2 = one_minus_exp(step * o.log_beta2);
         const T shrink = o.decoupled ? lr * o.weight_decay : T(0);
-        return {o, lr / correction1, square_root(correction2), T(1) - shrink, shrink};
+        return {o, lr / correction1, square_root(correction2), T(1) - shrink, shrink, o.newest_share * correction1};
     }
 
-    LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s, int form) {
-        T g = s.o.sign * gradient;
-        const T decayed = fused_multiply_add(weight, s.o.weight_decay, g);
-        g = s.o.decay(decayed, g);
-        gradient = g;
+    // Before the step size.
+    LP_INLINE static T direction(T g, T* state, const Scalars& s, int form) {
         T &m = state[0], &q = state[1];
         // From the end that is nearer, as torch's lerp does.
         const T from_m = fused_multiply_add(s.o.one_minus_beta1, g - m, m);
@@ -202,9 +238,68 @@ struct Adam {
         q = fused_multiply_add(s.o.one_minus_beta2 * g, g, s.o.beta2 * q);
         T largest = q;
         if (form == kAmsgrad) largest = state[2] = q <= state[2] ? state[2] : q;  // a NaN stays one
-        const T d = m / (square_root(largest) / s.root_correction + s.o.eps);
+        const T mixed = fused_multiply_add(s.of_g, g, s.o.one_minus_share * m);
+        return s.o.mixes(mixed, m) / (square_root(largest) / s.root_correction + s.o.eps);
+    }
+
+    LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s, int form) {
+        T g = s.o.sign * gradient;
+        const T decayed = fused_multiply_add(weight, s.o.weight_decay, g);
+        g = s.o.decay(decayed, g);
+        gradient = g;
+        const T d = direction(g, state, s, form);
         const T u = fused_multiply_add(s.step_size, d, s.shrink * weight);
         weight = fused_multiply_add(-s.step_size, d, s.keep * weight);
+        return u;
+    }
+};
+
+// What an update is made of where something else makes the weights' step of it: lr * d of Adam, without weight decay.
+// I/O: read g, m, q; write m, q and, in the weight's place, the direction.
+template <class T>
+struct AdamDirection : Adam<T> {
+    static constexpr int kStates = 2;
+    static constexpr bool kUpdates = false;
+
+    enum Form { kPlain, kForms };
+    LP_INLINE static int form(const bool*, bool) { return kPlain; }
+    static constexpr int states(int) { return 2; }
+
+    LP_INLINE static T step(T& weight, T& gradient, T* state, const typename Adam<T>::Scalars& s, int) {
+        weight = s.step_size * Adam<T>::direction(s.o.sign * gradient, state, s, Adam<T>::kPlain);
+        return weight;
+    }
+};
+
+// I/O: read W and, in the gradient's place, d; write W. Returns u.
+template <class T>
+struct Direction {
+    using Number = T;
+    static constexpr int kStates = 0;
+    static constexpr bool kUpdates = true;
+
+    struct Options {
+        T weight_decay;
+    };
+    static constexpr int kOptions = 1;
+    static Options options(const double* o) { return {T(o[0])}; }
+
+    enum Form { kPlain, kForms };
+    LP_INLINE static int form(const bool*, bool) { return kPlain; }
+    static constexpr int states(int) { return 0; }
+    static constexpr bool reads(int) { return false; }
+
+    struct Scalars {
+        T lr, keep, shrink;
+    };
+    LP_INLINE static Scalars at(const Options& o, T lr, T) {
+        const T shrink = lr * o.weight_decay;
+        return {lr, T(1) - shrink, shrink};
+    }
+
+    LP_INLINE static T step(T& weight, T& direction, T*, const Scalars& s, int) {
+        const T u = fused_multiply_add(s.lr, direction, s.shrink * weight);
+        weight = fused_multiply_add(-s.lr, direction, s.keep * weight);
         return u;
     }
 };

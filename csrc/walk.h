@@ -117,16 +117,22 @@ struct StepArgs {
     const void* grads[kMaxGrads];           // of tensors first_tensor, first_tensor + 1, ...
 };
 
-// W: weights, E: averages. I/O: read W or master, g, states, E_k; write W, master, states, E_k, and What if asked for.
+// W: weights, E: averages. I/O: read W or master, g, states, E_k; write W, master, states, E_k, and What if asked for;
+// read and write u_ where weights are predicted.
 template <class Rule, class W, class E, int kEmas, int N>
 LP_INLINE void step_pack(const Record& r, const void* grads, bool float_grads, int64_t at,
                          const TensorScalars<Rule>& s) {
-    float w[N], g[N], state[Rule::kStates][N], ema[kEmas ? kEmas : 1][N];
+    constexpr int kStates = Rule::kStates ? Rule::kStates : 1;  // of the arrays that C++ wants to have elements
+    float w[N], g[N], previous[N], state[kStates][N], ema[kEmas ? kEmas : 1][N];
     const bool master = sizeof(W) == 2 && r.master;
     if (master)
         load<float, N>(r.master, at, w);
-    else
+    else if (Rule::kUpdates)
         load<W, N>(r.weight, at, w);
+    if (Rule::kUpdates && r.previous) {
+        load<float, N>(r.previous, at, previous);
+        LP_UNROLL for (int i = 0; i < N; ++i) w[i] = s.horizon.current(w[i], previous[i]);
+    }
     if (sizeof(W) == 4 || float_grads)
         load<float, N>(grads, at, g);
     else
@@ -140,11 +146,12 @@ LP_INLINE void step_pack(const Record& r, const void* grads, bool float_grads, i
     LP_UNROLL for (int k = 0; k < kEmas; ++k) load<E, N>(r.ema, at + k * r.numel, ema[k]);
 
     LP_UNROLL for (int i = 0; i < N; ++i) {
-        float own[Rule::kStates], averages[kEmas ? kEmas : 1];
+        float own[kStates], averages[kEmas ? kEmas : 1];
         LP_UNROLL for (int j = 0; j < Rule::kStates; ++j) own[j] = state[j][i];
         LP_UNROLL for (int k = 0; k < kEmas; ++k) averages[k] = ema[k][i];
         float gradient = g[i] * s.grad_factor;
-        const float update = Rule::step(w[i], gradient, own, s.rule, s.form);
+        const float update = previous[i] = Rule::step(w[i], gradient, own, s.rule, s.form);
+        if (Rule::kUpdates && r.previous) w[i] = s.horizon.predicted(w[i], update);
         g[i] = keep_past<float, kEmas>(w[i], update, gradient, averages, s.past);
         LP_UNROLL for (int j = 0; j < Rule::kStates; ++j) state[j][i] = own[j];
         LP_UNROLL for (int k = 0; k < kEmas; ++k) ema[k][i] = averages[k];
@@ -154,6 +161,7 @@ LP_INLINE void step_pack(const Record& r, const void* grads, bool float_grads, i
     if (master) store<float, N, true>(r.master, at, w, Nearest{});
     LP_UNROLL for (int j = 0; j < Rule::kStates; ++j) if (r.state[j])
         store<float, N, true>(r.state[j], at, state[j], Nearest{});
+    if (Rule::kUpdates && r.previous) store<float, N, true>(r.previous, at, previous, Nearest{});
     LP_UNROLL for (int k = 0; k < kEmas; ++k) {
         void* average = static_cast<E*>(r.ema) + k * r.numel;
         if constexpr (sizeof(E) == 2)
@@ -187,7 +195,9 @@ template <class Rule>
 LP_INLINE void count_step(const StepArgs<Rule>& a, int thread, int threads) {
     for (int i = thread; i < a.tensors; i += threads)
         if (float* count = a.records[a.first_tensor + i].count) *count += 1.0f;
-    if (thread == 0 && a.moment.clock && a.advance_clock) *a.moment.clock += 1;
+    if (thread != 0 || !a.advance_clock) return;
+    if (a.moment.clock) *a.moment.clock += 1;
+    if (a.moment.horizon_at) *a.moment.horizon_at = static_cast<float>(a.moment.horizon);
 }
 
 // Past weights of one tensor, or the update of one tensor's averages; `terms` float or bf16.

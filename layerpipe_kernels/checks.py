@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import layout
-from layerpipe_kernels.options import MAX_EMAS, AdamOptions, Moment, Options, PastDesign
+from layerpipe_kernels.options import MAX_EMAS, AdamOptions, DirectionOptions, Moment, Options, PastDesign, SgdOptions
 
 
 def describe(name: str, tensor: Tensor) -> str:
@@ -98,6 +98,15 @@ def check_options(options: Options, design: PastDesign, moment: Moment, emas: in
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(options, name) < 1.0:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(options, name)}")
+    if not isinstance(options, DirectionOptions):
+        share = options.newest_share
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"newest_share must be in [0, 1], got {share}")
+        if share and isinstance(options, SgdOptions):
+            if options.nesterov:
+                raise ValueError("nesterov and newest_share both say how the newest gradient counts: give one of them")
+            if not 0.0 <= options.momentum < 1.0:
+                raise ValueError(f"newest_share takes a momentum in [0, 1), got {options.momentum}")
     if not len(design.decays) == len(design.taps) == emas:
         raise ValueError(f"{emas} EMAs take as many decays and taps, got {len(design.decays)} and {len(design.taps)}")
     if design.delay < 0 or moment.t < 0:
@@ -111,9 +120,13 @@ def check_options(options: Options, design: PastDesign, moment: Moment, emas: in
     for name, number in (
         *((f"taps[{k}]", tap) for k, tap in enumerate(design.taps)),
         ("update_tap", design.update_tap),
+        ("fill_tap", design.fill_tap),
+        ("horizon", moment.horizon),
+        ("horizon_before", moment.horizon_before),
     ):
         if not math.isfinite(number):
             raise ValueError(f"{name} is {number}; refusing to step")
     check_scalar("clock", moment.clock, device, torch.int64)
     check_scalar("grad_scale", moment.grad_scale, device)
     check_scalar("found_inf", moment.found_inf, device)
+    check_scalar("horizon_at", moment.horizon_at, device)

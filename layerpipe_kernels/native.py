@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerpipe_kernels import backend as _backend
 from layerpipe_kernels.layout import distinct
-from layerpipe_kernels.options import Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import AdamOptions, Moment, Options, PastDesign, SgdOptions
 
 if TYPE_CHECKING:
     from layerpipe_kernels.plan import Arrays
@@ -77,6 +77,7 @@ class NativeRunner:
             averages=pointers(arrays.emas),
             pasts=pointers(arrays.pasts),
             counts=pointers(arrays.counts),
+            previous=pointers(arrays.previous),
             chunk=chunk or default_chunk,
         )
         self._configured: tuple[Any, PastDesign] | None = None
@@ -119,6 +120,9 @@ class NativeRunner:
             _pointer(moment.clock),
             _pointer(moment.grad_scale),
             _pointer(moment.found_inf),
+            moment.horizon,
+            moment.horizon_before,
+            _pointer(moment.horizon_at),
             stream,
             threads,
         )
@@ -135,15 +139,18 @@ class NativeRunner:
     def _configure(self, options: Options, design: PastDesign) -> None:
         o = options
         if isinstance(o, SgdOptions):
-            numbers = [o.momentum, o.dampening, o.weight_decay, float(o.nesterov), float(o.maximize)]
+            numbers = [o.momentum, o.dampening, o.weight_decay, o.nesterov, o.maximize, o.newest_share]
+        elif isinstance(o, AdamOptions):
+            numbers = [o.beta1, o.beta2, o.eps, o.weight_decay, o.decoupled, o.maximize, o.newest_share]
         else:
-            numbers = [o.beta1, o.beta2, o.eps, o.weight_decay, float(o.decoupled), float(o.maximize)]
+            numbers = [o.weight_decay]
         self.plan.configure(
-            numbers,
+            [float(number) for number in numbers],
             delay=design.delay,
             decays=design.decays,
             taps=design.taps,
             update_tap=design.update_tap,
+            fill_tap=design.fill_tap,
             fill_ratio=design.fill_ratio,
             ema_of_gradient=design.ema_of_gradient,
             seed=design.seed & 0xFFFFFFFF,

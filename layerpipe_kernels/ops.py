@@ -24,22 +24,25 @@ Tensors = Sequence[Tensor]
 
 _library = torch.library.Library("layerpipe", "DEF")
 
-_ARRAYS = "Tensor(b!)[] emas, Tensor(c!)[] pasts, Tensor(d!)[] masters, Tensor(e!)[] counts"
-_MOMENT = "int t, Tensor(f!)? clock, Tensor? grad_scale, Tensor? found_inf, str backend"
+_ARRAYS = "Tensor(b!)[] emas, Tensor(c!)[] pasts, Tensor(d!)[] masters, Tensor(e!)[] counts, Tensor(j!)[] previous"
+_MOMENT = (
+    "int t, Tensor(f!)? clock, Tensor? grad_scale, Tensor? found_inf, float horizon, float horizon_before, "
+    "Tensor(k!)? horizon_at, str backend"
+)
 _DESIGN = (
     "int delay, float[] decays, float[] taps, float update_tap, float fill_ratio, bool ema_of_gradient, int seed, "
-    "float turn"
+    "float turn, float fill_tap"
 )
 
 _library.define(
     f"sgd_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(g!)[] velocities, {_ARRAYS}, float lr, Tensor? lr_at, "
-    f"float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, {_DESIGN}, {_MOMENT}, "
-    "bool first) -> ()"
+    f"float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, float newest_share, "
+    f"{_DESIGN}, {_MOMENT}, bool first) -> ()"
 )
 _library.define(
     f"adamw_step_(Tensor(a!)[] weights, Tensor[] grads, Tensor(g!)[] exp_avgs, Tensor(h!)[] exp_avg_sqs, "
     f"Tensor(i!)[] max_exp_avg_sqs, {_ARRAYS}, float lr, Tensor? lr_at, float beta1, float beta2, float eps, "
-    f"float weight_decay, bool decoupled, bool maximize, {_DESIGN}, {_MOMENT}) -> ()"
+    f"float weight_decay, bool decoupled, bool maximize, float newest_share, {_DESIGN}, {_MOMENT}) -> ()"
 )
 _library.define(
     "ema_update_(Tensor(a!)[] emas, Tensor update, float[] decays, int seed, float turn, str backend) -> ()"
@@ -92,11 +95,12 @@ def _sgd_step(
     pasts: Tensors,
     masters: Tensors,
     counts: Tensors,
+    previous: Tensors,
     lr: float,
     lr_at: Tensor | None,
     *rest: Any,
 ) -> None:
-    arrays = Arrays(weights, (velocities,) if velocities else (), emas, pasts, masters, counts)
+    arrays = Arrays(weights, (velocities,) if velocities else (), emas, pasts, masters, counts, previous)
     own = len(SgdOptions._fields) - 1
     options = SgdOptions(lr if lr_at is None else lr_at, *rest[:own])
     *told, first = rest[own:]
@@ -115,6 +119,7 @@ def _adamw_step(
     pasts: Tensors,
     masters: Tensors,
     counts: Tensors,
+    previous: Tensors,
     lr: float,
     lr_at: Tensor | None,
     *rest: Any,
@@ -123,7 +128,8 @@ def _adamw_step(
     own = len(AdamOptions._fields) - 1
     options = AdamOptions(lr if lr_at is None else lr_at, *rest[:own])
     design, moment, backend = _told(rest[own:])
-    _run("adam", Arrays(weights, states, emas, pasts, masters, counts), grads, options, design, moment, backend)
+    arrays = Arrays(weights, states, emas, pasts, masters, counts, previous)
+    _run("adam", arrays, grads, options, design, moment, backend)
 
 
 @torch.library.impl(_library, "ema_update_", "CompositeExplicitAutograd")
@@ -218,6 +224,7 @@ def sgd_step_(
     moment: Moment = NOW,
     masters: Sequence[Tensor] | None = None,  # (*) float32 each, updated in place
     counts: Sequence[Tensor] | None = None,  # () float32 each, counted up
+    previous: Sequence[Tensor] | None = None,  # (*) each, updated in place: last updates, where weights are predicted
     first: bool = False,
     backend: str = "auto",
 ) -> None:
@@ -233,8 +240,8 @@ def sgd_step_(
     """
     lr, lr_at = _lr(options.lr)
     torch.ops.layerpipe.sgd_step_(
-        weights, _present(grads), velocities or (), emas or (), pasts or (), masters or (), counts or (), lr, lr_at,
-        *options[1:], *design, *moment, backend, first,
+        weights, _present(grads), velocities or (), emas or (), pasts or (), masters or (), counts or (),
+        previous or (), lr, lr_at, *options[1:], *design, *moment, backend, first,
     )  # fmt: skip
 
 
@@ -253,6 +260,7 @@ def adamw_step_(
     moment: Moment = NOW,
     max_exp_avg_sqs: Sequence[Tensor] | None = None,  # (*) each, updated in place: AMSGrad
     masters: Sequence[Tensor] | None = None,  # (*) float32 each, updated in place
+    previous: Sequence[Tensor] | None = None,  # (*) each, updated in place: last updates, where weights are predicted
     backend: str = "auto",
 ) -> None:
     """AdamW (or Adam, with ``options.decoupled`` off) as :func:`sgd_step_` is SGD, with its errors.
@@ -262,7 +270,7 @@ def adamw_step_(
     lr, lr_at = _lr(options.lr)
     torch.ops.layerpipe.adamw_step_(
         weights, _present(grads), exp_avgs, exp_avg_sqs, max_exp_avg_sqs or (), emas or (), pasts or (), masters or (),
-        counts, lr, lr_at, *options[1:], *design, *moment, backend,
+        counts, previous or (), lr, lr_at, *options[1:], *design, *moment, backend,
     )  # fmt: skip
 
 

@@ -11,7 +11,11 @@ MAX_TERMS = 4
 
 
 class SgdOptions(NamedTuple):
-    """SGD's hyperparameters, named and defined as in :class:`torch.optim.SGD`."""
+    """SGD's hyperparameters, named and defined as in :class:`torch.optim.SGD`.
+
+    ``newest_share`` is spike compensation's ``b``: the direction is ``(1 - b) v`` plus ``b (1 - dampening) /
+    (1 - momentum) g``.
+    """
 
     lr: float | Tensor
     momentum: float = 0.0
@@ -19,12 +23,14 @@ class SgdOptions(NamedTuple):
     weight_decay: float = 0.0
     nesterov: bool = False
     maximize: bool = False
+    newest_share: float = 0.0
 
 
 class AdamOptions(NamedTuple):
     """Adam's hyperparameters, named and defined as in :class:`torch.optim.AdamW`; AMSGrad is a state, not an option.
 
-    ``decoupled`` weight decay is AdamW's; without it the decay is added to the gradient, as in Adam.
+    ``decoupled`` weight decay is AdamW's; without it the decay is added to the gradient, as in Adam. ``newest_share``
+    is spike compensation's ``b``: the direction is ``((1 - b) mhat + b g) / (sqrt(qhat) + eps)``.
     """
 
     lr: float | Tensor
@@ -34,9 +40,17 @@ class AdamOptions(NamedTuple):
     weight_decay: float = 0.0
     decoupled: bool = True
     maximize: bool = False
+    newest_share: float = 0.0
 
 
-Options = SgdOptions | AdamOptions
+class DirectionOptions(NamedTuple):
+    """Of an update whose direction ``d`` is given: ``u = lr d + lr weight_decay W``."""
+
+    lr: float | Tensor
+    weight_decay: float = 0.0
+
+
+Options = SgdOptions | AdamOptions | DirectionOptions
 
 
 class PastDesign(NamedTuple):
@@ -54,6 +68,7 @@ class PastDesign(NamedTuple):
     ema_of_gradient: bool = False
     seed: int = 0  # of bfloat16 averages' stochastic rounding
     turn: float = 0.0  # E_0 += turn (u - E_1) and E_1 -= turn (u - E_0), of the averages before the update
+    fill_tap: float = 0.0  # with EMAs, `update_tap` while the delay fills: the horizon, where weights are predicted
 
     def at(self, t: int) -> tuple[tuple[float, ...], tuple[float, ...], float]:
         """Decays, taps and ``update_tap`` in update ``t``, counted from 1; 0 is long after the delay has filled.
@@ -72,7 +87,7 @@ class PastDesign(NamedTuple):
         if t == 0 or t > self.delay:
             return self.taps, self.update_tap
         if self.decays:
-            return (float(t), *[0.0] * (len(self.taps) - 1)), 0.0
+            return (float(t), *[0.0] * (len(self.taps) - 1)), self.fill_tap
         return (), sum(self.fill_ratio**i for i in range(t)) if self.update_tap else 0.0
 
     def turn_at(self, t: int) -> float:
@@ -87,6 +102,9 @@ class Moment(NamedTuple):
     clock: Tensor | None = None  # int64 scalar: updates before this one, instead of ``t``; counted up by the step
     grad_scale: Tensor | None = None  # float32 scalar that the gradients are divided by
     found_inf: Tensor | None = None  # float32 scalar; nonzero: change nothing
+    horizon: float = 0.0  # p of weight prediction, in updates: the weights in memory become F = W - p u
+    horizon_before: float = 0.0  # p that they were predicted with
+    horizon_at: Tensor | None = None  # float32 scalar, instead of `horizon_before`; set to `horizon` by the step
 
 
 NO_PAST = PastDesign()

@@ -11,24 +11,41 @@ from torch import Tensor
 
 from layerpipe_kernels import layout, native, reference
 from layerpipe_kernels.checks import check_disjoint, check_like, check_tensor, describe
-from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import (
+    NO_PAST,
+    NOW,
+    AdamOptions,
+    DirectionOptions,
+    Moment,
+    Options,
+    PastDesign,
+    SgdOptions,
+)
 
 #: The optimizer's own state per rule, in the kernels' order; the last of Adam's is AMSGrad's.
-STATES = {"sgd": ("momentum buffer",), "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")}
+STATES: dict[str, tuple[str, ...]] = {
+    "sgd": ("momentum buffer",),
+    "adam": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "adam_direction": ("exp_avg", "exp_avg_sq"),
+    "direction": (),
+}
+#: How many of these a rule cannot do without; with any, it counts its steps.
+_NEEDED = {"sgd": 0, "adam": 2, "adam_direction": 2, "direction": 0}
 
 
 class Arrays(NamedTuple):
     """A group's tensors: lists with one tensor per parameter, empty where the group has no such tensors."""
 
-    weights: Sequence[Tensor]  # (*) each, updated in place
+    weights: Sequence[Tensor]  # (*) each, updated in place; of "adam_direction" its results, written
     states: tuple[Sequence[Tensor], ...] = ()  # (*) each, updated in place; see STATES
     emas: Sequence[Tensor] = ()  # (K, *) each, updated in place; float32 or bfloat16
     pasts: Sequence[Tensor] = ()  # (*) each, written
     masters: Sequence[Tensor] = ()  # (*) float32 each, updated in place; the weights are their rounded copies
     counts: Sequence[Tensor] = ()  # () float32 each, steps made so far, counted up; Adam needs them
+    previous: Sequence[Tensor] = ()  # (*) each, updated in place: the last updates, where weights are predicted
 
     def written(self) -> list[Tensor]:
-        lists = (self.weights, *self.states, self.emas, self.pasts, self.masters, self.counts)
+        lists = (self.weights, *self.states, self.emas, self.pasts, self.masters, self.counts, self.previous)
         return [tensor for tensors in lists for tensor in tensors]
 
 
@@ -45,7 +62,8 @@ class StepPlan:
     """The arrays of one parameter group and the backend that runs their step.
 
     Args:
-        rule: ``"sgd"`` or ``"adam"`` (AdamW too).
+        rule: ``"sgd"``, ``"adam"`` (AdamW too), ``"direction"`` for updates whose direction is given in the gradient's
+            place, or ``"adam_direction"``, which makes such a direction of a gradient and moves no weight.
         arrays: of the group.
         names: of the weights, for messages.
         backend: as :func:`layerpipe_kernels.backend.choose` says.
@@ -90,7 +108,7 @@ class StepPlan:
         if self.backend == "reference":
             return self._runner(0)
         a = self.arrays
-        shape = tuple(map(len, (*a.states, a.emas, a.pasts, a.masters, a.counts))), self.ema_count
+        shape = tuple(map(len, (*a.states, a.emas, a.pasts, a.masters, a.counts, a.previous))), self.ema_count
         dtypes = self.dtype, self.grad_dtype, a.emas[0].dtype if a.emas else None
         key = self.backend, self.rule, self.device, dtypes, shape, tuple(self._pointers), tuple(self._sizes)
         runner = _runners.pop(key, None) or self._runner(0)
@@ -121,11 +139,13 @@ class StepPlan:
         arrays, kinds = self.arrays, STATES[self.rule]
         check_tensor(self.names[0], self.weights[0], "parameter")
         full = reference.state_dtype(self.dtype)
-        needed = len(kinds) - 1
-        if len(arrays.states) > len(kinds) or (self.rule == "adam" and len(arrays.states) < needed):
+        needed = _NEEDED[self.rule]
+        if not needed <= len(arrays.states) <= len(kinds):
             raise ValueError(f"{self.rule} keeps {', '.join(kinds)}, got {len(arrays.states)} lists of states")
-        if self.rule == "adam" and not arrays.counts:
-            raise ValueError("adam needs `counts`, the number of steps that each parameter has made")
+        if needed and not arrays.counts:
+            raise ValueError(f"{self.rule} needs `counts`, the number of steps that each parameter has made")
+        if self.rule == "adam_direction" and (self.dtype != full or any(arrays[2:5]) or arrays.previous):
+            raise ValueError(f"adam_direction writes directions in {full}, and moves no weights that have a past")
         if arrays.masters and self.dtype == full:
             raise ValueError(f"master weights are for weights of 16 bits, not {self.dtype}")
         if self.grad_dtype not in (self.dtype, full):
@@ -137,6 +157,7 @@ class StepPlan:
             **{kind: (tensors, full) for kind, tensors in zip(kinds, arrays.states, strict=False)},
             "past weight": (arrays.pasts, self.dtype),
             "master weight": (arrays.masters, torch.float32),
+            "previous update": (arrays.previous, full),
         }
         for what, tensors in (*((k, v) for k, (v, _) in lists.items()), ("ema", arrays.emas), ("count", arrays.counts)):
             if tensors and len(tensors) != len(self.weights):
@@ -239,6 +260,7 @@ class ReferenceRunner:
             ordered(arrays.pasts),
             ordered(arrays.masters),
             arrays.counts,
+            ordered(arrays.previous),
         )
         self.rule = rule
 
@@ -253,20 +275,33 @@ class ReferenceRunner:
         a = self.arrays
         for i, (weight, grad) in enumerate(zip(a.weights, self._in_memory(grads), strict=True)):
             states = [tensors[i] for tensors in a.states]
-            ema, past, master, count = (x[i] if x else None for x in (a.emas, a.pasts, a.masters, a.counts))
+            lists = (a.emas, a.pasts, a.masters, a.counts, a.previous)
+            ema, past, master, count, previous = (x[i] if x else None for x in lists)
             if isinstance(options, SgdOptions):
                 velocity = states[0] if states else None
                 reference.sgd_step_(
-                    weight, grad, velocity, ema, past, options, design, moment, master=master, count=count,
-                    first=bool(first and first[i]), tensor=i,
+                    weight, grad, velocity, ema, past, options, design, moment, master=master, previous=previous,
+                    count=count, first=bool(first and first[i]), tensor=i,
                 )  # fmt: skip
+            elif isinstance(options, DirectionOptions):
+                reference.direction_step_(
+                    weight, grad, ema, past, options, design, moment, master=master, previous=previous, count=count,
+                    tensor=i,
+                )  # fmt: skip
+            elif self.rule == "adam_direction":
+                assert count is not None
+                reference.adam_direction_(weight, grad, states[0], states[1], count, options, moment)
             else:
                 assert isinstance(options, AdamOptions)
                 assert count is not None
                 largest = states[2] if len(states) > 2 else None
                 reference.adam_step_(
                     weight, grad, states[0], states[1], largest, count, ema, past, options, design, moment,
-                    master=master, tensor=i,
+                    master=master, previous=previous, tensor=i,
                 )  # fmt: skip
-        if moment.clock is not None and not reference.overflowed(moment):
+        if reference.overflowed(moment):
+            return
+        if moment.clock is not None:
             moment.clock.add_(1)
+        if moment.horizon_at is not None:
+            moment.horizon_at.fill_(moment.horizon)

@@ -1,7 +1,7 @@
 """The semantics of every kernel, in plain torch and the notation of docs/maths.md. Every backend is tested against it.
 
-Symbols: ``W`` weights, ``g`` gradient, ``v`` momentum buffer, ``m`` and ``q`` Adam's averages, ``u`` update, ``E`` EMA
-of updates, ``What`` past weights.
+Symbols: ``W`` weights, ``F`` predicted weights, ``g`` gradient, ``v`` momentum buffer, ``m`` and ``q`` Adam's averages,
+``d`` direction, ``u`` update, ``E`` EMA of updates, ``What`` past weights.
 Half-precision weights are computed with in float32.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, DirectionOptions, Moment, PastDesign, SgdOptions
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -32,6 +32,7 @@ def sgd_step_(
     moment: Moment = NOW,
     *,
     master: Tensor | None = None,  # (*) float32, updated in place; `weight` is then its rounded copy
+    previous: Tensor | None = None,  # (*) updated in place: u_, where the weights are predicted
     count: Tensor | None = None,  # () float32, steps so far; counted up
     first: bool = False,
     tensor: int = 0,
@@ -41,10 +42,14 @@ def sgd_step_(
     ``u = lr * d``, ``W -= u``, with ``d`` as in :class:`torch.optim.SGD`; then ``E_k`` and ``What`` as in
     :class:`layerpipe_kernels.options.PastDesign`. ``first`` says that ``velocity`` holds nothing yet; where there is a
     ``count``, that says it. ``tensor`` is the number of this one in its group: of its random numbers.
+
+    With ``previous``, the last update ``u_``, the weights are predicted: ``weight`` (and ``master``) hold ``F``. The
+    step is that of ``W = F + horizon_before u_``, and leaves ``F = W - horizon u``, ``u_ = u``. ``E_k`` are averages of
+    ``u``, ``What`` is an estimate of a past ``F``.
     """
     if overflowed(moment):
         return
-    w = _full(weight, master)
+    w = _current(_full(weight, master), previous, moment)
     g = _gradient(grad, w, moment, o.maximize)
     if o.weight_decay != 0:
         g = g.add(w, alpha=o.weight_decay)
@@ -54,10 +59,14 @@ def sgd_step_(
             velocity.copy_(g)
         else:
             velocity.mul_(o.momentum).add_(g, alpha=1 - o.dampening)
-        d = g.add(velocity, alpha=o.momentum) if o.nesterov else velocity
+        d = velocity
+        if o.nesterov:
+            d = g.add(velocity, alpha=o.momentum)
+        elif o.newest_share:
+            d = velocity * (1 - o.newest_share) + g * (o.newest_share * (1 - o.dampening) / (1 - o.momentum))
     lr = _scalar(o.lr, w)
     w, u = w.add(d * -lr) if isinstance(lr, Tensor) else w.add(d, alpha=-lr), d * lr
-    _keep(w, u, g, weight, master, ema, past, design, moment, tensor)
+    _keep(w, u, g, weight, master, ema, past, previous, design, moment, tensor)
     if count is not None:
         count.add_(1)
 
@@ -76,16 +85,82 @@ def adam_step_(
     moment: Moment = NOW,
     *,
     master: Tensor | None = None,  # (*) float32, updated in place; `weight` is then its rounded copy
+    previous: Tensor | None = None,  # (*) updated in place: u_, where the weights are predicted
     tensor: int = 0,
 ) -> None:
     """One step of Adam or AdamW, otherwise as :func:`sgd_step_`. The update ``u`` includes the weight decay."""
     if overflowed(moment):
         return
     count.add_(1)
-    w = _full(weight, master)
+    w = _current(_full(weight, master), previous, moment)
     g = _gradient(grad, w, moment, o.maximize)
     if o.weight_decay != 0 and not o.decoupled:
         g = g.add(w, alpha=o.weight_decay)
+    lr = _scalar(o.lr, w)
+    d = _adam_direction(g, exp_avg, exp_avg_sq, max_exp_avg_sq, count, lr, o)
+    shrink = lr * o.weight_decay if o.decoupled else 0.0
+    u = d + w * shrink
+    w = w * (1 - shrink) - d
+    _keep(w, u, g, weight, master, ema, past, previous, design, moment, tensor)
+
+
+def adam_direction_(
+    out: Tensor,  # (*) float32 or float64, written
+    grad: Tensor,  # (*)
+    exp_avg: Tensor,  # (*) updated in place
+    exp_avg_sq: Tensor,  # (*) updated in place
+    count: Tensor,  # () float32, steps so far; counted up
+    o: AdamOptions,
+    moment: Moment = NOW,
+) -> None:
+    """Write what Adam would subtract from a weight, weight decay left out: ``lr ((1 - b) mhat + b g) / (sqrt(qhat) +
+    eps)`` with ``b = newest_share``. For optimizers that make more of it before :func:`direction_step_`."""
+    if overflowed(moment):
+        return
+    count.add_(1)
+    g = _gradient(grad, out, moment, o.maximize)
+    out.copy_(_adam_direction(g, exp_avg, exp_avg_sq, None, count, _scalar(o.lr, out), o))
+
+
+def direction_step_(
+    weight: Tensor,  # (*) updated in place
+    direction: Tensor,  # (*) d
+    ema: Tensor | None,  # (K, *) updated in place; None without EMAs
+    past: Tensor | None,  # (*) written; None where the past weights are made later
+    o: DirectionOptions,
+    design: PastDesign = NO_PAST,
+    moment: Moment = NOW,
+    *,
+    master: Tensor | None = None,  # (*) float32, updated in place; `weight` is then its rounded copy
+    previous: Tensor | None = None,  # (*) updated in place: u_, where the weights are predicted
+    count: Tensor | None = None,  # () float32, steps so far; counted up
+    tensor: int = 0,
+) -> None:
+    """``u = lr d + lr weight_decay W`` with a given direction, otherwise as :func:`sgd_step_`. ``grad_scale`` divides
+    the direction."""
+    if overflowed(moment):
+        return
+    w = _current(_full(weight, master), previous, moment)
+    d = _gradient(direction, w, moment, False)
+    lr = _scalar(o.lr, w)
+    shrink = lr * o.weight_decay
+    u = d * lr + w * shrink
+    w = w * (1 - shrink) - d * lr
+    _keep(w, u, d, weight, master, ema, past, previous, design, moment, tensor)
+    if count is not None:
+        count.add_(1)
+
+
+def _adam_direction(
+    g: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    count: Tensor,
+    lr: float | Tensor,
+    o: AdamOptions,
+) -> Tensor:
+    """``lr d`` of step ``count``, its averages updated in place."""
     exp_avg.lerp_(g, 1 - o.beta1)
     exp_avg_sq.mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
     largest = exp_avg_sq
@@ -94,13 +169,11 @@ def adam_step_(
     # 1 - beta**step, with digits to spare where it is small.
     step = count.double()
     correction1, correction2 = -torch.expm1(step * _log(o.beta1)), -torch.expm1(step * _log(o.beta2))
-    lr = _scalar(o.lr, w)
-    root, rate = correction2.sqrt().to(w.dtype), (lr / correction1).to(w.dtype)
-    d = exp_avg / (largest.sqrt() / root + o.eps) * rate
-    shrink = lr * o.weight_decay if o.decoupled else 0.0
-    u = d + w * shrink
-    w = w * (1 - shrink) - d
-    _keep(w, u, g, weight, master, ema, past, design, moment, tensor)
+    root, rate = correction2.sqrt().to(g.dtype), (lr / correction1).to(g.dtype)
+    m = exp_avg
+    if o.newest_share:
+        m = exp_avg * (1 - o.newest_share) + g * (o.newest_share * correction1).to(g.dtype)
+    return m / (largest.sqrt() / root + o.eps) * rate
 
 
 def _log(x: float) -> float:
@@ -113,6 +186,14 @@ def overflowed(moment: Moment) -> bool:
 
 def _full(weight: Tensor, master: Tensor | None) -> Tensor:
     return weight.to(state_dtype(weight.dtype)) if master is None else master
+
+
+def _current(w: Tensor, previous: Tensor | None, moment: Moment) -> Tensor:
+    """``W`` of predicted weights ``F``; of others, themselves."""
+    if previous is None:
+        return w
+    before = moment.horizon_before if moment.horizon_at is None else float(moment.horizon_at)
+    return w.add(previous, alpha=before)
 
 
 def _gradient(grad: Tensor, w: Tensor, moment: Moment, maximize: bool) -> Tensor:
@@ -134,11 +215,15 @@ def _keep(
     master: Tensor | None,
     ema: Tensor | None,
     past: Tensor | None,
+    previous: Tensor | None,
     design: PastDesign,
     moment: Moment,
     tensor: int,
 ) -> None:
-    """Store the new weights, average the update, and write the past weights."""
+    """Store the new weights, predicted or not, average the update, and write the past weights."""
+    if previous is not None:
+        w = w.sub(u, alpha=moment.horizon)
+        previous.copy_(u)
     t = moment.t if moment.clock is None else int(moment.clock) + 1
     decays, taps, update_tap = design.at(t)
     weight.copy_(w)

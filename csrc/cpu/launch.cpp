@@ -75,6 +75,10 @@ StepSpan<Sgd<float>> span(const Sgd<float>*) { return instruction_set().f32.sgd;
 StepSpan<Sgd<double>> span(const Sgd<double>*) { return instruction_set().f64.sgd; }
 StepSpan<Adam<float>> span(const Adam<float>*) { return instruction_set().f32.adam; }
 StepSpan<Adam<double>> span(const Adam<double>*) { return instruction_set().f64.adam; }
+StepSpan<AdamDirection<float>> span(const AdamDirection<float>*) { return instruction_set().f32.adam_direction; }
+StepSpan<AdamDirection<double>> span(const AdamDirection<double>*) { return instruction_set().f64.adam_direction; }
+StepSpan<Direction<float>> span(const Direction<float>*) { return instruction_set().f32.direction; }
+StepSpan<Direction<double>> span(const Direction<double>*) { return instruction_set().f64.direction; }
 
 }  // namespace
 
@@ -91,6 +95,10 @@ template void cpu_step<Sgd<float>>(const CpuStep<Sgd<float>>&, int);
 template void cpu_step<Sgd<double>>(const CpuStep<Sgd<double>>&, int);
 template void cpu_step<Adam<float>>(const CpuStep<Adam<float>>&, int);
 template void cpu_step<Adam<double>>(const CpuStep<Adam<double>>&, int);
+template void cpu_step<AdamDirection<float>>(const CpuStep<AdamDirection<float>>&, int);
+template void cpu_step<AdamDirection<double>>(const CpuStep<AdamDirection<double>>&, int);
+template void cpu_step<Direction<float>>(const CpuStep<Direction<float>>&, int);
+template void cpu_step<Direction<double>>(const CpuStep<Direction<double>>&, int);
 
 void cpu_reconstruct(const Reconstruction& work, int64_t numel, int threads) {
     const auto& set = instruction_set();

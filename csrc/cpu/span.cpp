@@ -77,9 +77,10 @@ struct Spans {
     T* state[kMaxStates];
     T* ema[kMaxEmas];
     T* past;
+    T* previous;
 };
 
-template <class Rule, int kForm, int kEmas, bool kPast>
+template <class Rule, int kForm, int kEmas, bool kPast, bool kPredicts>
 void step_loop(const Spans<typename Rule::Number>& a, const TensorScalars<Rule>& scalars, int64_t count) {
     using T = typename Rule::Number;
     const TensorScalars<Rule> s = scalars;
@@ -92,21 +93,23 @@ void step_loop(const Spans<typename Rule::Number>& a, const TensorScalars<Rule>&
     T* __restrict e1 = a.ema[1];
     T* __restrict e2 = a.ema[2];
     T* __restrict past = a.past;
-    // How many states are kept, and whether the step reads them, follows from its form.
-    constexpr bool kAdam = Rule::kStates == 3;
-    constexpr int kStates = kAdam ? 2 + kForm : kForm ? 1 : 0;
-    constexpr bool kRead = kAdam || kForm == 1;
+    T* __restrict previous = a.previous;
+    constexpr int kStates = Rule::states(kForm);
+    constexpr bool kRead = Rule::reads(kForm);
     // The arrays do not overlap, and so many pointers are more than a compiler checks for itself.
     LP_INDEPENDENT
     for (int64_t i = 0; i < count; ++i) {
-        T weight = w[i], gradient = g[i] * s.grad_factor, state[kMaxStates] = {}, ema[kMaxEmas] = {};
+        T weight = Rule::kUpdates ? w[i] : T(0), gradient = g[i] * s.grad_factor, state[kMaxStates] = {},
+          ema[kMaxEmas] = {};
         if (kStates > 0 && kRead) state[0] = s0[i];
         if (kStates > 1) state[1] = s1[i];
         if (kStates > 2) state[2] = s2[i];
         if (kEmas > 0) ema[0] = e0[i];
         if (kEmas > 1) ema[1] = e1[i];
         if (kEmas > 2) ema[2] = e2[i];
+        if (kPredicts) weight = s.horizon.current(weight, previous[i]);
         const T update = Rule::step(weight, gradient, state, s.rule, kForm);
+        if (kPredicts) weight = s.horizon.predicted(weight, previous[i] = update);
         const T estimate = keep_past<T, kEmas>(weight, update, gradient, ema, s.past);
         w[i] = weight;
         if (kStates > 0) s0[i] = state[0];
@@ -122,30 +125,26 @@ void step_loop(const Spans<typename Rule::Number>& a, const TensorScalars<Rule>&
 template <class Rule>
 using Loop = void (*)(const Spans<typename Rule::Number>&, const TensorScalars<Rule>&, int64_t count);
 
-template <class Rule, int kForm>
+template <class Rule, int kForm, bool kPredicts>
 Loop<Rule> loop_of(int emas, bool past) {
     static constexpr Loop<Rule> loops[kMaxEmas + 1][2] = {
-        {step_loop<Rule, kForm, 0, false>, step_loop<Rule, kForm, 0, true>},
-        {step_loop<Rule, kForm, 1, false>, step_loop<Rule, kForm, 1, true>},
-        {step_loop<Rule, kForm, 2, false>, step_loop<Rule, kForm, 2, true>},
-        {step_loop<Rule, kForm, 3, false>, step_loop<Rule, kForm, 3, true>},
+        {step_loop<Rule, kForm, 0, false, kPredicts>, step_loop<Rule, kForm, 0, true, kPredicts>},
+        {step_loop<Rule, kForm, 1, false, kPredicts>, step_loop<Rule, kForm, 1, true, kPredicts>},
+        {step_loop<Rule, kForm, 2, false, kPredicts>, step_loop<Rule, kForm, 2, true, kPredicts>},
+        {step_loop<Rule, kForm, 3, false, kPredicts>, step_loop<Rule, kForm, 3, true, kPredicts>},
     };
     return loops[emas][past];
 }
 
-template <class T>
-Loop<Sgd<T>> choose(const TensorScalars<Sgd<T>>& s, int emas, bool past) {
-    switch (s.form) {
-        case Sgd<T>::kPlain: return loop_of<Sgd<T>, Sgd<T>::kPlain>(emas, past);
-        case Sgd<T>::kMomentum: return loop_of<Sgd<T>, Sgd<T>::kMomentum>(emas, past);
-        default: return loop_of<Sgd<T>, Sgd<T>::kFirst>(emas, past);
+template <class Rule, int kForm = 0>
+Loop<Rule> choose(int form, int emas, bool past, bool predicts) {
+    if constexpr (!Rule::kUpdates) {
+        return step_loop<Rule, kForm, 0, false, false>;
+    } else {
+        if constexpr (kForm + 1 < Rule::kForms)
+            if (form != kForm) return choose<Rule, kForm + 1>(form, emas, past, predicts);
+        return predicts ? loop_of<Rule, kForm, true>(emas, past) : loop_of<Rule, kForm, false>(emas, past);
     }
-}
-
-template <class T>
-Loop<Adam<T>> choose(const TensorScalars<Adam<T>>& s, int emas, bool past) {
-    return s.form == Adam<T>::kPlain ? loop_of<Adam<T>, Adam<T>::kPlain>(emas, past)
-                                     : loop_of<Adam<T>, Adam<T>::kAmsgrad>(emas, past);
 }
 
 template <class Rule>
@@ -154,7 +153,7 @@ void step_span(const Record& r, const void* grads, const Layout& layout, const T
     using T = typename Rule::Number;
     constexpr Dtype kNative = DtypeOf<T>::value;
     const bool direct = layout.weight == kNative && layout.grad == kNative && layout.average == kNative;
-    const Loop<Rule> loop = choose(s, layout.emas, r.past != nullptr);
+    const Loop<Rule> loop = choose<Rule>(s.form, layout.emas, r.past != nullptr, r.previous != nullptr);
     const Array weight{r.weight, layout.weight}, past{r.past, layout.weight};
     const Array source = r.master ? Array{r.master, kNative} : weight;
     const Array grad{const_cast<void*>(grads), layout.grad};
@@ -165,6 +164,7 @@ void step_span(const Record& r, const void* grads, const Layout& layout, const T
         a.weight = stage(source, at, count, buffer[0]);
         a.grad = stage(grad, at, count, buffer[1]);
         a.past = destination(past, at, buffer[2]);
+        a.previous = r.previous ? static_cast<T*>(r.previous) + at : nullptr;
         for (int j = 0; j < Rule::kStates; ++j) a.state[j] = r.state[j] ? static_cast<T*>(r.state[j]) + at : nullptr;
         for (int k = 0; k < layout.emas; ++k)
             a.ema[k] = stage(Array{r.ema, layout.average}, at + k * r.numel, count, buffer[3 + k]);
@@ -275,8 +275,10 @@ bool finite_span(const void* array, Dtype dtype, int64_t numel) {
 extern const InstructionSet LP_CONCAT(instruction_set_, LP_ISA);
 const InstructionSet LP_CONCAT(instruction_set_, LP_ISA) = {
     LP_STRING(LP_ISA),
-    {step_span<Sgd<float>>, step_span<Adam<float>>, reconstruct_span<float>, average_span<float>},
-    {step_span<Sgd<double>>, step_span<Adam<double>>, reconstruct_span<double>, average_span<double>},
+    {step_span<Sgd<float>>, step_span<Adam<float>>, step_span<AdamDirection<float>>, step_span<Direction<float>>,
+     reconstruct_span<float>, average_span<float>},
+    {step_span<Sgd<double>>, step_span<Adam<double>>, step_span<AdamDirection<double>>, step_span<Direction<double>>,
+     reconstruct_span<double>, average_span<double>},
     finite_span,
 };
 

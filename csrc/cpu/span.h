@@ -42,6 +42,8 @@ template <class T>
 struct SpanKernels {
     StepSpan<Sgd<T>> sgd;
     StepSpan<Adam<T>> adam;
+    StepSpan<AdamDirection<T>> adam_direction;
+    StepSpan<Direction<T>> direction;
     void (*reconstruct)(const Reconstruction&, int64_t begin, int64_t end);
     void (*average)(const Averages&, int64_t begin, int64_t end);
 };

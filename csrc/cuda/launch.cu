@@ -30,16 +30,22 @@ void cuda_step_of(const StepArgs<Rule>& args, int64_t chunks, Dtype average, int
 template <class Rule>
 void cuda_step(const StepArgs<Rule>& args, int64_t chunks, Dtype weight, Dtype average, int emas, CudaTarget target) {
     if (!chunks) return;
-    switch (weight) {
-        case Dtype::f32: return cuda_step_of<Rule, float>(args, chunks, average, emas, target);
-        case Dtype::bf16: return cuda_step_of<Rule, bf16>(args, chunks, average, emas, target);
-        case Dtype::f16: return cuda_step_of<Rule, f16>(args, chunks, average, emas, target);
-        default: throw std::invalid_argument("the CUDA step takes float32, bfloat16 and float16");
-    }
+    if constexpr (!Rule::kUpdates)
+        return cuda_step_of<Rule, float>(args, chunks, average, emas, target);
+    else
+        switch (weight) {
+            case Dtype::f32: return cuda_step_of<Rule, float>(args, chunks, average, emas, target);
+            case Dtype::bf16: return cuda_step_of<Rule, bf16>(args, chunks, average, emas, target);
+            case Dtype::f16: return cuda_step_of<Rule, f16>(args, chunks, average, emas, target);
+            default: throw std::invalid_argument("the CUDA step takes float32, bfloat16 and float16");
+        }
 }
 
 template void cuda_step<Sgd<float>>(const StepArgs<Sgd<float>>&, int64_t, Dtype, Dtype, int, CudaTarget);
 template void cuda_step<Adam<float>>(const StepArgs<Adam<float>>&, int64_t, Dtype, Dtype, int, CudaTarget);
+template void cuda_step<AdamDirection<float>>(const StepArgs<AdamDirection<float>>&, int64_t, Dtype, Dtype, int,
+                                              CudaTarget);
+template void cuda_step<Direction<float>>(const StepArgs<Direction<float>>&, int64_t, Dtype, Dtype, int, CudaTarget);
 
 void cuda_reconstruct(const ReconstructArgs& args, Dtype out, CudaTarget target) {
     switch (out) {

@@ -1,7 +1,7 @@
 // The step's kernels for one dtype of weights, LP_WEIGHT, and one rule, LP_RULE; compiled once per pair.
 //
-// Bytes per float32 parameter, from walk.h: SGD with momentum 20, each float32 average 8 more, the past weights 4;
-// Adam 28.
+// Bytes per float32 parameter, from walk.h: SGD with momentum 20, Adam 28, a given direction 12; each float32 average
+// 8 more, the past weights 4, the last update of predicted weights 8. Adam's direction alone 24.
 #include "device.cuh"
 #include "launch.h"
 
@@ -47,10 +47,12 @@ void cuda_step_of(const StepArgs<Rule>& args, int64_t chunks, Dtype average, int
     const auto stream = static_cast<cudaStream_t>(target.stream);
     if (emas == 0)
         launch<Rule, W, float, 0>(args, chunks, stream);
-    else if (average == Dtype::bf16)
-        launch_emas<Rule, W, bf16>(args, chunks, emas, stream);
-    else
-        launch_emas<Rule, W, float>(args, chunks, emas, stream);
+    else if constexpr (Rule::kUpdates) {
+        if (average == Dtype::bf16)
+            launch_emas<Rule, W, bf16>(args, chunks, emas, stream);
+        else
+            launch_emas<Rule, W, float>(args, chunks, emas, stream);
+    }
     check(cudaGetLastError(), "launching the optimizer step");
 }
 

@@ -43,6 +43,7 @@ class Routine:
         collector: of the plan.
         past: how the group has its past weights.
         state: the optimizer's.
+        horizon: of the weights' prediction, before the step and after it.
 
     Attributes:
         fits: ``fits()`` says whether the group's options are as they were, and its learning rate a number.
@@ -50,7 +51,9 @@ class Routine:
         step: ``step()`` makes the step of a group that is ready.
     """
 
-    def __init__(self, group: Group, plan: StepPlan, collector: Any, past: History | None, state: Any) -> None:
+    def __init__(
+        self, group: Group, plan: StepPlan, collector: Any, past: History | None, state: Any, horizon: float = 0.0
+    ) -> None:
         assert isinstance(plan.runner, NativeRunner)
         on_host = plan.device.type == "cpu"
         # Kinds that keep something of their own make their past weights themselves.
@@ -65,6 +68,7 @@ class Routine:
             functools.partial(torch.autograd.graph.increment_version, plan.versioned),
             functools.partial(_mixture, past) if past is not None and makes_past else None,
             past.n if past is not None else 0,
+            horizon,
             EXCHANGE,
         )
         self.group, self.state, self._collector, self._past = group, state, collector, past

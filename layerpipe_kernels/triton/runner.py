@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.options import Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import DirectionOptions, Moment, Options, PastDesign, SgdOptions
 from layerpipe_kernels.triton import device as _device
 from layerpipe_kernels.triton.step import COUNT, EMA, FIELDS, MASTER, NUMEL, PAST, STATE, WEIGHT, step_kernel
 
@@ -39,6 +39,8 @@ class TritonRunner:
 
     def __init__(self, rule: str, arrays: Arrays, grad_dtype: torch.dtype) -> None:
         weights = arrays.weights
+        if rule not in ("sgd", "adam") or arrays.previous:
+            raise ValueError("the Triton backend has neither directions nor weight prediction; use backend='cuda'")
         # No tensor is kept: the tables serve whatever lies at these addresses.
         self.rule, self.device, self.tensors = rule, weights[0].device, len(weights)
         emas = len(arrays.emas[0]) if arrays.emas else 0
@@ -118,6 +120,8 @@ class TritonRunner:
 
     def _configure(self, options: Options, design: PastDesign) -> None:
         o = options
+        if isinstance(o, DirectionOptions) or o.newest_share:
+            raise ValueError("the Triton backend has neither directions nor spike compensation; use backend='cuda'")
         if isinstance(o, SgdOptions):
             numbers, variant = [o.momentum, 1 - o.dampening, o.weight_decay], o.nesterov
         else:

@@ -41,7 +41,7 @@ class Memory {
 struct Shape {
     Dtype weight, grad, average;
     int emas, states;
-    bool master, past, counts;
+    bool master, past, counts, previous;
     size_t offset;
 };
 
@@ -51,7 +51,7 @@ template <class Rule>
 struct Group {
     Shape shape;
     std::vector<int64_t> numels;
-    std::vector<Memory> weights, masters, grads, averages, pasts, counts;
+    std::vector<Memory> weights, masters, grads, averages, pasts, counts, previous;
     std::vector<std::vector<Memory>> states;
 
     Group(const Shape& s, std::vector<int64_t> sizes, std::mt19937& random)
@@ -79,6 +79,7 @@ struct Group {
             for (int j = 0; j < s.states; ++j) fill(states[j], n, Dtype::f32, j > 0);
             if (s.emas) fill(averages, n * s.emas, s.average);
             if (s.past) poison(pasts, n, s.weight);
+            if (s.previous) fill(previous, n, Dtype::f32);
             if (s.counts) {
                 const float count = static_cast<float>(n % 3);
                 memcpy(counts.emplace_back(1, Dtype::f32, 0).at(), &count, 4);
@@ -106,18 +107,19 @@ struct Group {
                 addresses(counts),
                 addresses(averages),
                 addresses(pasts),
+                addresses(previous),
                 std::move(own)};
     }
 
     std::vector<const std::vector<Memory>*> written() const {
-        std::vector<const std::vector<Memory>*> lists = {&weights, &masters, &averages, &pasts, &counts};
+        std::vector<const std::vector<Memory>*> lists = {&weights, &masters, &averages, &pasts, &counts, &previous};
         for (const auto& state : states) lists.push_back(&state);
         return lists;
     }
 };
 
 Design design(int emas, int64_t delay) {
-    Design d{delay, {}, {}, 1.5, 0.9, false, 42, emas > 1 ? 0.25 : 0.0};
+    Design d{delay, {}, {}, 1.5, 2.0, 0.9, false, 42, emas > 1 ? 0.25 : 0.0};
     for (int k = 0; k < emas; ++k) {
         d.decays.push_back(0.5 + 0.1 * k);
         d.taps.push_back(2.0 - k);
@@ -133,6 +135,7 @@ void walk(const Group<Rule>& group, const Design& d, const std::vector<double>& 
     args.options = Rule::options(options.data());
     args.design.delay = d.delay;
     args.design.tap_update = static_cast<float>(d.tap_update);
+    args.design.fill_tap = static_cast<float>(d.fill_tap);
     args.design.fill_ratio = static_cast<float>(d.fill_ratio);
     args.design.seed = d.seed;
     args.design.turn = static_cast<float>(d.turn);
@@ -159,6 +162,7 @@ void walk(const Group<Rule>& group, const Design& d, const std::vector<double>& 
         for (size_t j = 0; j < group.states.size(); ++j) r.state[j] = take(group.states[j]);
         r.ema = take(group.averages);
         r.past = take(group.pasts);
+        r.previous = take(group.previous);
         r.count = group.counts.empty() ? nullptr : reinterpret_cast<float*>(group.counts[i].at());
         r.numel = group.numels[i];
         if (kEmas > 1) bits |= static_cast<uint64_t>(r.numel) * sizeof(E);
@@ -188,18 +192,22 @@ void check(const Shape& shape, const char* rule, const std::vector<double>& opti
     const Group<Rule> original(shape, sizes, random);
     Group<Rule> on_cpu(original), on_gpu(original);
     int64_t clocks[2] = {3, 3};
+    float horizons[2] = {5.0f, 5.0f};
     const float found_inf = overflow ? 1.0f : 0.0f, scale = 4.0f, lr = 0.05f;
     const Design d = design(kEmas, 5);
 
     auto plan = StepPlan::make(rule, on_cpu.arrays(), 128);
     plan->configure(options, d);
     for (size_t i = 0; i < sizes.size(); ++i) plan->grads[i] = on_cpu.grads[i].at();
-    plan->step({0.0, &lr, 0, clocks, &scale, &found_inf}, std::vector<uint8_t>(sizes.size(), first), nullptr, 2);
-    walk<Rule, W, E, kEmas>(on_gpu, d, options, {0.0, &lr, 0, clocks + 1, &scale, &found_inf}, first, chunk,
-                            kGroupThreads);
+    const auto moment = [&](int i) {
+        return Moment{0.0, &lr, 0, clocks + i, &scale, &found_inf, 3.0, 0.0, horizons + i};
+    };
+    plan->step(moment(0), std::vector<uint8_t>(sizes.size(), first), nullptr, 2);
+    walk<Rule, W, E, kEmas>(on_gpu, d, options, moment(1), first, chunk, kGroupThreads);
 
     const auto cpu = on_cpu.written(), gpu = on_gpu.written(), before = original.written();
     bool same = clocks[0] == clocks[1] && clocks[0] == 3 + !overflow;
+    same = same && horizons[0] == horizons[1] && horizons[0] == (overflow ? 5.0f : 3.0f);
     for (size_t l = 0; l < cpu.size(); ++l)
         for (size_t i = 0; i < cpu[l]->size(); ++i) {
             const Memory &x = (*cpu[l])[i], &y = (*gpu[l])[i], &z = (*before[l])[i];
@@ -214,49 +222,59 @@ void check(const Shape& shape, const char* rule, const std::vector<double>& opti
     ++cases;
     if (same) return;
     printf(
-        "%s weights %s gradients %s averages %d x %s states %d master %d past %d counts %d offset %zu first %d "
-        "overflow %d: "
+        "%s weights %s gradients %s averages %d x %s states %d master %d past %d counts %d previous %d offset %zu "
+        "first %d overflow %d: "
         "CPU and GPU code differ\n",
         rule, kNames[int(shape.weight)], kNames[int(shape.grad)], shape.emas, kNames[int(shape.average)], shape.states,
-        shape.master, shape.past, shape.counts, shape.offset, first, overflow);
+        shape.master, shape.past, shape.counts, shape.previous, shape.offset, first, overflow);
     exit(1);
 }
 
+// How many kinds of state a rule may keep.
+struct Kinds {
+    int least, most;
+};
+
 template <class Rule, class W, class E, int kEmas>
-void all_arrays(const char* rule, bool adam, const std::vector<std::vector<double>>& options, std::mt19937& random) {
+void all_arrays(const char* rule, Kinds kinds, const std::vector<std::vector<double>>& options, std::mt19937& random) {
     constexpr bool kHalf = sizeof(W) == 2;
+    const bool adam = kinds.least == 2;
     for (const bool wide_grad : {false, true})
         for (const bool master : {false, true})
-            for (const size_t offset : {0, 1}) {
-                if (!kHalf && (wide_grad || master)) continue;
-                Shape s{DtypeOf<W>::value,
-                        wide_grad ? Dtype::f32 : DtypeOf<W>::value,
-                        DtypeOf<E>::value,
-                        kEmas,
-                        0,
-                        master,
-                        true,
-                        adam,
-                        offset};
-                for (const bool past : {false, true})
-                    for (int states = adam ? 2 : 0; states <= (adam ? 3 : 1); ++states) {
-                        s.past = past;
-                        s.states = states;
-                        check<Rule, W, E, kEmas>(s, rule, options[cases % options.size()], !adam && cases % 2, false,
-                                                 random);
-                    }
-                s.counts = true;
-                check<Rule, W, E, kEmas>(s, rule, options[0], false, false, random);
-                check<Rule, W, E, kEmas>(s, rule, options[0], false, true, random);
-            }
+            for (const bool previous : {false, true})
+                for (const size_t offset : {0, 1}) {
+                    if (!kHalf && (wide_grad || master)) continue;
+                    if (previous && (!Rule::kUpdates || wide_grad)) continue;
+                    Shape s{DtypeOf<W>::value,
+                            wide_grad ? Dtype::f32 : DtypeOf<W>::value,
+                            DtypeOf<E>::value,
+                            kEmas,
+                            0,
+                            master,
+                            true,
+                            adam,
+                            previous,
+                            offset};
+                    for (const bool past : {false, true})
+                        for (int states = kinds.least; states <= kinds.most; ++states) {
+                            s.past = past && Rule::kUpdates;
+                            s.states = states;
+                            check<Rule, W, E, kEmas>(s, rule, options[cases % options.size()], !adam && cases % 2,
+                                                     false, random);
+                        }
+                    s.counts = true;
+                    check<Rule, W, E, kEmas>(s, rule, options[0], false, false, random);
+                    check<Rule, W, E, kEmas>(s, rule, options[0], false, true, random);
+                }
 }
 
 template <template <class> class Rule, class W>
-void all_averages(const char* rule, bool adam, const std::vector<std::vector<double>>& options, std::mt19937& random) {
-    all_arrays<Rule<float>, W, float, 0>(rule, adam, options, random);
-    all_arrays<Rule<float>, W, float, 1>(rule, adam, options, random);
-    all_arrays<Rule<float>, W, float, 3>(rule, adam, options, random);
-    all_arrays<Rule<float>, W, bf16, 2>(rule, adam, options, random);
+void all_averages(const char* rule, Kinds kinds, const std::vector<std::vector<double>>& options,
+                  std::mt19937& random) {
+    all_arrays<Rule<float>, W, float, 0>(rule, kinds, options, random);
+    all_arrays<Rule<float>, W, float, 1>(rule, kinds, options, random);
+    all_arrays<Rule<float>, W, float, 3>(rule, kinds, options, random);
+    all_arrays<Rule<float>, W, bf16, 2>(rule, kinds, options, random);
 }
 
 // Every 16-bit number to float and back.
@@ -280,14 +298,20 @@ void conversions() {
 int main() {
     std::mt19937 random(1);
     conversions();
-    const std::vector<std::vector<double>> sgd = {{0.9, 0.0, 0.01, 1, 0}, {0.9, 0.3, 0.0, 0, 1}, {0.5, 0.0, 0.1, 0, 0}};
+    const std::vector<std::vector<double>> sgd = {
+        {0.9, 0.0, 0.01, 1, 0, 0.0}, {0.9, 0.3, 0.0, 0, 1, 0.4}, {0.5, 0.0, 0.1, 0, 0, 0.0}};
     const std::vector<std::vector<double>> adam = {
-        {0.9, 0.999, 1e-8, 0.01, 1, 0}, {0.3, 0.9, 1e-3, 0.1, 0, 1}, {0.0, 0.5, 1e-8, 0.0, 1, 0}};
-    all_averages<Sgd, float>("sgd", false, sgd, random);
-    all_averages<Sgd, bf16>("sgd", false, sgd, random);
-    all_averages<Sgd, f16>("sgd", false, sgd, random);
-    all_averages<Adam, float>("adam", true, adam, random);
-    all_averages<Adam, bf16>("adam", true, adam, random);
-    all_averages<Adam, f16>("adam", true, adam, random);
+        {0.9, 0.999, 1e-8, 0.01, 1, 0, 0.3}, {0.3, 0.9, 1e-3, 0.1, 0, 1, 0.0}, {0.0, 0.5, 1e-8, 0.0, 1, 0, 1.0}};
+    const std::vector<std::vector<double>> direction = {{0.01}, {0.0}};
+    all_averages<Sgd, float>("sgd", {0, 1}, sgd, random);
+    all_averages<Sgd, bf16>("sgd", {0, 1}, sgd, random);
+    all_averages<Sgd, f16>("sgd", {0, 1}, sgd, random);
+    all_averages<Adam, float>("adam", {2, 3}, adam, random);
+    all_averages<Adam, bf16>("adam", {2, 3}, adam, random);
+    all_averages<Adam, f16>("adam", {2, 3}, adam, random);
+    all_averages<Direction, float>("direction", {0, 0}, direction, random);
+    all_averages<Direction, bf16>("direction", {0, 0}, direction, random);
+    all_averages<Direction, f16>("direction", {0, 0}, direction, random);
+    all_arrays<AdamDirection<float>, float, float, 0>("adam_direction", {2, 2}, adam, random);
     printf("%d cases\n", cases);
 }

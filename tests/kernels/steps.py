@@ -11,13 +11,21 @@ from torch import Tensor
 
 from layerpipe_kernels import reference
 from layerpipe_kernels.checks import check_options
-from layerpipe_kernels.options import NOW, AdamOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import NOW, AdamOptions, DirectionOptions, Moment, Options, PastDesign, SgdOptions
 from layerpipe_kernels.plan import STATES, Arrays, StepPlan
 
 SIZES = [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 1023, 1025]
 
 SGD = SgdOptions(lr=0.1, momentum=0.9, weight_decay=1e-2)
 ADAM = AdamOptions(lr=0.01, weight_decay=1e-2)
+OPTIONS: dict[str, Options] = {
+    "sgd": SGD,
+    "adam": ADAM,
+    "adam_direction": ADAM._replace(weight_decay=0.0),
+    "direction": DirectionOptions(lr=0.1, weight_decay=1e-2),
+}
+#: Of predicted weights: the horizon shrinks in the step.
+PREDICTED = Moment(horizon=3.0, horizon_before=5.0)
 DECAYS, TAPS = (0.5, 0.8, 0.9), (-3.0, 5.0, 1.5)
 
 
@@ -37,6 +45,7 @@ class Case:
     offset: int = 0
     sizes: tuple[int, ...] = tuple(SIZES)
     device: str = "cpu"
+    previous: bool = False  # the weights are predicted
 
     def __str__(self) -> str:
         changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -47,7 +56,7 @@ class Case:
         return design._replace(**changed)
 
     def options(self) -> Options:
-        return SGD if self.rule == "sgd" else ADAM
+        return OPTIONS[self.rule]
 
     def make(self) -> tuple[Arrays, list[Tensor]]:
         """Arrays and gradients. The past weights are poisoned: what is not written stays NaN."""
@@ -59,6 +68,7 @@ class Case:
             return memory[self.offset :].view(shape)
 
         weights, states, emas, pasts, masters, grads, counts = [], [[] for _ in range(kinds)], [], [], [], [], []
+        previous = []
         for size in self.sizes:
             weight = array(size, dtype=self.dtype)
             weights.append(weight)
@@ -76,9 +86,11 @@ class Case:
                 )
             if self.master:
                 masters.append(array(size, dtype=torch.float32).copy_(weight))
-            if self.counts or self.rule == "adam":
+            if self.previous:
+                previous.append(array(size))
+            if self.counts or self.rule.startswith("adam"):
                 counts.append(torch.tensor(float(size % 5), device=self.device))
-        return Arrays(weights, tuple(states), emas, pasts, masters, counts), grads
+        return Arrays(weights, tuple(states), emas, pasts, masters, counts, previous), grads
 
 
 def cloned(arrays: Arrays, dtype: torch.dtype | None = None) -> Arrays:
@@ -93,11 +105,12 @@ def cloned(arrays: Arrays, dtype: torch.dtype | None = None) -> Arrays:
 
     lists = [
         [copy(t) for t in tensors]
-        for tensors in (arrays.weights, *arrays.states, arrays.emas, arrays.pasts, arrays.masters)
+        for tensors in (arrays.weights, *arrays.states, arrays.emas, arrays.pasts, arrays.masters, arrays.previous)
     ]
     kinds = len(arrays.states)
     counts = [c.clone() for c in arrays.counts]
-    return Arrays(lists[0], tuple(lists[1 : 1 + kinds]), *lists[1 + kinds :], counts)
+    *rest, previous = lists[1 + kinds :]
+    return Arrays(lists[0], tuple(lists[1 : 1 + kinds]), *rest, counts, previous)
 
 
 def run(
@@ -133,18 +146,26 @@ def oracle(
     wide = cloned(arrays, torch.float64)
     for i, grad in enumerate(grads):
         states = [state[i] for state in wide.states]
-        ema, past, count = (x[i] if x else None for x in (wide.emas, wide.pasts, wide.counts))
+        lists = (wide.emas, wide.pasts, wide.counts, wide.previous)
+        ema, past, count, previous = (x[i] if x else None for x in lists)
         weight = wide.masters[i] if wide.masters else wide.weights[i]
         if isinstance(options, SgdOptions):
             velocity = states[0] if states else None
             reference.sgd_step_(
-                weight, grad.double(), velocity, ema, past, options, design, moment, count=count, first=first, tensor=i
+                weight, grad.double(), velocity, ema, past, options, design, moment, previous=previous, count=count,
+                first=first, tensor=i,
+            )  # fmt: skip
+        elif isinstance(options, DirectionOptions):
+            reference.direction_step_(
+                weight, grad.double(), ema, past, options, design, moment, previous=previous, count=count, tensor=i
             )
+        elif rule == "adam_direction":
+            reference.adam_direction_(weight, grad.double(), states[0], states[1], count, options, moment)
         else:
             largest = states[2] if len(states) > 2 else None
             reference.adam_step_(
                 weight, grad.double(), states[0], states[1], largest, count, ema, past, options, design, moment,
-                tensor=i,
+                previous=previous, tensor=i,
             )  # fmt: skip
         wide.weights[i].copy_(weight)
     return wide
@@ -160,10 +181,17 @@ def magnitudes(
     taps = [abs(t) for t in design.taps] if moment.t == 0 else [float(max(moment.t, design.delay))] * len(design.taps)
     for i, grad in enumerate(grads):
         w = (arrays.masters if arrays.masters else arrays.weights)[i].double().abs()
+        if rule == "adam_direction":
+            w = torch.zeros_like(w)
+        if arrays.previous:
+            w = w + moment.horizon_before * arrays.previous[i].double().abs()
         g = grad.double().abs() * scale + options.weight_decay * w
-        if isinstance(options, SgdOptions):
+        if isinstance(options, DirectionOptions):
+            u, states = lr * g, []
+        elif isinstance(options, SgdOptions):
             v = g + (arrays.states[0][i].double().abs() if arrays.states else 0)
-            u, states = lr * (g + v), [v]
+            newest = options.newest_share * (1 - options.dampening) / (1 - options.momentum) if arrays.states else 0
+            u, states = lr * (g + v + newest * g), [v]
         else:
             m = arrays.states[0][i].double().abs() + g
             q = arrays.states[1][i].double() + g * g
@@ -171,17 +199,18 @@ def magnitudes(
             step = float(after.counts[0])
             largest = after.states[-1][0] if len(arrays.states) > 2 else after.states[1][0]
             root = largest.sqrt() / (1 - options.beta2**step) ** 0.5 + options.eps
-            u = lr * (m / (1 - options.beta1**step) / root * 4 + options.weight_decay * w)
+            m_hat = m / (1 - options.beta1**step)
+            u = lr * ((m_hat + options.newest_share * g) / root * 4 + options.weight_decay * w)
             states = [m, q, q + (arrays.states[2][i].double() if len(arrays.states) > 2 else 0)]
-        w = w + u
+        w = w + u * (1 + moment.horizon)
         e = g if design.ema_of_gradient else u
         e = e + arrays.emas[i].double().abs() if arrays.emas else e
         if design.turn:
             e = e + abs(design.turn) * e.flip(0)[-2:].sum(0) * 2
-        past = w + abs(design.update_tap) * u + (moment.t * u if moment.t else 0)
+        past = w + (abs(design.update_tap) + abs(design.fill_tap)) * u + (moment.t * u if moment.t else 0)
         if arrays.emas:
             past = past + sum(tap * e[k] for k, tap in enumerate(taps))
-        result.append({"weights": w, "states": states, "emas": e, "pasts": past, "masters": w})
+        result.append({"weights": w, "states": states, "emas": e, "pasts": past, "masters": w, "previous": u})
     return result
 
 
@@ -215,7 +244,7 @@ def check(case: Case, backend: str, *, ulps: float = 4.0, **overrides: Any) -> A
     want = oracle(case.rule, arrays, grads, options, design, moment, first)
     for i, size in enumerate(magnitudes(case.rule, arrays, grads, options, design, moment)):
         name = f"{case}: tensor {i} ({case.sizes[i]} elements), "
-        for what in ("weights", "emas", "pasts", "masters"):
+        for what in ("weights", "emas", "pasts", "masters", "previous"):
             if getattr(got, what):
                 expected = wanted_of(want, what)[i]
                 assert_close(getattr(got, what)[i], expected, size[what], name + what, ulps)
@@ -236,16 +265,16 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 DTYPES = [(F32, None, False)] + [
     (dtype, grad, master) for dtype, grad, master in itertools.product((BF16, F16), (None, F32), (False, True))
 ]
-#: Every dtype with every kind of averages, for both rules.
+#: Every dtype with every kind of averages, for all rules that move weights.
 COVERING = [
-    Case(rule=rule, dtype=dtype, grad=grad, master=master, ema=ema, emas=emas, past=past)
-    for rule in ("sgd", "adam")
+    Case(rule=rule, dtype=dtype, grad=grad, master=master, ema=ema, emas=emas, past=past, previous=emas == 2)
+    for rule in ("sgd", "adam", "direction")
     for dtype, grad, master in DTYPES
     for ema, emas, past in ((None, 0, False), (None, 1, True), (None, 2, False), (BF16, 2, True), (BF16, 3, False))
 ]
 #: What a group may or may not have.
 STRUCTURES = [
-    Case(rule, states=states, emas=emas, past=past)
-    for rule, kinds in (("sgd", (0, 1)), ("adam", (2, 3)))
-    for states, emas, past in itertools.product(kinds, range(4), (False, True))
+    Case(rule, states=states, emas=emas, past=past, previous=previous)
+    for rule, kinds in (("sgd", (0, 1)), ("adam", (2, 3)), ("direction", (0,)))
+    for states, emas, past, previous in itertools.product(kinds, range(4), (False, True), (False, True))
 ]

@@ -13,7 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 ARCHITECTURES = ("80", "90", "100")
-UNITS = [(rule, weight) for rule in ("Sgd", "Adam") for weight in ("float", "bf16", "f16")]
+#: Kinds of state of every rule.
+STATES = {"Sgd": 1, "Adam": 3, "Direction": 0, "AdamDirection": 2}
+UNITS = [(rule, weight) for rule in ("Sgd", "Adam", "Direction") for weight in ("float", "bf16", "f16")]
+UNITS.append(("AdamDirection", "float"))
 NVCC = ["nvcc", "-std=c++17", "-O3", "-fmad=false"]
 
 
@@ -99,7 +102,7 @@ def test_kernels_spill_nothing_and_leave_room_for_two_blocks(unit: Unit) -> None
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", unit.report)]
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", unit.report)]
     print(f"{unit.rule} {unit.weight}: {min(registers)} to {max(registers)} registers")
-    assert len(registers) == 7 * len(ARCHITECTURES)  # without averages, and 1 to 3 of two dtypes
+    assert len(registers) == kernels_of(unit) * len(ARCHITECTURES)
     assert not any(spills), unit.report
     assert max(registers) <= 128  # of 64 Ki in a multiprocessor, 256 threads in a block: two blocks at least
 
@@ -108,17 +111,23 @@ def test_kernels_spill_nothing_and_leave_room_for_two_blocks(unit: Unit) -> None
 def test_kernels_move_arrays_16_bytes_at_a_time(unit: Unit) -> None:
     """In the PTX: per kernel, a load and a store of 16 bytes for each array, and the tail's of one element each."""
     kernels = re.split(r"\.visible \.entry|\.entry ", unit.ptx)[1:]
-    assert len(kernels) == 7
+    assert len(kernels) == kernels_of(unit)
     element = {"float": "32", "bf16": "16", "f16": "16"}[unit.weight]
     for kernel in kernels:
         streams = re.findall(r"(ld|st)\.global(?:\.cs)?\.(v\d\.)?[a-z](\d+)", kernel)
         wide = [(op, bits) for op, vector, bits in streams if vector == "v4."]
         assert all(vector in ("", "v4.") for _, vector, _ in streams), "an access of 8 bytes"
         assert all(bits == "32" for _, bits in wide)
-        # Weights, gradients, states and past weights; float ones beside 16-bit weights are two accesses each.
-        states, halves, emas = 1 if unit.rule == "Sgd" else 3, 2 if element == "16" else 1, averages_of(kernel)
-        assert sum(op == "ld" for op, _ in wide) >= 2 + states * halves + emas
-        assert sum(op == "st" for op, _ in wide) >= 2 + states * halves + emas
+        # Weights, gradients, states, last updates and past weights; float ones beside 16-bit weights are two accesses.
+        moves = unit.rule != "AdamDirection"
+        states, halves, emas = STATES[unit.rule] + moves, 2 if element == "16" else 1, averages_of(kernel)
+        assert sum(op == "ld" for op, _ in wide) >= 1 + moves + states * halves + emas
+        assert sum(op == "st" for op, _ in wide) >= 1 + moves + states * halves + emas
+
+
+def kernels_of(unit: Unit) -> int:
+    """Without averages, and for rules that move weights with 1 to 3 of two dtypes."""
+    return 1 if unit.rule == "AdamDirection" else 7
 
 
 def averages_of(kernel: str) -> int:
