@@ -7,20 +7,23 @@ past = opt.past_weight(param)      # an estimate of the weights six updates ago,
 
 from layerpipe_kernels import decay, history, ops, options, reference
 from layerpipe_kernels.backend import available_backends, build_info
-from layerpipe_kernels.optim import SGD, Adam, AdamW, Lamb, PastWeights
+from layerpipe_kernels.optim import SGD, SOAP, Adam, AdamW, Lamb, Muon, PastWeights, mark_embeddings_and_output
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SGD",
+    "SOAP",
     "Adam",
     "AdamW",
     "Lamb",
+    "Muon",
     "PastWeights",
     "available_backends",
     "build_info",
     "decay",
     "history",
+    "mark_embeddings_and_output",
     "ops",
     "options",
     "reference",

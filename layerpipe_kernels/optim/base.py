@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
 
     With ``delay=0`` nothing extra is kept and :meth:`past_weight` is the weight itself.
     """
+
+    #: Whether a step may leave other values in the gradients than it found there.
+    writes_gradients: ClassVar[bool] = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._still: set[Tensor] = set()  # parameters without a gradient in the last step

@@ -19,8 +19,17 @@ StateDict = dict[str, Any]
 #: What a parameter's state holds for its past; the rest is the optimizer's own.
 HISTORY_KEYS = ("ema", "stash", "past", "norms")
 
+#: Where a matrix is preconditioned: its gradients' products with themselves, and the bases that it is turned into.
+PRECONDITIONER = ("gram_left", "gram_right", "basis_left", "basis_right")
+
 #: State that need not be of its parameter's dtype, which torch gives it when it loads.
-FULL_PRECISION = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master", "norms")
+FULL_PRECISION = (
+    *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master", "norms"),
+    *PRECONDITIONER,
+)
+
+#: State that may be of 16 bits if somebody asks for it.
+_MAY_BE_NARROW = ("ema", *PRECONDITIONER)
 
 #: A group's place in time, and the correlation of updates that its averages were designed for: SGD's momentum or Adam's
 #: beta1, which a schedule may move; ``None`` asks for a new design. As they begin. These go with the averages and not
@@ -100,7 +109,7 @@ def kept_dtype(key: str, value: Tensor, param: Tensor) -> torch.dtype:
     full = reference.state_dtype(param.dtype)
     if key not in FULL_PRECISION:
         return param.dtype
-    return value.dtype if key == "ema" and value.dtype == torch.bfloat16 and full == torch.float32 else full
+    return value.dtype if key in _MAY_BE_NARROW and value.dtype == torch.bfloat16 and full == torch.float32 else full
 
 
 def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved: StateDict) -> None:

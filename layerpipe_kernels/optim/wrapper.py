@@ -39,6 +39,8 @@ class PastWeights(AveragingOptimizer):
             already.
     """
 
+    writes_gradients = True  # as far as we know
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,

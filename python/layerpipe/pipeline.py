@@ -27,6 +27,7 @@ from layerpipe.schedule import Action
 from layerpipe.stage import Stage
 from layerpipe.tracing import Trace
 from layerpipe.tracing.spans import CHANNEL, Recorder, Span
+from layerpipe_kernels import mark_embeddings_and_output
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,7 +44,9 @@ class Pipeline(Network):
         loss_fn: ``loss_fn(output, target)`` to a scalar, called in the last stage; ``loss_fn(*outputs, target)``
             where that returns a tuple.
         optimizer: ``optimizer(params, **past)``, called once per stage that has parameters; hands ``past`` on to an
-            optimizer of :mod:`layerpipe_kernels`. It holds the stage's ``delay`` and the options below.
+            optimizer of :mod:`layerpipe_kernels`. It holds the stage's ``delay`` and the options below. Embeddings and
+            the last stage's last layer are marked before (:func:`layerpipe_kernels.mark_embeddings_and_output`), so
+            that SOAP and Muon know them.
         past: how past weights are had, ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``.
         order: number of EMAs of a blend.
         ema_decay: decay rule; by default what suits ``past``.
@@ -112,6 +115,7 @@ class Pipeline(Network):
             module, delay = stages[i], self.delays[i]
             options = {"delay": delay, "past": past, "order": order, "ema_decay": ema_decay}
             params = [p for p in module.parameters() if p.requires_grad]
+            mark_embeddings_and_output(module, output=i == len(stages) - 1)
             return Stage(
                 module,
                 optimizer(params, **options) if params else None,

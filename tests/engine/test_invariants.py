@@ -323,3 +323,41 @@ def test_past_weights_in_the_engine_are_exact_while_it_fills_and_good_after(past
         error = probe.relative_error()
         assert error is not None
         assert error < 0.12
+
+
+def soap(params: list[nn.Parameter], **options: Any) -> lk.SOAP:
+    return lk.SOAP(params, lr=0.01, precondition_frequency=3, precondition=True, **options)
+
+
+def muon(params: list[nn.Parameter], **options: Any) -> lk.Muon:
+    return lk.Muon(params, lr=0.01, precondition=True, **options)
+
+
+@pytest.mark.parametrize("optimizer", [soap, muon])
+@pytest.mark.parametrize("executor", ["serial", "threads"])
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
+def test_stash_equals_the_simulation_with_preconditioned_optimizers(
+    schedule: str, executor: str, optimizer: Any
+) -> None:
+    data = minibatches(20)
+    stages = chain(4)
+    DelayedTraining(stages, F.cross_entropy, optimizer, schedule=schedule, past="stash").train(data)
+    options = {"executor": executor, "schedule": schedule, "threads_per_stage": torch.get_num_threads()}
+    with layerpipe.Pipeline(chain(4), F.cross_entropy, optimizer, past="stash", **options) as pipe:
+        train(pipe, data)
+        assert_equal_state(pipe.state_dict(), nn.Sequential(*stages).state_dict())
+
+
+@pytest.mark.parametrize("optimizer", [lk.SOAP, lk.Muon])
+def test_a_pipeline_tells_optimizers_its_embeddings_and_its_output_layer(optimizer: Any) -> None:
+    torch.manual_seed(0)
+    stages = [nn.Embedding(7, 4), nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3), nn.LayerNorm(3))]
+    with layerpipe.Pipeline(stages, F.cross_entropy, lambda params, **past: optimizer(params, **past)) as pipe:
+        train(pipe, [(torch.randint(7, (8,)), torch.randint(3, (8,))) for _ in range(6)])
+        state = pipe.optimizer.state
+        stepped = {name: "exp_avg_sq" in state[p] and "gram_left" not in state[p] for name, p in named(stages)}
+    assert [name for name, adam in stepped.items() if adam] == ["0.weight", "2.1.weight"]
+
+
+def named(stages: list[nn.Module]) -> list[tuple[str, nn.Parameter]]:
+    return [(n, p) for n, p in nn.Sequential(*stages).named_parameters() if p.ndim > 1]

@@ -24,7 +24,7 @@ from layerpipe.stage.saved import SavedTensors
 from layerpipe.stage.split_backward import SplitBackward
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 from layerpipe_kernels.native import all_finite
-from layerpipe_kernels.optim import SGD, Adam, PastOptimizer
+from layerpipe_kernels.optim import PastOptimizer
 
 Tensors = tuple[Tensor, ...]
 _NOTHING = contextlib.nullcontext()
@@ -93,7 +93,7 @@ class Stage:
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
         self._recomputes: bool | None = None  # not known before the first backward
         self._arrival = Arrival()
-        self._writes_gradients = optimizer is not None and not isinstance(optimizer, SGD | Adam)  # as far as we know
+        self._writes_gradients = optimizer is not None and getattr(optimizer, "writes_gradients", True)
         self._others: set[int] = set()  # the memory of the last backward's gradients of inputs and outputs
         self._rest: SplitBackward | None = None
         self._options: Options | None = None

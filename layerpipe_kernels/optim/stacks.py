@@ -1,0 +1,102 @@
+"""State of matrices of one shape, stacked so that one batched product serves all of them."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerpipe_kernels.optim.matrices import sides
+
+State = dict[str, Any]
+
+#: Elements of a stack: what stays in a core's cache from one product to the next; on other devices, what keeps them
+#: busy.
+_ELEMENTS = {"cpu": 1 << 17}
+_ELEMENTS_ELSEWHERE = 1 << 24
+
+
+class Array(NamedTuple):
+    """What a parameter's state holds under a name."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Stack:
+    """Matrices ``(k, rows, cols)`` of one shape, and their state.
+
+    Every parameter's state holds views of the stack: a checkpoint has them as it has other state, and whoever replaces
+    one makes :meth:`fits` false.
+
+    Args:
+        params: ``(rows, *)`` each, on one device.
+        states: theirs; what ``arrays`` names is taken over from them, zeros where there is none.
+        arrays: per name, what the state of one parameter holds.
+    """
+
+    def __init__(self, params: Sequence[Tensor], states: Sequence[State], arrays: dict[str, Array]) -> None:
+        self.params, self.states = list(params), list(states)
+        self.rows, self.cols = sides(params[0])
+        self.arrays: dict[str, Tensor] = {}
+        self._held: list[tuple[State, str, Tensor]] = []
+        for name, (shape, dtype) in arrays.items():
+            stack = torch.zeros(len(params), *shape, dtype=dtype, device=params[0].device)
+            for state, view in zip(states, stack.unbind(0), strict=True):
+                if (old := state.get(name)) is not None and old.shape == view.shape:
+                    view.copy_(old)
+                state[name] = view
+                self._held.append((state, name, view))
+            self.arrays[name] = stack
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.arrays[name]
+
+    def fits(self, params: Sequence[Tensor], states: Sequence[State]) -> bool:
+        """Whether it still holds the state of these parameters."""
+        return (
+            len(params) == len(self.params)
+            and all(map(operator.is_, params, self.params))
+            and all(map(operator.is_, states, self.states))
+            and all(state.get(name) is view for state, name, view in self._held)
+        )
+
+    def gather(self, grads: Sequence[Tensor], room: Tensor) -> Tensor:
+        """The gradients as ``(k, rows, cols)``: copied into ``room``, or one as it lies if that is possible."""
+        if len(grads) == 1 and grads[0].dtype == room.dtype and grads[0].is_contiguous():
+            return grads[0].view(room.shape)
+        torch._foreach_copy_([r.view(g.shape) for r, g in zip(room.unbind(0), grads, strict=True)], list(grads))
+        return room
+
+
+def split(params: Sequence[Tensor]) -> list[list[int]]:
+    """Indices of parameters of one shape, device and dtype, as many as one stack should hold."""
+    alike: dict[Any, list[int]] = {}
+    for i, param in enumerate(params):
+        alike.setdefault((sides(param), param.device, param.dtype), []).append(i)
+    parts = []
+    for indices in alike.values():
+        param = params[indices[0]]
+        most = max(1, _ELEMENTS.get(param.device.type, _ELEMENTS_ELSEWHERE) // max(1, param.numel()))
+        parts += [indices[start : start + most] for start in range(0, len(indices), most)]
+    return parts
+
+
+class Scratch:
+    """Memory that products of one step after another are written into."""
+
+    def __init__(self) -> None:
+        self._memory: dict[Any, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """``shape``, on the device of ``like``; what was written under this name before is lost."""
+        numel, dtype = math.prod(shape), dtype or like.dtype
+        key = name, like.device, dtype
+        memory = self._memory.get(key)
+        if memory is None or memory.numel() < numel:
+            memory = self._memory[key] = torch.empty(numel, dtype=dtype, device=like.device)
+        return memory[:numel].view(shape)
