@@ -1,9 +1,8 @@
-"""A drained pipeline in one file that is always whole."""
+"""A drained pipeline in one file, written and read by any number of processes."""
 
 from __future__ import annotations
 
 import collections
-import os
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from layerpipe.checkpoint_file import read, write
 from layerpipe.errors import CheckpointError
 from layerpipe.optimizer import joined, part
 from layerpipe.partition.split_stage import uncompiled
@@ -18,58 +18,11 @@ from layerpipe.partition.split_stage import uncompiled
 if TYPE_CHECKING:
     from layerpipe.pipeline import Pipeline
 
-FORMAT = 1
+__all__ = ["load", "random_state", "read", "save", "set_random_state", "write"]
 
-
-def write(path: Path, content: dict[str, Any]) -> None:
-    """Replace the file in one move, once all of it is on the disk: whoever dies meanwhile leaves the one before.
-
-    What is half written lies beside it as ``<name>.partial`` and is overwritten the next time.
-
-    Raises:
-        TypeError: the content holds something that :func:`read` would refuse. The file before is still there.
-    """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            torch.save({"layerpipe": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
-            raise TypeError(
-                f"{path} would not be readable with {', '.join(unsafe)} in it; give checkpoint() tensors, numbers, "
-                "strings, lists and dicts of them"
-            )
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    os.replace(partial, path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)  # or the new name may be lost with the power
-    finally:
-        os.close(directory)
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What :func:`write` wrote, on the CPU. Runs no code from the file.
-
-    Raises:
-        FileNotFoundError: it is not there.
-        CheckpointError: it is something else, or of a version that this one does not know.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # of bytes that are something else, the unpickler may raise anything
-        reason = next(iter(str(error).splitlines()), "")
-        raise CheckpointError(f"{path} is no checkpoint: {type(error).__name__} {reason}") from error
-    if not isinstance(content, dict) or "layerpipe" not in content:
-        raise CheckpointError(f"{path} is no checkpoint of layerpipe")
-    if content["layerpipe"] != FORMAT:
-        raise CheckpointError(f"{path} has format {content['layerpipe']}, this version reads {FORMAT}")
-    return content
+_PARTS = {
+    "schedule": str, "model": dict, "optimizer": dict, "versions": list, "measured": list, "random": dict, "extra": dict
+}  # fmt: skip
 
 
 def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
@@ -133,18 +86,29 @@ def load(pipe: Pipeline, path: Path | None) -> dict[str, Any]:
     path, content, error = pipe.ranks.told((path, content, error), by=reader)
     if error is not None:
         raise error
-    shapes = {name: shape for own in pipe.ranks.gather(_shapes(pipe.own_state())) for name, shape in own.items()}
+    wanted = {name: kind for own in pipe.ranks.gather(_kinds(pipe.own_state())) for name, kind in own.items()}
     stages = _stages(pipe)
     counts = pipe.ranks.gather(sum(stage.optimizer is not None for stage in pipe.stages))
-    before = sum(counts[: pipe.ranks.rank])
-    own = range(before, before + counts[pipe.ranks.rank])
+    first = sum(counts[: pipe.ranks.rank])
+    own = range(first, first + counts[pipe.ranks.rank])
+    before, loads = pipe.optimizer.state_dict(), False
     try:
-        _check(pipe, content, shapes, stages, own)
-    except ValueError as caught:
-        error = CheckpointError(f"{path}: {caught}")
+        _check(pipe, content, wanted, stages, own)
+        loads = True
+        pipe.optimizer.load_state_dict(part(content["optimizer"], own))
+    except Exception as caught:
+        how = str(caught)
+        if not isinstance(caught, ValueError):
+            how = f"holds what no checkpoint does, which raises {type(caught).__name__} {caught}"
+        error = CheckpointError(f"{path}: {how}")
         error.__cause__ = caught
-    pipe.ranks.agree(error, CheckpointError)
-    _fill(pipe, content, own)
+    try:
+        pipe.ranks.agree(error, CheckpointError)
+    except CheckpointError:
+        if loads:
+            pipe.optimizer.load_state_dict(before)
+        raise
+    _fill(pipe, content)
     extra: dict[str, Any] = content["extra"]
     return extra
 
@@ -158,16 +122,24 @@ def _keeper(pipe: Pipeline, path: Path | None) -> int:
 
 
 def _check(
-    pipe: Pipeline, content: dict[str, Any], wanted: dict[str, tuple[int, ...]], stages: list[list[str]], own: range
+    pipe: Pipeline,
+    content: dict[str, Any],
+    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    stages: list[list[str]],
+    own: range,
 ) -> None:
+    """Refuse, with nothing loaded, what is of another pipeline or holds what no checkpoint does."""
+    for name, kind in _PARTS.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"its {name!r} is missing or no {kind.__name__}")
     theirs, ours = (content["schedule"], len(content["versions"])), (pipe.schedule.name, len(pipe.delays))
     if theirs != ours:
         raise ValueError(
             f"of {theirs[1]} stages and schedule {theirs[0]!r}, this pipeline has {ours[1]} and {ours[0]!r}"
         )
-    shapes = _shapes(content["model"])
-    if shapes != wanted:
-        other = sorted(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+    kinds = _kinds(content["model"])
+    if kinds != wanted:
+        other = sorted(n for n in kinds.keys() | wanted.keys() if kinds.get(n) != wanted.get(n))
         raise ValueError(f"of another model, it differs in {', '.join(other)}")
     for i, (has, wants) in enumerate(zip(content.get("stages", stages), stages, strict=True)):
         if has != wants:
@@ -175,11 +147,18 @@ def _check(
                 f"of the same model, cut elsewhere: stage {i} has {_shown(has)} there, here {_shown(wants)}; cut at "
                 "the same layers, layerpipe.split takes at="
             )
+    for name, values in (("measured", content["measured"]), ("random_of_stages", content.get("random_of_stages", []))):
+        if len(values) not in (0, len(pipe.delays)):
+            raise ValueError(f"its {name!r} are of {len(values)} stages")
+    for state in (content["random"], *content.get("random_of_ranks", [])):
+        check_random_state(state)
+    for state in content.get("random_of_stages", []):
+        if state is not None:
+            torch.Generator().set_state(state)
     pipe.optimizer.check(part(content["optimizer"], own))
 
 
-def _fill(pipe: Pipeline, content: dict[str, Any], own: range) -> None:
-    pipe.optimizer.load_state_dict(part(content["optimizer"], own))
+def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:
     pipe.load_state_dict(content["model"])
     for stage in pipe.stages:
         stage.version = content["versions"][stage.index]
@@ -200,8 +179,8 @@ def _shown(names: list[str]) -> str:
     return f"{len(names)} parameters, {names[0]} … {names[-1]}" if names else "no parameters"
 
 
-def _shapes(state: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, torch.Tensor)}
+def _kinds(state: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return {n: (value.dtype, tuple(value.shape)) for n, value in state.items() if isinstance(value, torch.Tensor)}
 
 
 def random_state() -> dict[str, Any]:
@@ -215,6 +194,14 @@ def random_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
+
+
+def check_random_state(state: dict[str, Any]) -> None:
+    """Raise what :func:`set_random_state` would, and set nothing that anybody draws from."""
+    torch.Generator().set_state(state["torch"])
+    random.Random().setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.RandomState().set_state((kind, keys.numpy().astype(np.uint32), *rest))
 
 
 def set_random_state(state: dict[str, Any]) -> None:

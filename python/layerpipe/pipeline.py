@@ -368,7 +368,8 @@ class Pipeline(Network):
         Raises:
             RuntimeError: minibatches are in the pipe.
             FileNotFoundError: the file is not there; in all processes, whichever was to read it.
-            CheckpointError: the file is no checkpoint, or one of another pipeline. Nothing has been loaded then.
+            CheckpointError: the file is no checkpoint, or one of another pipeline, or a bit of it is not as it was
+                written. Nothing has been loaded then.
         """
         self._refuse_minibatches()
         extra = checkpoint.load(self, None if path is None else Path(path))
