@@ -1,0 +1,135 @@
+"""The simulation of delayed training, beside a slower one, and its table."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("rich")
+from bench import staleness
+from bench.delayed_optimizers import DelayedOptimizer, Settings
+from bench.delayed_training import DelayedTraining, Horizon, Task, train
+from tests.engine.delayed_training import DelayedTraining as Slow
+
+CONSTANT = Horizon(steps=1000, warmup=0, final=1.0)
+
+
+def loss_fn(y: Tensor, target: Tensor) -> Tensor:
+    return nn.functional.mse_loss(y, target)
+
+
+def task() -> Task:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(4)]
+    data = itertools.cycle((torch.randn(6, 5), torch.randn(6, 5)) for _ in range(12))
+    loss = lambda model, xy: loss_fn(model(xy[0]), xy[1])
+    return Task(
+        nn.Sequential(*layers), lambda name: int(name[0]), 4, lambda name: "weight" in name, data, loss, lambda _: 1.0
+    )
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "1f1b", "lockstep"])
+@pytest.mark.parametrize(
+    ("settings", "optimizer"),
+    [
+        (Settings(optimizer="sgd", lr=0.1, beta1=0.0, max_norm=0.0), lambda ps: torch.optim.SGD(ps, lr=0.1)),
+        (
+            Settings(optimizer="adam", lr=0.01, weight_decay=0.1),
+            lambda ps: torch.optim.AdamW(ps, lr=0.01, betas=(0.9, 0.95), weight_decay=0.1),
+        ),
+    ],
+)
+def test_it_is_the_slow_simulation(
+    schedule: str, settings: Settings, optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+) -> None:
+    mine = task()
+    slow_model = copy.deepcopy(mine.model)
+    assert isinstance(slow_model, nn.Sequential)
+    data = [next(mine.minibatches) for _ in range(12)]
+    mine.minibatches = iter(data)
+    training = DelayedTraining(mine, 4, schedule, settings, CONSTANT)
+    losses = [training.step() for _ in data]
+    slow = Slow(
+        list(slow_model), loss_fn, optimizer, schedule=schedule, past="stash", max_norm=settings.max_norm or None
+    )
+    expected = slow.train(data)
+    torch.testing.assert_close(losses, [x.item() for x in expected], rtol=1e-5, atol=1e-6)
+    for a, b in zip(training.weights, slow.current, strict=True):
+        torch.testing.assert_close(a, [p.detach() for p in b], rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_minibatches_have_no_delay() -> None:
+    training = DelayedTraining(task(), 4, "lockstep", Settings(), CONSTANT, sync_steps=3)
+    delays = []
+    for _ in range(7):
+        delays.append([training.delay(stage) for stage in range(4)])
+        training.step()
+    assert delays == [[0] * 4] * 4 + [[1, 1, 1, 0], [2, 2, 2, 0], [3, 3, 2, 0]]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon", "soap"])
+def test_without_a_delay_no_knob_that_depends_on_it_does_anything(optimizer: str) -> None:
+    knobs = Settings(
+        optimizer=optimizer, spike_compensation=1.0, weight_prediction=1.0, beta1_delay=14.0, lr_delay=0.5, damping=1.0
+    )
+    results = []
+    for settings in (Settings(optimizer=optimizer), knobs):
+        training = DelayedTraining(task(), 1, "1f1b", settings, CONSTANT)
+        results.append([training.step() for _ in range(5)])
+    assert results[0] == results[1]
+
+
+def test_prediction_moves_what_the_forward_sees_and_not_the_weights() -> None:
+    w, g = torch.zeros(2, 3), torch.ones(2, 3)
+    settings = Settings(optimizer="sgd", lr=0.5, beta1=0.0, weight_prediction=1.0, max_norm=0.0)
+    (seen,) = DelayedOptimizer([w], [True], settings).step([g], lr=0.5, n=4)
+    assert torch.equal(w, torch.full((2, 3), -0.5))
+    assert torch.equal(seen, torch.full((2, 3), -2.5))
+
+
+def test_worth_is_the_length_of_equal_quality() -> None:
+    lengths = [(400, 3.0), (1600, 1.0)]
+    assert staleness.worth(2.0, lengths) == pytest.approx(800)
+    assert staleness.worth(3.0, lengths) == pytest.approx(400)
+    assert math.isnan(staleness.worth(0.9, lengths))
+
+
+def test_options_are_combined_and_unknown_ones_refused() -> None:
+    runs = staleness.grid(["steps=5", "optimizer=adam,soap", "nesterov=true", "seed=0,1"])
+    assert len(runs) == 4
+    assert runs[0].settings.nesterov
+    with pytest.raises(ValueError, match="momentum"):
+        staleness.grid(["momentum=0.9"])
+    with pytest.raises(ValueError, match="lr is a float"):
+        staleness.grid(["lr=fast"])
+
+
+def test_a_delayed_run_is_compared_with_the_best_undelayed_ones(tmp_path: Path) -> None:
+    base = staleness.Run(schedule="sequential", steps=400)
+    found = {
+        base: {"quality": 3.0},
+        dataclasses.replace(base, steps=1600): {"quality": 1.0},
+        dataclasses.replace(base, steps=1600, warmup=50): {"quality": 1.5},
+        staleness.Run(steps=1600): {"quality": 2.0},
+    }
+    columns = {c.header: list(c.cells) for c in staleness.table(found, list(found)).columns}
+    assert columns["worth"] == ["–", "–", "–", "800"]
+    assert columns["extra"][-1] == "2.00"
+    file = tmp_path / "runs.json"
+    staleness.save(file, runs=[{"options": run.flat(), **result} for run, result in found.items()])
+    assert staleness.load(file) == found
+
+
+def test_a_run_that_diverges_ends() -> None:
+    training = DelayedTraining(task(), 4, "1f1b", Settings(optimizer="sgd", lr=math.inf, max_norm=0.0), Horizon(200, 0))
+    result = train(training, every=10)
+    assert math.isnan(result["quality"])
+    assert len(result["curve"]) < 20
