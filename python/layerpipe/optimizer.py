@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
-from layerpipe.stage.options import Options
+from layerpipe.stage.options import OWN, Options, StageOptions, changes_in_place, frozen_options, on_host, same
 from layerpipe_kernels.optim.checkpoint import CLOCK
 
 
@@ -16,28 +17,34 @@ class PipelineOptimizer(torch.optim.Optimizer):
     """What schedulers, loggers and checkpoints see: the parameter groups of every stage in one list.
 
     Options set here, such as a scheduler's learning rate, reach a stage with the next tick that is submitted; a tick
-    that already runs keeps those it was submitted with. The stages step themselves: :meth:`step` refuses to.
+    that already runs keeps those it was submitted with. What an optimizer changes in its groups itself, such as a step
+    count, stays as it is there and is shown here when the pipe is drained and whenever a state is made; what is set
+    here meanwhile takes its place. The stages step themselves: :meth:`step` refuses to.
 
     Args:
-        optimizers: of the stages of this process that have parameters.
+        stages: options of the stages of this process that have parameters.
         synchronize: called before their states are read.
         before, after: :func:`options_of` the stages of other processes. Their groups are in the list, too, without
-            parameters: a scheduler is the same in all processes, and so is its state.
+            parameters: a scheduler is the same in all processes, and so is its state. What their optimizers change
+            themselves is not shown.
+        replayed: whether the stages' steps are replayed from graphs, in which no hook is called.
     """
 
     def __init__(
         self,
-        optimizers: Sequence[torch.optim.Optimizer],
+        stages: Sequence[StageOptions],
         synchronize: Callable[[], None] = lambda: None,
         *,
         before: Sequence[dict[str, Any]] = (),
         after: Sequence[dict[str, Any]] = (),
+        replayed: bool = False,
     ) -> None:
-        if not optimizers:
+        if not stages:
             raise ValueError("no stage has parameters to train")
-        self._optimizers, self._synchronize = list(optimizers), synchronize
+        self._stages, self._synchronize, self._replayed = list(stages), synchronize, replayed
+        self._optimizers = [stage.optimizer for stage in stages]
         own = [
-            {key: _on_host(value) for key, value in group.items() if key not in CLOCK}
+            {key: value if key in OWN else on_host(key, value) for key, value in group.items() if key not in CLOCK}
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]
@@ -52,20 +59,39 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._complete = True
         self._values: list[tuple[Any, ...]] | None = None
         self._options: list[Options] = []
+        self._made_for = [{key: self.param_groups[i].get(key) for key in _PAST} for i in self.own]
 
     def options_by_stage(self) -> list[Options]:
-        """Every group's options, for the stages with parameters in their order: a copy, the same until they change."""
+        """Every group's options, for the stages with parameters in their order: a copy, the same until they change.
+
+        Raises:
+            ValueError: the delay of a group has been changed, or how it has its past weights.
+        """
         self._opt_called = True  # what torch's schedulers look at before they warn that nobody stepped
         values = [tuple(group.values()) for group in self.param_groups]
-        if values != self._values:
-            groups = iter([self.param_groups[i] for i in self.own])
-            self._options = [
-                [{k: _frozen(v) for k, v in next(groups).items() if k not in _OWN} for _ in optimizer.param_groups]
-                for optimizer in self._optimizers
-            ]
-            in_place = any(isinstance(v, torch.Tensor) for group in values for v in group)
-            self._values = None if in_place else values  # a tensor may change and stay the same object
+        if self._values is None or not _all_same(values, self._values):
+            for i, made_for in zip(self.own, self._made_for, strict=True):
+                for key, value in made_for.items():
+                    if not same(self.param_groups[i].get(key), value):
+                        raise ValueError(
+                            f"parameter group {i} was made with {key}={value!r}, which stages in training cannot "
+                            f"change to {self.param_groups[i].get(key)!r}; make a new pipeline"
+                        )
+            self._options = [[frozen_options(view) for view in views] for views in self._views()]
+            in_place = any(changes_in_place(v) for g in self.param_groups for k, v in g.items() if k not in OWN)
+            self._values = None if in_place else values
         return self._options
+
+    def refresh(self) -> None:
+        """Show what the stages' optimizers have changed in their groups. No stage may be at work."""
+        for stage, views in zip(self._stages, self._views(), strict=True):
+            stage.show(views)
+
+    def _views(self) -> Iterator[list[dict[str, Any]]]:
+        """Of each stage of this process, its groups in the common list."""
+        groups = iter([self.param_groups[i] for i in self.own])
+        for optimizer in self._optimizers:
+            yield [next(groups) for _ in optimizer.param_groups]
 
     @property  # type: ignore[override]
     def state(self) -> dict[Any, Any]:
@@ -92,14 +118,46 @@ class PipelineOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: every stage clears its gradients before each backward."""
 
+    def register_step_pre_hook(self, hook: Any) -> RemovableHandle:
+        """Call ``hook(optimizer, args, kwargs)`` before every update of every stage of this process, with that stage's
+        own optimizer and in the thread that runs the stage: once per stage and minibatch.
+
+        Raises:
+            RuntimeError: the updates are replayed from graphs.
+        """
+        return self._register("_optimizer_step_pre_hooks", hook)
+
+    def register_step_post_hook(self, hook: Any) -> RemovableHandle:
+        """As :meth:`register_step_pre_hook`, after every update."""
+        return self._register("_optimizer_step_post_hooks", hook)
+
+    def _register(self, kind: str, hook: Any) -> RemovableHandle:
+        if self._replayed:
+            raise RuntimeError(
+                "executor='graphs' replays the stages' updates, and no replay calls a hook; use executor='streams'"
+            )
+        self._synchronize()
+        hooks = [getattr(optimizer, kind) for optimizer in self._optimizers]
+        handle = _StageHooks(self._synchronize, hooks)
+        for registered in hooks:
+            registered[handle.id] = hook
+        return handle
+
     def state_dict(self) -> dict[str, Any]:
         """One state_dict per stage with parameters, and all groups' options as they are now. Of a drained pipe."""
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         self._synchronize()
-        return {
+        self.refresh()
+        state: dict[str, Any] = {
             "stages": [optimizer.state_dict() for optimizer in self._optimizers],
             "kinds": [_kind(optimizer) for optimizer in self._optimizers],
-            "options": [{k: v for k, v in g.items() if k not in _OWN} for g in self.param_groups],
+            "options": [{k: v for k, v in g.items() if k not in OWN} for g in self.param_groups],
         }
+        for after in self._optimizer_state_dict_post_hooks.values():
+            changed = after(self, state)
+            state = state if changed is None else changed
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` gave, into a pipe of the same stages.
@@ -107,13 +165,19 @@ class PipelineOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: what :meth:`check` refuses.
         """
+        state_dict = {**state_dict}
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            changed = before(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         self.check(state_dict)
         self._synchronize()
-        self._values = None  # the stages' own options are about to change
-        for optimizer, state in zip(self._optimizers, state_dict["stages"], strict=True):
-            optimizer.load_state_dict(state)
+        for stage, state in zip(self._stages, state_dict["stages"], strict=True):
+            stage.optimizer.load_state_dict(state)
+            stage.reset()
         for group, values in zip(self.param_groups, state_dict["options"], strict=True):
             group.update({key: value for key, value in values.items() if key != "backend"})  # the machine's
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def check(self, state_dict: dict[str, Any]) -> None:
         """Refuse what :meth:`load_state_dict` would refuse, and load nothing.
@@ -145,7 +209,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
 def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
     """What other processes see of these stages' parameter groups: no parameters, and nothing that no message holds."""
     return [
-        {k: _frozen(v) for k, v in group.items() if k not in _OWN and not callable(v)}
+        {key: value for key, value in frozen_options(group).items() if not callable(value)}
         for optimizer in optimizers
         for group in optimizer.param_groups
     ]
@@ -176,17 +240,24 @@ def _kind(optimizer: torch.optim.Optimizer) -> str:
     return f"{name} of {_kind(inner)}" if isinstance(inner, torch.optim.Optimizer) else name
 
 
-def _on_host(value: Any) -> Any:
-    """Reading an option must not wait for a device."""
-    return value.item() if isinstance(value, torch.Tensor) and not value.is_cpu else value
+def _all_same(now: list[tuple[Any, ...]], before: list[tuple[Any, ...]]) -> bool:
+    try:
+        return now == before
+    except Exception:  # an option that cannot be compared, such as a tensor in the place of a number
+        return False
 
 
-def _frozen(value: Any) -> Any:
-    """A learning rate may be a tensor, which a scheduler changes in place."""
-    return value.item() if isinstance(value, torch.Tensor) else value
+class _StageHooks(RemovableHandle):
+    """Removes a hook of all stages, none of which may be calling it."""
+
+    def __init__(self, synchronize: Callable[[], None], hooks: Sequence[Any]) -> None:
+        super().__init__(hooks[0], extra_dict=list(hooks[1:]))
+        self._synchronize = synchronize
+
+    def remove(self) -> None:
+        self._synchronize()
+        super().remove()
 
 
 #: What a stage's history was made for.
 _PAST = ("delay", "past", "order", "ema_decay")
-#: What does not travel from the common view to a stage, whose own optimizer counts its updates.
-_OWN = ("params", "param_names", *CLOCK)

@@ -135,13 +135,14 @@ class Pipeline(Network):
         except Exception as caught:
             error = caught
         self.ranks.agree(error, RuntimeError)
-        optimizers = [s.optimizer for s in self.stages if s.optimizer is not None]
-        groups, rank = self.ranks.gather(options_of(optimizers)), self.ranks.rank
+        options = [stage.options for stage in self.stages if stage.options is not None]
+        groups, rank = self.ranks.gather(options_of([own.optimizer for own in options])), self.ranks.rank
         self.optimizer = PipelineOptimizer(
-            optimizers,
+            options,
             self._synchronize,
             before=[*itertools.chain(*groups[:rank])],
             after=[*itertools.chain(*groups[rank + 1 :])],
+            replayed=executor == "graphs",
         )
         self._executor = executors.make(
             executor,
@@ -235,11 +236,13 @@ class Pipeline(Network):
     def _restart(self) -> None:
         self.tick = self.fed = self._returned = 0
         self.losses.clear()
+        self.optimizer.refresh()
         for stage in self.stages:
             stage.restart()
 
     def _submit(self, minibatch: tuple[tuple[Any, ...], Any] | None = None) -> None:
         """Run the next tick, with a new minibatch unless the pipe is being drained."""
+        by_stage = iter(self.optimizer.options_by_stage())
         try:
             if minibatch is not None:
                 if 0 in self.ranks.own:
@@ -247,7 +250,6 @@ class Pipeline(Network):
                 if self._last in self.ranks.own:
                     self._target.put(minibatch[1])
                 self.fed += 1
-            by_stage = iter(self.optimizer.options_by_stage())
             options = {s.index: next(by_stage) if s.optimizer is not None else [] for s in self.stages}
             tick = Tick(self.tick, self.schedule.tick(self.tick, self.fed), options)
             start = time.perf_counter()

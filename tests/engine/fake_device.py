@@ -316,7 +316,7 @@ class FakeDevice(TorchDispatchMode):
 def _is_wait() -> bool:
     """Reading a number waits for the device, but where compiled kernels do not read it, or it is the caller's own."""
     file, name, _ = _nearest("/layerpipe", 2)
-    return not file.endswith("/reference.py") and name != "_frozen"
+    return not file.endswith("/reference.py") and name != "frozen"
 
 
 def qualified_name(frame: Any) -> str:

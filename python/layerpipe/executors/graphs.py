@@ -35,7 +35,6 @@ from layerpipe.executors.capturable import (
     addresses,
     check_optimizer,
     count_update,
-    groups,
     held_by,
     no_garbage_collection,
     own_learning_rates,
@@ -44,7 +43,7 @@ from layerpipe.executors.capturable import (
 from layerpipe.executors.channels import Lent
 from layerpipe.executors.streams import Lane, Streams
 from layerpipe.stage import Stage, Tensors
-from layerpipe.stage.options import Options, set_options
+from layerpipe.stage.options import Options, same
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 
 
@@ -178,14 +177,15 @@ class CapturedStage:
         """Hand a learning rate to the graphs; everything else has become part of them."""
         if options is self._taken:
             return
-        for group, old, new in zip(groups(self.stage), self._options, options, strict=True):
+        assert self.stage.options is not None
+        for old, new in zip(self._options, options, strict=True):
             for name in new:
-                if name != "lr" and new[name] != old.get(name):
+                if name != "lr" and not same(new[name], old.get(name)):
                     raise ValueError(
                         f"executor='graphs' has captured {name}={old.get(name)!r} and cannot change it to "
                         f"{new[name]!r}; only lr may change"
                     )
-            set_options(group, new)
+        self.stage.options.take(options)
         self._taken = options
 
     # -- capturing -----------------------------------------------------------------------------------------------

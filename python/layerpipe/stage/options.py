@@ -2,21 +2,124 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from layerpipe_kernels.optim.checkpoint import CLOCK
 
 #: Of one stage: a dict per parameter group.
 Options = list[dict[str, Any]]
 
+#: What does not travel between the common view and a stage, whose own optimizer counts its updates.
+OWN = ("params", "param_names", *CLOCK)
 
-def set_options(group: dict[str, Any], values: dict[str, Any]) -> None:
-    """Give a stage's parameter group its options; a learning rate that is a tensor stays one and changes its value."""
-    lr = group.get("lr")
-    group.update(values)
-    if isinstance(lr, torch.Tensor):
-        group["lr"] = lr.fill_(values["lr"])
+_MISSING = object()
+
+
+class StageOptions:
+    """The options of one stage's parameter groups. Two sides change them: the caller, on the common view of all
+    stages, and the optimizer itself, where its step keeps a count or an estimate there.
+
+    What the caller has changed goes into the groups and nothing else does; what the optimizer has changed is shown in
+    the view by :meth:`show`. Where both have changed one option, the caller's value counts.
+
+    Args:
+        optimizer: the stage's.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.reset()
+
+    def reset(self) -> None:
+        """The groups have been replaced, by a checkpoint's: the caller has changed nothing of them yet."""
+        self._taken = [frozen_options(group) for group in self.optimizer.param_groups]
+
+    def take(self, options: Options) -> None:
+        """Give the groups what the caller changed between the options taken before and these, which are all of them."""
+        if options is self._taken:
+            return
+        for group, before, now in zip(self.optimizer.param_groups, self._taken, options, strict=True):
+            for key, value in now.items():
+                old = before.get(key, _MISSING)
+                if old is not value and not same(old, value):
+                    _put(group, key, value)
+        self._taken = options
+
+    def show(self, views: Sequence[dict[str, Any]]) -> None:
+        """Write what the optimizer changed into the caller's view of the groups. No step may run meanwhile."""
+        shown = [{**taken} for taken in self._taken]  # others may hold what was taken
+        for group, taken, view in zip(self.optimizer.param_groups, shown, views, strict=True):
+            for key, value in group.items():
+                old = taken.get(key, _MISSING)
+                if key in OWN or same(old, value) or not same(view.get(key, old), old):
+                    continue
+                _put(view, key, on_host(key, value))
+                taken[key] = frozen(value)
+        self._taken = shown
+
+
+def on_host(key: str, value: Any) -> Any:
+    """An option for the caller's view, which shares no memory with the optimizer's that either side may write to. Only
+    a learning rate on the CPU stays the tensor that it is: a scheduler fills it."""
+    return value if key == "lr" and isinstance(value, Tensor) and value.is_cpu else frozen(value)
+
+
+def frozen(value: Any) -> Any:
+    """An option as it is now: of a tensor with one element the number, of all else that may change in place a copy."""
+    if isinstance(value, Tensor):
+        return value.item() if value.numel() == 1 else value.detach().cpu().clone()
+    return copy.deepcopy(value) if changes_in_place(value) else value
+
+
+def frozen_options(group: dict[str, Any]) -> dict[str, Any]:
+    """All options of a group as they are now."""
+    return {key: frozen(value) for key, value in group.items() if key not in OWN}
+
+
+def changes_in_place(value: Any) -> bool:
+    """Whether a value may change and stay the same object: a tensor, an array, a list."""
+    if isinstance(value, Tensor):
+        return True
+    try:
+        hash(value)
+    except TypeError:
+        return True
+    return False
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two values of an option are equal; a number and a tensor of one element, in the tensor's precision."""
+    if a is b:
+        return True
+    if isinstance(b, Tensor):
+        a, b = b, a
+    if isinstance(a, Tensor):
+        if isinstance(b, Tensor):
+            return a.shape == b.shape and torch.equal(a.detach().cpu(), b.detach().cpu())
+        if not isinstance(b, int | float) or a.numel() != 1:
+            return False
+        return bool(a.item() == (torch.tensor(b, dtype=a.dtype).item() if a.is_floating_point() else b))
+    try:
+        return bool(a == b)
+    except Exception:  # arrays of other shapes, of several elements
+        return False
+
+
+def _put(group: dict[str, Any], key: str, value: Any) -> None:
+    """A tensor stays the object that it is and changes its values, where they fit."""
+    old = group.get(key)
+    with torch.no_grad():
+        if isinstance(old, Tensor) and isinstance(value, int | float) and old.numel() == 1:
+            old.fill_(value)
+        elif isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
+            old.copy_(value)
+        else:
+            group[key] = copy.deepcopy(value) if changes_in_place(value) else value
 
 
 def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> None:

@@ -17,7 +17,7 @@ from layerpipe.stage.arrival import Arrival, Seen
 from layerpipe.stage.copies import warn_of_copies
 from layerpipe.stage.gradients import clip, memory_of, own
 from layerpipe.stage.history import drop_history
-from layerpipe.stage.options import Options, check_stage, set_options
+from layerpipe.stage.options import Options, StageOptions, check_stage
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
 from layerpipe.stage.saved import SavedTensors
@@ -96,13 +96,13 @@ class Stage:
         self._writes_gradients = optimizer is not None and getattr(optimizer, "writes_gradients", True)
         self._others: set[int] = set()  # the memory of the last backward's gradients of inputs and outputs
         self._rest: SplitBackward | None = None
-        self._options: Options | None = None
         if optimizer is not None:
             check_stage(name, module, optimizer, delay)
         self.without_past: set[nn.Parameter] = set()  # weights whose past no backward reads
         if delay and index == 0 and isinstance(optimizer, PastOptimizer):
             self.without_past = without_past(module)
             drop_history(optimizer, self.without_past)
+        self.options = StageOptions(optimizer) if optimizer is not None else None
         past_view = optimizer.past_view if delay and optimizer is not None else None
         self._saved = SavedTensors(self._all_params, past_view)
 
@@ -294,24 +294,20 @@ class Stage:
 
     def update(self, options: Options) -> None:
         """Step the optimizer with these options per parameter group, as they were when the tick was submitted."""
-        if self.optimizer is not None:
+        if self.options is not None:
             start = self.mark()
-            if options is not self._options:
-                for group, values in zip(self.optimizer.param_groups, options, strict=True):
-                    set_options(group, values)
-                self._options = options
+            self.options.take(options)
             if self.max_norm is not None:
                 clip(self._params, self.max_norm)
             elif self._others:
                 own(self._params, self._others)
-            self.optimizer.step()
+            self.options.optimizer.step()
             self.span(STEP, start)
         self.version += 1
 
     def restart(self) -> None:
         """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0."""
         self.base = self.version
-        self._options = None  # a state may have been loaded
         if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
             self._recomputes = None if self.delay or self._split_backward else False
         self.look_again()
