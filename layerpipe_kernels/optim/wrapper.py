@@ -143,6 +143,10 @@ class PastWeights(AveragingOptimizer):
             self._after_step(group, copies)
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """The wrapped optimizer's: one that adds gradients up over several steps may keep them."""
+        self.optimizer.zero_grad(set_to_none)
+
     def _copy(self, param: Tensor, group: Group) -> Tensor | None:
         past = self.history(group)
         if past is None or not (past.emas or past.design.update_tap):

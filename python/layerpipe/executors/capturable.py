@@ -24,8 +24,14 @@ def check_optimizer(stage: Stage) -> None:
     """Refuse an optimizer whose step would do the same every time it is replayed.
 
     Raises:
-        ValueError: it counts its updates on the host.
+        ValueError: it counts its updates on the host, or has hooks.
     """
+    optimizer = stage.optimizer
+    if optimizer is not None and (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks):
+        raise ValueError(
+            f"{stage.name}: executor='graphs' replays the optimizer's step, and no replay calls a hook; use "
+            "executor='streams'"
+        )
     for group in groups(stage):
         counts_there = isinstance(stage.optimizer, FusedOptimizer) or not group.get("delay")
         if not group.get("capturable") or not counts_there:

@@ -6,16 +6,21 @@ from typing import Any
 
 from torch import nn
 
+from layerpipe_kernels.optim import PastWeights
 from layerpipe_kernels.optim.checkpoint import CLOCK
 
 
-def drop_history(optimizer: Any, params: set[nn.Parameter]) -> None:
-    """Give these parameters of an optimizer a delay of 0, in a group of their own where others share theirs."""
+def drop_history(optimizer: Any, params: set[nn.Parameter]) -> set[nn.Parameter]:
+    """Give these parameters of an optimizer a delay of 0, in a group of their own where others share theirs; returns
+    those that have it then. A wrapped optimizer's groups are not divided: it may keep what belongs to a whole group."""
+    dropped: set[nn.Parameter] = set()
     for group in list(optimizer.param_groups):
         ours = [p for p in group["params"] if p in params]
-        if not ours:
+        whole = len(ours) == len(group["params"])
+        if not ours or (isinstance(optimizer, PastWeights) and not whole):
             continue
-        if len(ours) == len(group["params"]):
+        dropped.update(ours)
+        if whole:
             group["delay"] = 0
             continue
         names = group.pop("param_names", None)
@@ -29,3 +34,4 @@ def drop_history(optimizer: Any, params: set[nn.Parameter]) -> None:
             group["param_names"] = [names[i] for i in kept]
             added = [(names[i], members[i]) for i in moved]
         optimizer.add_param_group({**options, "params": added, "delay": 0})
+    return dropped

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerpipe.stage.step import check_step
 from layerpipe_kernels.optim.checkpoint import CLOCK
 
 #: Of one stage: a dict per parameter group.
@@ -127,8 +128,10 @@ def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> No
 
     Raises:
         ValueError: it lacks a parameter, or a group was made for another delay or for none.
-        TypeError: a delay needs past weights, and it does not know them or cannot begin them anew.
+        TypeError: its step needs a closure, or a delay needs past weights, and it does not know them or cannot begin
+            them anew.
     """
+    check_step(stage, optimizer)
     held = {p for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in module.named_parameters() if p.requires_grad and p not in held]
     if missing:

@@ -22,6 +22,7 @@ from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
 from layerpipe.stage.saved import SavedTensors
 from layerpipe.stage.split_backward import SplitBackward
+from layerpipe.stage.step import WatchedStep, unknown
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 from layerpipe_kernels.native import all_finite
 from layerpipe_kernels.optim import PastOptimizer
@@ -93,16 +94,17 @@ class Stage:
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
         self._recomputes: bool | None = None  # not known before the first backward
         self._arrival = Arrival()
-        self._writes_gradients = optimizer is not None and getattr(optimizer, "writes_gradients", True)
+        others = optimizer is not None and unknown(optimizer)
+        self._writes_gradients = others or (optimizer is not None and getattr(optimizer, "writes_gradients", True))
         self._others: set[int] = set()  # the memory of the last backward's gradients of inputs and outputs
         self._rest: SplitBackward | None = None
         if optimizer is not None:
             check_stage(name, module, optimizer, delay)
         self.without_past: set[nn.Parameter] = set()  # weights whose past no backward reads
         if delay and index == 0 and isinstance(optimizer, PastOptimizer):
-            self.without_past = without_past(module)
-            drop_history(optimizer, self.without_past)
+            self.without_past = drop_history(optimizer, without_past(module))
         self.options = StageOptions(optimizer) if optimizer is not None else None
+        self._step = WatchedStep(optimizer, self._params) if others else None
         past_view = optimizer.past_view if delay and optimizer is not None else None
         self._saved = SavedTensors(self._all_params, past_view)
 
@@ -229,8 +231,11 @@ class Stage:
         With ``split_backward`` those of the parameters are complete after :meth:`backward_weights`.
         """
         flight = self.leave(minibatch)
-        for param in self._params:
-            param.grad = None
+        if self._step is None:
+            for param in self._params:
+                param.grad = None
+        else:
+            self._step.clear_gradients()
         arrived = (None,) * len(flight.outputs) if grads is None else grads
         wanted = [
             (y, g)
@@ -301,7 +306,10 @@ class Stage:
                 clip(self._params, self.max_norm)
             elif self._others:
                 own(self._params, self._others)
-            self.options.optimizer.step()
+            if self._step is None:
+                self.options.optimizer.step()
+            else:
+                self._step()
             self.span(STEP, start)
         self.version += 1
 
