@@ -47,6 +47,7 @@ class FusedOptimizer(PastOptimizer):
     """A :class:`PastOptimizer` that steps a whole parameter group in one pass over memory."""
 
     rule: ClassVar[str]  # the kernels' name for it
+    collects: ClassVar[bool] = True  # compiled kernels may gather the parameters' gradients themselves
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -244,12 +245,24 @@ class FusedOptimizer(PastOptimizer):
             return _Found(past, None, ())
         if ready is None or not self._unchanged(ready, moving):
             ready = self._ready_groups[index] = self._prepare(group, kept, moving)
-        return _Found(past, ready, ready.plan.check_grads([p.grad for p in moving if p.grad is not None]))
+        return _Found(past, ready, self._grads(ready, moving))
+
+    def _grads(self, ready: _Ready, moving: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The gradients of these, checked, as the plan takes them."""
+        return ready.plan.check_grads([p.grad for p in moving if p.grad is not None])
+
+    def _grad_dtype(self, param: Tensor) -> torch.dtype | None:
+        """Of what the plan takes as a parameter's gradient."""
+        return param.grad.dtype if param.grad is not None else None
+
+    def _complete(self, group: Group, param: Tensor, kept: Kept) -> dict[str, Any]:
+        """A parameter's state with all arrays of a step."""
+        return complete(self.state[param], param, kept, group["ema_dtype"], self._fresh)
 
     def _unchanged(self, ready: _Ready, moving: Sequence[Tensor]) -> bool:
         if len(moving) != len(ready.moving) or not all(map(operator.is_, moving, ready.moving)):
             return False
-        if moving[0].grad is not None and moving[0].grad.dtype != ready.plan.grad_dtype:
+        if self._grad_dtype(moving[0]) != ready.plan.grad_dtype:
             return False
         states = [self.state[p] for p in moving]
         try:
@@ -260,7 +273,7 @@ class FusedOptimizer(PastOptimizer):
     @torch.no_grad()
     def _prepare(self, group: Group, kept: Kept, moving: list[Tensor]) -> _Ready:
         params = list(group["params"])
-        states = [complete(self.state[p], p, kept, group["ema_dtype"], self._fresh) for p in moving]
+        states = [self._complete(group, p, kept) for p in moving]
         arrays = Arrays(
             moving,
             tuple([state[name] for state in states] for name in kept.states),
@@ -268,16 +281,15 @@ class FusedOptimizer(PastOptimizer):
                 ("ema", kept.emas), ("past", kept.past), ("master", kept.master), ("step", kept.counts))),
         )  # fmt: skip
         chosen = backend.choose(moving[0], group["backend"])
-        grad = moving[0].grad
         plan = StepPlan(
             self.rule,
             arrays,
             names=[self.name(group, i) for i, p in enumerate(params) if p.grad is not None],
             backend=chosen,
-            grad_dtype=grad.dtype if grad is not None else None,
+            grad_dtype=self._grad_dtype(moving[0]),
         )
         collector = None
-        if chosen in ("cpp", "cuda"):
+        if self.collects and chosen in ("cpp", "cuda"):
             flags = [p.grad is not None for p in params]
             collector = backend.extension().Collector(params, flags, self.state, kept.names(), native.EXCHANGE)
         return _Ready(kept, plan, moving, [p for p in params if p.grad is None], collector)

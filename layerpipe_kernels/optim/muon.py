@@ -13,9 +13,10 @@ from layerpipe_kernels import history, reference
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_learning_rate, require_finite
 from layerpipe_kernels.optim.matrices import sides
-from layerpipe_kernels.optim.preconditioned import AdamNumbers, PreconditionedOptimizer, State
+from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
 from layerpipe_kernels.optim.settings import past_given
 from layerpipe_kernels.optim.stacks import Array, Scratch, Stack
+from layerpipe_kernels.options import AdamOptions
 
 _ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
@@ -36,14 +37,14 @@ class Muon(PreconditionedOptimizer):
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in torch.
         ns_dtype: of the Newton-Schulz steps; torch's is bfloat16.
         adamw_betas, adamw_eps, adamw_lr_ratio: of what steps with AdamW.
-        precondition, maximize, delay, past, order, ema_decay, ema_dtype, past_norm, materialize, seed, backend: as in
-            :class:`layerpipe_kernels.SOAP`.
+        precondition, maximize, delay, past, order, ema_decay, ema_dtype, past_norm, materialize, master_weights, seed,
+            backend: as in :class:`layerpipe_kernels.SOAP`.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
     """
 
-    _matrix_state = ("momentum_buffer",)
+    _matrix_state = _matrix_marks = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -70,6 +71,7 @@ class Muon(PreconditionedOptimizer):
         ema_dtype: torch.dtype | None = None,
         past_norm: str | None = None,
         materialize: bool = False,
+        master_weights: bool = False,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -89,6 +91,7 @@ class Muon(PreconditionedOptimizer):
             "adamw_lr_ratio": adamw_lr_ratio,
             "precondition": precondition,
             "maximize": maximize,
+            "capturable": False,
         }
         super().__init__(params, defaults)
 
@@ -115,9 +118,9 @@ class Muon(PreconditionedOptimizer):
         # The momentum buffer is no update.
         return super()._settings(group)._replace(momentum=0.0, nesterov=False, newest=False)
 
-    def _adam(self, group: Group) -> AdamNumbers:
+    def _adam(self, group: Group) -> AdamOptions:
         beta1, beta2 = map(float, group["adamw_betas"])
-        return AdamNumbers(beta1, beta2, float(group["adamw_eps"]), float(group["adamw_lr_ratio"]))
+        return AdamOptions(float(group["adamw_lr_ratio"]), beta1, beta2, float(group["adamw_eps"]))
 
     def _stack(self, group: Group, params: list[Tensor], states: list[State]) -> Stack:
         shape = sides(params[0])
@@ -127,7 +130,9 @@ class Muon(PreconditionedOptimizer):
             old = state.get("momentum_buffer")
             if old is not None:
                 state["momentum_buffer"] = old.reshape(shape)
-        return Stack(params, states, {"momentum_buffer": Array(shape, reference.state_dtype(params[0].dtype))})
+        return Stack(
+            params[0].device, states, {"momentum_buffer": Array(shape, reference.state_dtype(params[0].dtype))}
+        )
 
     def _direct(self, group: Group, stack: Stack, grads: Tensor, out: Tensor, places: Sequence[float]) -> None:
         mu, (rows, cols) = float(group["momentum"]), out.shape[1:]

@@ -11,12 +11,15 @@ from torch import Tensor
 from layerpipe_kernels import reference
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_adam_group
+from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
 from layerpipe_kernels.optim.matrices import sides
-from layerpipe_kernels.optim.preconditioned import AdamNumbers, PreconditionedOptimizer, State, adam_directions
+from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
 from layerpipe_kernels.optim.settings import past_given
 from layerpipe_kernels.optim.stacks import Array, Stack
+from layerpipe_kernels.options import AdamOptions
 
 _GRAMS, _BASES = ("gram_left", "gram_right"), ("basis_left", "basis_right")
+_ADAM = ("exp_avg", "exp_avg_sq", "step")
 
 
 class SOAP(PreconditionedOptimizer):
@@ -47,14 +50,15 @@ class SOAP(PreconditionedOptimizer):
         state_dtype: of the matrices ``L``, ``R`` and ``Q``: ``torch.bfloat16`` halves their bytes, and products with
             them are then made of bfloat16 factors; the parameter's own, at least float32, by default.
         maximize: as in torch.
-        delay, past, order, ema_decay, ema_dtype, past_norm, materialize, seed, backend: as in
+        delay, past, order, ema_decay, ema_dtype, past_norm, materialize, master_weights, seed, backend: as in
             :class:`layerpipe_kernels.AdamW`.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
     """
 
-    _matrix_state = (*_GRAMS, *_BASES, "refresh_in")
+    _matrix_marks = (*_GRAMS, *_BASES, "refresh_in")
+    _matrix_state = (*_matrix_marks, *_ADAM)
     _parted_by = ("precondition", "max_precond_dim", "one_sided", "state_dtype", "precondition_frequency")
 
     def __init__(
@@ -79,6 +83,7 @@ class SOAP(PreconditionedOptimizer):
         ema_dtype: torch.dtype | None = None,
         past_norm: str | None = None,
         materialize: bool = False,
+        master_weights: bool = False,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -95,6 +100,7 @@ class SOAP(PreconditionedOptimizer):
             "precondition": precondition,
             "state_dtype": state_dtype,
             "maximize": maximize,
+            "capturable": False,
         }
         super().__init__(params, defaults)
 
@@ -120,9 +126,9 @@ class SOAP(PreconditionedOptimizer):
     def _is_matrix(self, group: Group, i: int) -> bool:
         return super()._is_matrix(group, i) and any(_turned(group, *sides(group["params"][i])))
 
-    def _adam(self, group: Group) -> AdamNumbers:
+    def _adam(self, group: Group) -> AdamOptions:
         beta1, beta2 = map(float, group["betas"])
-        return AdamNumbers(beta1, beta2, float(group["eps"]))
+        return AdamOptions(1.0, beta1, beta2, float(group["eps"]))
 
     def _stack(self, group: Group, params: list[Tensor], states: list[State]) -> Stack:
         rows, cols = sides(params[0])
@@ -135,9 +141,9 @@ class SOAP(PreconditionedOptimizer):
                 arrays[gram] = arrays[basis] = Array((n, n), dtype)
         for state in states:
             if any((name in state) != (name in arrays) for name in _BASES):  # new, or other sides were turned
-                for name in ("step", "exp_avg", "exp_avg_sq", *self._matrix_state):
+                for name in self._matrix_state:
                     state.pop(name, None)
-        return Stack(params, states, arrays)
+        return Stack(params[0].device, states, arrays)
 
     def _direct(self, group: Group, stack: Stack, grads: Tensor, out: Tensor, places: Sequence[float]) -> None:
         beta = float(group["shampoo_beta"])
@@ -151,13 +157,22 @@ class SOAP(PreconditionedOptimizer):
         if len(new) < len(stack.states):
             turned = self._scratch("turned", out, *out.shape)
             self._turn(factors, None if left is None else left.mT, right, turned)
-            average, square, count = (list(stack[name].unbind(0)) for name in ("exp_avg", "exp_avg_sq", "step"))
-            adam_directions(list(turned.unbind(0)), average, square, count, self._adam(group))
-            self._turn(self._factors(turned, stack), left, None if right is None else right.mT, out)
+            stepped = self._stepped(group, stack, turned)
+            self._turn(self._factors(stepped, stack), left, None if right is None else right.mT, out)
         self._refresh_due(stack, group["precondition_frequency"])
         for i in new:
             out[i].zero_()
             _begin(stack, i, 1 + int(group["precondition_frequency"] * places[i]))
+
+    def _stepped(self, group: Group, stack: Stack, turned: Tensor) -> Tensor:
+        """Adam's directions in the turned basis, in memory that the next stack uses, too."""
+        rooms = self._scratch("stepped", turned, *turned.shape)
+        if stack.adam is None or stack.adam[0] is not rooms:
+            names = [f"matrix {i} of a stack" for i in range(len(rooms))]
+            arrays = AdamArrays(*map(stack.views, _ADAM))
+            stack.adam = rooms, AdamDirections(list(rooms.unbind(0)), arrays, names, group["backend"])
+        stack.adam[1].write(list(turned.unbind(0)), self._adam(group))
+        return rooms
 
     def _factors(self, matrices: Tensor, stack: Stack) -> Tensor:
         """In the dtype of the preconditioner."""
@@ -210,7 +225,7 @@ def _begin(stack: Stack, i: int, refresh_in: int) -> None:
         matrix = stack[gram][i]
         wide = matrix.to(max(matrix.dtype, torch.float32, key=lambda dtype: dtype.itemsize))
         stack[basis][i].copy_(torch.linalg.eigh(wide)[1].flip(1))
-    for name in ("exp_avg", "exp_avg_sq", "step"):
+    for name in _ADAM:
         stack[name][i].zero_()
     stack.states[i]["refresh_in"] = refresh_in
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from layerpipe_kernels.optim.directions import AdamDirections
 from layerpipe_kernels.optim.matrices import sides
 
 State = dict[str, Any]
@@ -28,24 +29,24 @@ class Array(NamedTuple):
 
 
 class Stack:
-    """Matrices ``(k, rows, cols)`` of one shape, and their state.
+    """State of ``k`` matrices of one shape: ``(k, *)`` per name.
 
     Every parameter's state holds views of the stack: a checkpoint has them as it has other state, and whoever replaces
     one makes :meth:`fits` false.
 
     Args:
-        params: ``(rows, *)`` each, on one device.
+        device: of the parameters.
         states: theirs; what ``arrays`` names is taken over from them, zeros where there is none.
         arrays: per name, what the state of one parameter holds.
     """
 
-    def __init__(self, params: Sequence[Tensor], states: Sequence[State], arrays: dict[str, Array]) -> None:
-        self.params, self.states = list(params), list(states)
-        self.rows, self.cols = sides(params[0])
+    def __init__(self, device: torch.device, states: Sequence[State], arrays: dict[str, Array]) -> None:
+        self.states = list(states)
+        self.adam: tuple[Tensor, AdamDirections] | None = None  # and what it writes into
         self.arrays: dict[str, Tensor] = {}
         self._held: list[tuple[State, str, Tensor]] = []
         for name, (shape, dtype) in arrays.items():
-            stack = torch.zeros(len(params), *shape, dtype=dtype, device=params[0].device)
+            stack = torch.zeros(len(states), *shape, dtype=dtype, device=device)
             for state, view in zip(states, stack.unbind(0), strict=True):
                 if (old := state.get(name)) is not None and old.shape == view.shape:
                     view.copy_(old)
@@ -56,21 +57,25 @@ class Stack:
     def __getitem__(self, name: str) -> Tensor:
         return self.arrays[name]
 
-    def fits(self, params: Sequence[Tensor], states: Sequence[State]) -> bool:
-        """Whether it still holds the state of these parameters."""
+    def fits(self, states: Sequence[State]) -> bool:
+        """Whether these states hold what is stacked here."""
         return (
-            len(params) == len(self.params)
-            and all(map(operator.is_, params, self.params))
+            len(states) == len(self.states)
             and all(map(operator.is_, states, self.states))
             and all(state.get(name) is view for state, name, view in self._held)
         )
 
-    def gather(self, grads: Sequence[Tensor], room: Tensor) -> Tensor:
-        """The gradients as ``(k, rows, cols)``: copied into ``room``, or one as it lies if that is possible."""
-        if len(grads) == 1 and grads[0].dtype == room.dtype and grads[0].is_contiguous():
-            return grads[0].view(room.shape)
-        torch._foreach_copy_([r.view(g.shape) for r, g in zip(room.unbind(0), grads, strict=True)], list(grads))
-        return room
+    def views(self, name: str) -> list[Tensor]:
+        """What every state holds, the same objects each time."""
+        return [view for _, held, view in self._held if held == name]
+
+
+def gather(grads: Sequence[Tensor], room: Tensor) -> Tensor:
+    """Gradients as ``(k, rows, cols)``: copied into ``room``, or one as it lies if that is possible."""
+    if len(grads) == 1 and grads[0].dtype == room.dtype and grads[0].is_contiguous():
+        return grads[0].view(room.shape)
+    torch._foreach_copy_([r.view(g.shape) for r, g in zip(room.unbind(0), grads, strict=True)], list(grads))
+    return room
 
 
 def split(params: Sequence[Tensor]) -> list[list[int]]:
@@ -91,12 +96,20 @@ class Scratch:
 
     def __init__(self) -> None:
         self._memory: dict[Any, Tensor] = {}
+        self._views: dict[Any, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``shape``, on the device of ``like``; what was written under this name before is lost."""
-        numel, dtype = math.prod(shape), dtype or like.dtype
-        key = name, like.device, dtype
-        memory = self._memory.get(key)
+        """``shape``, on the device of ``like``, the same tensor as long as there is room for it.
+
+        What was written under this name before, in any shape, is lost.
+        """
+        key = name, like.device, dtype or like.dtype
+        view = self._views.get((key, shape))
+        if view is not None:
+            return view
+        numel, memory = math.prod(shape), self._memory.get(key)
         if memory is None or memory.numel() < numel:
-            memory = self._memory[key] = torch.empty(numel, dtype=dtype, device=like.device)
-        return memory[:numel].view(shape)
+            memory = self._memory[key] = torch.empty(numel, dtype=key[2], device=like.device)
+            self._views = {at: view for at, view in self._views.items() if at[0] != key}
+        view = self._views[key, shape] = memory[:numel].view(shape)
+        return view

@@ -91,6 +91,7 @@ def test_the_past_is_exact_while_the_pipe_fills_and_near_afterwards(make: Make, 
 @pytest.mark.parametrize("past", PASTS, ids=str)
 @pytest.mark.parametrize("how", ["file", "deepcopy", "pickle"])
 def test_resume_is_bitwise(make: Make, past: dict[str, Any], how: str, dtype: torch.dtype) -> None:
+    past = {**past, "master_weights": dtype == torch.bfloat16}
     run = Run(make, dtype=dtype, delay=3, **past)
     run.step(6)
     run.step(1, without=0)
@@ -191,6 +192,25 @@ def test_half_precision_weights_keep_their_state_in_float32(make: Make) -> None:
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_masters_are_stepped_as_float32_weights_are(make: Make) -> None:
+    narrow, wide = Run(make, dtype=torch.bfloat16, master_weights=True, delay=2), Run(make, delay=2)
+    with torch.no_grad():
+        for a, b in zip(narrow.params, wide.params, strict=True):
+            b.copy_(a)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(8):
+        for a, b in zip(narrow.params, wide.params, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator).to(torch.bfloat16)
+            b.grad = a.grad.float()
+        narrow.optimizer.step()
+        wide.optimizer.step()
+    for a, b in zip(narrow.params, wide.params, strict=True):
+        assert torch.equal(narrow.optimizer.state[a]["master"], b)
+        assert torch.equal(a, b.bfloat16())
+        assert torch.equal(narrow.optimizer.past_weight(a), wide.optimizer.past_weight(b).bfloat16())
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 def test_groups_have_their_own_options_and_more_may_be_added(make: Make) -> None:
     run = Run(make, delay=2)
     late = torch.randn(4, 4, requires_grad=True)
@@ -261,4 +281,5 @@ def test_a_step_cannot_be_captured(make: Make, monkeypatch: pytest.MonkeyPatch) 
     optimizer = make([torch.ones(3, 3, requires_grad=True)])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
-        optimizer._refuse_capture(torch.device("cuda"), optimizer.param_groups[0])
+        optimizer._refuse_capture(torch.device("cuda"))
+    optimizer._refuse_capture(torch.device("cpu"))
