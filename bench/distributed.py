@@ -27,19 +27,24 @@ import torch.multiprocessing as mp
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
 import layerpipe
-import layerpipe_kernels
 from bench.networks import Case, add_cases, loss_fn
+from bench.pipeline import our_sgd, torch_sgd
 from bench.report import save, spread
 
 SCHEDULES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
 
-def theirs(rank: int, cuts: list[torch.nn.Module], case: Case, name: str, microbatches: int) -> Callable[[], object]:
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def theirs(
+    rank: int, cuts: list[torch.nn.Module], case: Case, name: str, microbatches: int, make: Make = torch_sgd
+) -> Callable[[], object]:
     """A step of one stage of torch's pipeline."""
     x, y = case.minibatch()
     stage = PipelineStage(cuts[rank], rank, len(cuts), torch.device("cpu"))
     schedule = SCHEDULES[name](stage, n_microbatches=microbatches, loss_fn=loss_fn)
-    optimizer = torch.optim.SGD(cuts[rank].parameters(), lr=0.01, momentum=0.9, fused=True)
+    optimizer = make(cuts[rank].parameters())
     last = rank == len(cuts) - 1
 
     def step() -> None:
@@ -54,7 +59,7 @@ def pipeline(cuts: list[torch.nn.Module], schedule: str, executor: str) -> layer
     return layerpipe.Pipeline(
         cuts,
         loss_fn,
-        lambda params, **past: layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past),
+        our_sgd,
         schedule=schedule,
         executor=executor,
         threads_per_stage=1,
@@ -71,12 +76,13 @@ def rank_main(
     store: str,
     commands: Any,
     answers: Any,
+    make: Make,
 ) -> None:
     """One stage, of torch's pipeline or of ours: trains as many steps as it is told, and says how long each took."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=len(cuts))
     if kind == "torch":
-        step = theirs(rank, cuts, case, name, microbatches)
+        step = theirs(rank, cuts, case, name, microbatches, make)
     else:
         step = functools.partial(pipeline(cuts, name, "distributed").step, *case.minibatch())
         for _ in range(2 * len(cuts) + 1):  # fill
@@ -99,9 +105,18 @@ class Processes:
         kind: ``"torch"`` or ``"layerpipe"``.
         name: of its schedule.
         microbatches: that torch's cuts a minibatch into.
+        make: the optimizer of a stage of torch's, from its parameters.
     """
 
-    def __init__(self, kind: str, name: str, microbatches: int, case: Case, cuts: list[torch.nn.Module]) -> None:
+    def __init__(
+        self,
+        kind: str,
+        name: str,
+        microbatches: int,
+        case: Case,
+        cuts: list[torch.nn.Module],
+        make: Make = torch_sgd,
+    ) -> None:
         context = mp.get_context("spawn")
         self._answers = context.Queue()
         self._commands = [context.Queue() for _ in cuts]
@@ -110,7 +125,7 @@ class Processes:
         self._processes = [
             context.Process(
                 target=rank_main,
-                args=(rank, kind, name, microbatches, case, cuts, store, self._commands[rank], self._answers),
+                args=(rank, kind, name, microbatches, case, cuts, store, self._commands[rank], self._answers, make),
                 daemon=True,
             )
             for rank in range(len(cuts))

@@ -37,6 +37,7 @@ class Case:
     batch: int
     size: int
     channels_last: bool = False
+    layers: int = 4
 
     @classmethod
     def parse(cls, text: str) -> Case:
@@ -61,7 +62,7 @@ class Case:
         """The same weights every time."""
         torch.manual_seed(0)
         if self.network == "gpt":
-            return GPT(layers=4, width=self.width, heads=4, context=self.size, vocabulary=VOCABULARY)
+            return GPT(layers=self.layers, width=self.width, heads=4, context=self.size, vocabulary=VOCABULARY)
         if self.channels_last:
             models.check_channels_last(self.width, torch.device("cpu"))
         model = models.make(self.network, width=self.width, channels=1, size=self.size, classes=10)

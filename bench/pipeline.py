@@ -22,7 +22,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ import torch.multiprocessing as mp
 from rich import box
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
 import layerpipe
 import layerpipe_kernels
@@ -59,11 +60,15 @@ class Options:
         return list(itertools.product(self.schedules, (False, True)[: 1 + self.split_backward]))
 
 
-def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
-    """Seconds per step of an ordinary loop with torch's fused SGD."""
+def torch_sgd(params: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=0.01, momentum=0.9, fused=True)
+
+
+def plain(case: Case, threads: int, *, compiled: bool = False, make: Callable[..., Any] = torch_sgd) -> Run:
+    """Seconds per step of an ordinary loop, with torch's fused SGD unless another optimizer is made."""
     network: Any = case.model()
     x, y = case.minibatch()
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, fused=True)
+    optimizer = make(network.parameters())
     if compiled:
         network = compile_module(network)
 
@@ -79,8 +84,18 @@ def plain(case: Case, threads: int, *, compiled: bool = False) -> Run:
     return run
 
 
+def our_sgd(params: Any, **past: Any) -> torch.optim.Optimizer:
+    return layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past)
+
+
 def pipelined(
-    case: Case, options: Options, kind: tuple[str, bool], at: list[str] | None, *, compiled: bool = False
+    case: Case,
+    options: Options,
+    kind: tuple[str, bool],
+    at: list[str] | None,
+    *,
+    compiled: bool = False,
+    make: Callable[..., Any] = our_sgd,
 ) -> tuple[layerpipe.Pipeline, Run]:
     """Seconds per step of the pipeline in steady state, one intra-op thread in each worker; cut ``at`` these layers."""
     x, y = case.minibatch()
@@ -88,7 +103,7 @@ def pipelined(
     pipe = layerpipe.Pipeline(
         case.stages(options.stages, options.balance, at=at, compiled=compiled),
         loss_fn,
-        lambda params, **past: layerpipe_kernels.SGD(params, lr=0.01, momentum=0.9, **past),
+        make,
         past=options.past,
         schedule=schedule,
         executor="threads",
