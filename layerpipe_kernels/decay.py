@@ -89,6 +89,7 @@ def blend(
     newest: bool = True,
     decays: tuple[float, ...] | None = None,
     coupled: bool = False,
+    horizon: float = 0.0,
 ) -> Blend:
     """The best filter of ``order`` EMAs, and the newest update where it is at hand, for a delay of ``n``.
 
@@ -109,6 +110,7 @@ def blend(
         coupled: let the first two EMAs turn about each other, as the real and imaginary part of one complex average.
             What two remember can then end more abruptly, as the window does: half the error of two that do not, and
             taps near 1, so that rounding hardly matters. A single EMA has nothing to turn about.
+        horizon: ``p`` of weight prediction: wanted is the sum of the last ``n`` updates plus ``p (u(t) - u(t-n))``.
 
     Raises:
         ValueError: an argument out of its range.
@@ -118,33 +120,33 @@ def blend(
     if order not in (0, 1, 2, 3) or order + newest == 0:
         raise ValueError(f"order must be 1, 2 or 3 EMAs, or 0 with the newest update, got {order}")
     if order == 0:
-        error = _best(n, np.zeros((1, 1)), correlation, newest=False).error
+        error = _best(n, np.zeros((1, 1)), correlation, False, horizon).error
         return Blend((), (), 1.0, error)
     if not 0.0 <= correlation < 1.0:
         raise ValueError(f"correlation must be in [0, 1), got {correlation}")
     if coupled and decays is not None:
         raise ValueError(f"coupled EMAs are designed together, decays={decays} cannot be fixed")
     if coupled and order > 1:
-        return _coupled(n, order, correlation, newest)
+        return _coupled(n, order, correlation, newest, horizon)
     if decays is not None:
         if len(decays) != order:
             raise ValueError(f"order={order} takes {order} decays, got {len(decays)}")
         lowest = 0.0 if newest else -1.0  # an average with decay 0 is the newest update
         if len(set(decays)) < order or not all(lowest < b < 1.0 and b >= 0.0 for b in decays):
             raise ValueError(f"decays must be distinct and in {'(' if newest else '['}0, 1), got {decays}")
-        return _best(n, np.array([decays]), correlation, newest)
+        return _best(n, np.array([decays]), correlation, newest, horizon)
 
     # An EMA's mean age b/(1-b) is the natural, roughly logarithmic, scale of decays.
     ages = np.geomspace(0.02, 6.0 * n + 2.0, 44 if order < 3 else 26)
     candidates = np.array(list(itertools.combinations(ages, order)))
-    best = _best(n, candidates / (1 + candidates), correlation, newest)
+    best = _best(n, candidates / (1 + candidates), correlation, newest, horizon)
     step = ages[1] / ages[0]
     while step > 1.0005:
         centre = np.array([b / (1 - b) for b in best.decays])
         shifts = np.array(list(itertools.product((1 / step, step**-0.5, 1.0, step**0.5, step), repeat=order)))
         near = np.sort(centre * shifts, axis=1)
         near = near[(near[:, 1:] > 1.1 * near[:, :-1]).all(axis=1) & (near[:, 0] > 0.01)]
-        better = _best(n, near / (1 + near), correlation, newest) if len(near) else best
+        better = _best(n, near / (1 + near), correlation, newest, horizon) if len(near) else best
         if better.error < best.error * (1 - 1e-9):
             best = better
         else:
@@ -153,25 +155,27 @@ def blend(
 
 
 @functools.cache
-def retapped(n: int, decays: tuple[float, ...], correlation: float, newest: bool, turn: float = 0.0) -> Blend:
+def retapped(
+    n: int, decays: tuple[float, ...], correlation: float, newest: bool, turn: float = 0.0, *, horizon: float = 0.0
+) -> Blend:
     """The best taps for a delay of ``n`` where the averages are those of a design for another one.
 
     Args:
         n: delay in updates, at least 1.
         decays: of the averages there are; distinct.
-        correlation, newest: as for :func:`blend`.
+        correlation, newest, horizon: as for :func:`blend`.
         turn: of the first two, where a design has coupled them.
     """
-    if n == 1 and newest:
+    if n == 1 and newest and not horizon:
         return Blend(decays, (0.0,) * len(decays), 1.0, 0.0, turn)
     row: Decays = np.array([decays])
     if turn:
         row = row.astype(complex)
         row[0, :2] = complex(decays[0], turn), complex(decays[0], -turn)
-    return _best(n, row, correlation, newest)
+    return _best(n, row, correlation, newest, horizon)
 
 
-def _coupled(n: int, order: int, correlation: float, newest: bool) -> Blend:
+def _coupled(n: int, order: int, correlation: float, newest: bool, horizon: float) -> Blend:
     """As the search in :func:`blend`, over a complex decay's age and angle (below a right angle, so that its real part
     is a decay too), and the age of a third EMA."""
     ages, angles = np.geomspace(0.05, 2.0 * n, 24), np.geomspace(0.3, 8.0, 24) / n
@@ -180,7 +184,8 @@ def _coupled(n: int, order: int, correlation: float, newest: bool) -> Blend:
     def best_of(rows: Array) -> Blend:
         pair = rows[:, 0] / (1 + rows[:, 0]) * np.exp(1j * rows[:, 1])
         third = rows[:, 2:] / (1 + rows[:, 2:])
-        return _best(n, np.concatenate([pair[:, None], pair.conj()[:, None], third], axis=1), correlation, newest)
+        rows = np.concatenate([pair[:, None], pair.conj()[:, None], third], axis=1)
+        return _best(n, rows, correlation, newest, horizon)
 
     best = best_of(np.array(list(itertools.product(*grids))))
     step = ages[1] / ages[0]
@@ -197,24 +202,24 @@ def _coupled(n: int, order: int, correlation: float, newest: bool) -> Blend:
     return best
 
 
-def useful_order(n: int, order: int, newest: bool) -> int:
-    """``order``, or as many EMAs as can still improve a delay of ``n``."""
-    return min(order, n - 1 if newest else n)
+def useful_order(n: int, order: int, newest: bool, predicted: bool = False) -> int:
+    """``order``, or as many EMAs as can still improve a delay of ``n``; of predicted weights one update more counts."""
+    return min(order, n + predicted - newest)
 
 
 #: The two averages that a complex one and its conjugate stand for: its real and imaginary part, each with mean 1.
 _PAIR = np.array([[1 + 1j, 1 - 1j], [1 - 1j, 1 + 1j]]) / 2
 
 
-def _best(n: int, decays: Decays, correlation: float, newest: bool) -> Blend:
+def _best(n: int, decays: Decays, correlation: float, newest: bool, horizon: float) -> Blend:
     """The best of many rows of decays, each with its best taps; the first two may be complex and conjugate."""
     order, coupled = decays.shape[1], np.iscomplexobj(decays)
     # Columns: the exponential windows n(1-b)b^i, then the newest update n[i=0], which is the window of decay 0.
     bases = np.concatenate([decays, np.zeros((len(decays), 1))], axis=1) if newest else decays
     scale = n * (1 - bases)
     gram = _inner(bases[:, :, None], bases[:, None, :], correlation) * scale[:, :, None] * scale[:, None, :]
-    cross = _inner_window(n, bases, correlation) * scale
-    power = _window_power(n, correlation)
+    cross = _inner_window(n, bases, correlation, horizon) * scale
+    power = _window_power(n, correlation, horizon)
     if coupled:
         mix = np.eye(gram.shape[-1], dtype=complex)
         mix[:2, :2] = _PAIR
@@ -242,16 +247,25 @@ def _inner(a: Decays, b: Decays, rho: float) -> Decays:
     return result
 
 
-def _inner_window(n: int, b: Decays, rho: float) -> Decays:
-    """``sum_ij [i<n] b^j rho^|i-j|`` over ``i, j >= 0``."""
+def _wanted(n: int, horizon: float) -> Array:
+    """By the age of an update, how often it is in the wanted sum."""
+    wanted: Array = np.ones(n + 1)
+    wanted[0], wanted[n] = 1 + horizon, -horizon
+    return wanted
+
+
+def _inner_window(n: int, b: Decays, rho: float, horizon: float) -> Decays:
+    """``sum_ij wanted[i] b^j rho^|i-j|`` over ``i, j >= 0``."""
     total = np.zeros_like(b)
     power, before = np.ones_like(b), np.zeros_like(b)
-    for _ in range(n):
+    for weight in _wanted(n, horizon):
         before = power + rho * before  # sum over j <= i of b^j rho^(i-j)
-        total += before + power * (b * rho / (1 - b * rho))
+        total += weight * (before + power * (b * rho / (1 - b * rho)))
         power = power * b
     return total
 
 
-def _window_power(n: int, rho: float) -> float:
-    return n + 2 * sum((n - lag) * rho**lag for lag in range(1, n))
+def _window_power(n: int, rho: float, horizon: float) -> float:
+    wanted = _wanted(n, horizon)
+    ages = np.arange(n + 1)
+    return float(wanted @ (np.float64(rho) ** abs(ages[:, None] - ages)) @ wanted)

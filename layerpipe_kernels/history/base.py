@@ -31,6 +31,8 @@ class Settings(NamedTuple):
     materialize: bool = False
     backend: str = "auto"
     seed: int = 0  # of bfloat16 averages' rounding
+    designed_horizon: float = 0.0  # of weight prediction where gradients are as late as the past is old
+    horizon: float = 0.0  # which the present weights are predicted with
 
 
 class Clock(NamedTuple):
@@ -44,7 +46,7 @@ class Mixture(NamedTuple):
     """How the past weights are made after some update, the same for all parameters of a group."""
 
     clock: Clock
-    velocity: float  # what the momentum buffer is multiplied with
+    newest: float  # what the newest update is multiplied with, or the momentum buffer that tells it
     emas: tuple[float, ...]  # what the first EMAs are
     n: int  # how many updates ago the past weights are of
 
@@ -56,6 +58,9 @@ class History(ABC):
     own (:meth:`before_update`, :meth:`past`).
 
     While ``t <= n`` the weights asked for are ``W(0)``: a pipeline that fills has no older ones.
+
+    Of predicted weights ``F = W - p u`` the past is ``F(t-n) = F(t) + p u(t) + (the last n updates' sum) - p u(t-n)``.
+    Averages are of ``u``; the newest is kept as ``previous_update``, the one of ``n`` updates ago is estimated.
     """
 
     kind: ClassVar[str]
@@ -69,6 +74,11 @@ class History(ABC):
             raise ValueError(f"materialize=True has nothing to write for past={self.kind!r}")
         if settings.ema_of != "update" and self.kind != "ema":
             raise ValueError(f"ema_of={settings.ema_of!r} goes with past='ema', not past={self.kind!r}")
+
+    @property
+    def newest_key(self) -> str:
+        """What in a parameter's state tells the newest update."""
+        return "previous_update" if self.settings.horizon else "momentum_buffer"
 
     @property
     def emas(self) -> int:
@@ -107,7 +117,8 @@ class History(ABC):
         if not self.emas:
             return (), self.design._replace(delay=n).taps_at(n)[1]
         if t <= self.n:  # every average is still the mean of all updates
-            return (float(n), *[0.0] * (self.emas - 1)), 0.0
+            horizon = self.settings.horizon
+            return (n - horizon, *[0.0] * (self.emas - 1)), horizon
         return self.retapped(n)
 
     def retapped(self, n: int) -> tuple[tuple[float, ...], float]:
@@ -133,7 +144,7 @@ class History(ABC):
         emas, update = self.taps(clock.t, n)
         while emas and not emas[-1]:  # while the delays fill, one average knows it all
             emas = emas[:-1]
-        return Mixture(clock, update * clock.lr, emas, n)
+        return Mixture(clock, update if self.settings.horizon else update * clock.lr, emas, n)
 
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
@@ -142,16 +153,16 @@ class History(ABC):
 
         ``moved`` says whether the last update reached this parameter; one without a gradient stood still.
         """
-        velocity = state.get("momentum_buffer") if mixture.velocity and moved else None
-        if velocity is not None and velocity.shape != param.shape:
-            velocity = None
+        newest = state.get(self.newest_key) if mixture.newest and moved else None
+        if newest is not None and newest.shape != param.shape:
+            newest = None
         ema = self.averages(param, state) if mixture.emas else None
         if out is None:
             out = torch.empty_like(param, requires_grad=False)
         if layout.order(param) is None:  # no step takes it, so it never moved
             return copy_into(out, param)
         weight = state.get("master", param)
-        return ops.mix(weight, velocity, mixture.velocity, ema, mixture.emas, out=out, backend=self.settings.backend)
+        return ops.mix(weight, newest, mixture.newest, ema, mixture.emas, out=out, backend=self.settings.backend)
 
     def past_on_device(
         self,
@@ -166,11 +177,11 @@ class History(ABC):
         """:meth:`past` where only the device knows the clock; ``moved`` is then 1 or 0, a float32 scalar there, and
         ``n`` the most updates ago, by default the delay."""
         terms, taps = [], clock.taps if n is None else clock.taps_of(n)
-        velocity = state.get("momentum_buffer") if clock.has_velocity else None
-        if velocity is None or velocity.shape != param.shape:
+        newest = state.get(self.newest_key) if clock.has_newest else None
+        if newest is None or newest.shape != param.shape:
             taps = taps[1:]
         else:
-            terms.append(velocity)
+            terms.append(newest)
             if moved is not None:
                 taps = torch.cat((taps[:1] * moved, taps[1:]))
         ema = self.averages(param, state)

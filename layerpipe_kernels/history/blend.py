@@ -15,6 +15,7 @@ class Blend(History):
     ``u(t)`` comes free from SGD's momentum buffer as ``lr v(t)``. Without momentum, with Nesterov's, and with Adam, it
     is gone after the step, and the EMAs do without it, unless the step itself writes the past weights
     (``materialize``).
+    Of predicted weights the newest update is always at hand.
     ``ema_decay`` fixes the decays: one per EMA, or a rule for ``order=1``; ``"coupled"`` designs EMAs that turn about
     each other, which come nearer at the same memory.
     """
@@ -27,8 +28,10 @@ class Blend(History):
             raise ValueError(f"order must be 1, 2 or 3 EMAs, got {settings.order}")
         if not 0 <= settings.correlation < 1:
             raise ValueError(f"past='blend' needs a momentum in [0, 1), got {settings.correlation}")
-        newest = settings.newest or settings.materialize  # the step itself always has the newest update
-        emas = decay.useful_order(self.n, settings.order, newest)
+        horizon = settings.designed_horizon
+        # The step itself always has the newest update.
+        newest = bool(horizon) or settings.newest or settings.materialize
+        emas = decay.useful_order(self.n, settings.order, newest, bool(horizon))
         coupled = settings.ema_decay == decay.COUPLED
         if coupled and settings.order == 1:
             raise ValueError("ema_decay='coupled' couples two EMAs; give order=2 or 3")
@@ -45,7 +48,12 @@ class Blend(History):
                 )
             decays = (decay.resolve(settings.ema_decay, self.n),)
         decays = decays[:emas] if decays is not None else None
-        blend = decay.blend(self.n, emas, settings.correlation, newest, decays, coupled)
+        blend = decay.blend(self.n, emas, settings.correlation, newest, decays, coupled, horizon)
+        if horizon != settings.horizon:  # for a while: averages stay what they are
+            at_hand = bool(settings.horizon) or settings.materialize
+            blend = decay.retapped(
+                self.n, blend.decays, settings.correlation, at_hand, blend.turn, horizon=settings.horizon
+            )
         self.design = PastDesign(
             delay=self.n,
             decays=blend.decays,
@@ -53,13 +61,16 @@ class Blend(History):
             update_tap=self.n * blend.update_tap,
             seed=settings.seed,
             turn=blend.turn,
+            fill_tap=settings.horizon,
         )
 
     def taps(self, t: int, n: int) -> tuple[tuple[float, ...], float]:
-        if n == 1 and self.settings.newest:
+        if n == 1 and self.settings.newest and not self.settings.horizon:
             return (0.0,) * self.emas, 1.0  # exact
         return super().taps(t, n)
 
     def retapped(self, n: int) -> tuple[tuple[float, ...], float]:
-        made = decay.retapped(n, self.design.decays, self.settings.correlation, self.settings.newest, self.design.turn)
+        s = self.settings
+        newest = bool(s.horizon) or (s.newest and not s.designed_horizon)
+        made = decay.retapped(n, self.design.decays, s.correlation, newest, self.design.turn, horizon=s.horizon)
         return tuple(n * tap for tap in made.taps), n * made.update_tap

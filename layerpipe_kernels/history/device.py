@@ -28,17 +28,17 @@ class DeviceClock:
         design = history.design
         self._history = history
         self._tables: dict[int, Tensor] = {}  # by how many updates ago: (delay + 2, 1 + K), taps by the clock
-        by_lr = [True, *[design.ema_of_gradient] * len(design.decays)]
+        by_lr = [not history.settings.horizon, *[design.ema_of_gradient] * len(design.decays)]
         self._by_lr = torch.tensor(by_lr, device=t.device)
         self._decays = torch.tensor(design.decays, dtype=torch.float64, device=t.device)
         self._turn = design.turn
-        self.has_velocity = design.update_tap != 0.0
+        self.has_newest = design.update_tap != 0.0
         self.taps = torch.empty(1 + len(design.decays), dtype=torch.float32, device=t.device)
         self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """``taps``, the momentum buffer's first, for the update that the clock shows."""
+        """``taps``, the newest update's first, for the update that the clock shows."""
         row = self._row(self.n)
         torch.where(self._by_lr, row * self.lr, row, out=self.taps)
 

@@ -8,7 +8,7 @@ from layerpipe_kernels.options import PastDesign
 
 
 class Ema(History):
-    """``What(t-n) = W(t) + n E(t)``.
+    """``What(t-n) = W(t) + n E(t)``; of predicted weights ``F(t) + p u(t) + (n - p) E(t)``.
 
     ``ema_decay`` is a rule of :mod:`layerpipe_kernels.decay`, by default ``matched``. With ``ema_of="gradient"`` the
     average runs over gradients and is scaled by the last learning rate, as the paper writes it: the same for plain SGD
@@ -29,13 +29,15 @@ class Ema(History):
         self.design = PastDesign(
             delay=self.n,
             decays=(decay.resolve(rule, self.n),),
-            taps=(float(self.n),),
+            taps=(self.n - settings.horizon,),
+            update_tap=settings.horizon,
+            fill_tap=settings.horizon,
             ema_of_gradient=settings.ema_of == "gradient",
             seed=settings.seed,
         )
 
     def retapped(self, n: int) -> tuple[tuple[float, ...], float]:
-        return (float(n),), 0.0
+        return (n - self.settings.horizon,), self.settings.horizon
 
     def mixture(self, clock: Clock, n: int | None = None) -> Mixture:
         made = super().mixture(clock, n)

@@ -10,6 +10,7 @@ from torch import Tensor
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_adam_group, check_flags, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
+from layerpipe_kernels.optim.prediction import newest_share
 from layerpipe_kernels.optim.settings import past_given
 from layerpipe_kernels.options import AdamOptions
 
@@ -25,9 +26,12 @@ class Adam(FusedOptimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
         capturable: let the device count the updates, so that a CUDA graph can replay them; needed with a delay.
         foreach, fused, differentiable: as in :class:`layerpipe_kernels.SGD`.
-        delay, past, order, ema_decay, ema_of, ema_dtype, past_norm, materialize, master_weights, seed, backend: as in
-            :class:`layerpipe_kernels.SGD`. ``past="momentum"`` is SGD's alone. The newest update is gone after an Adam
-            step, so a blend does without it unless ``materialize`` lets the step itself write the past weights.
+        spike_compensation: ``c``. Where gradients are ``n`` updates late, the newest one weighs ``b = 1 - beta1**(c
+            n)``: the direction is ``((1 - b) mhat + b g) / (sqrt(qhat) + eps)``, also with AMSGrad's largest ``qhat``.
+        delay, past, order, ema_decay, ema_of, ema_dtype, past_norm, materialize, master_weights, seed, backend,
+            weight_prediction: as in :class:`layerpipe_kernels.SGD`. ``past="momentum"`` is SGD's alone. The newest
+            update is gone after an Adam step, so a blend does without it unless ``weight_prediction`` keeps it or
+            ``materialize`` lets the step itself write the past weights.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
@@ -57,6 +61,8 @@ class Adam(FusedOptimizer):
         ema_of: str = "update",
         ema_dtype: torch.dtype | None = None,
         past_norm: str | None = None,
+        spike_compensation: float = 0.0,
+        weight_prediction: float = 0.0,
         materialize: bool = False,
         master_weights: bool = False,
         seed: int = 0,
@@ -97,6 +103,7 @@ class Adam(FusedOptimizer):
             group["weight_decay"],
             group["decoupled_weight_decay"],
             group["maximize"],
+            newest_share(group, beta1),
         )
 
     def _states(self, group: Group) -> tuple[str, ...]:

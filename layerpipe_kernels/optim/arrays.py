@@ -22,10 +22,14 @@ class Kept(NamedTuple):
     past: bool
     master: bool
     counts: bool
+    previous: bool
 
     def names(self) -> tuple[str, ...]:
         """In the order of :meth:`layerpipe_kernels.plan.Arrays.written`."""
-        optional = (("ema", self.emas), ("past", self.past), ("master", self.master), ("step", self.counts))
+        optional = (
+            *(("ema", self.emas), ("past", self.past), ("master", self.master), ("step", self.counts)),
+            ("previous_update", self.previous),
+        )
         return (*self.states, *(key for key, kept in optional if kept))
 
 
@@ -56,6 +60,10 @@ def complete(
         state["ema"] = _zeros_apart(param, ema_dtype or full, 4, kept.emas)
     if kept.past and "past" not in state:
         state["past"] = _zeros_apart(param, param.dtype, 5).copy_(param)
+    if not kept.previous:
+        state.pop("previous_update", None)  # nothing is predicted
+    elif "previous_update" not in state:
+        state["previous_update"] = _zeros_apart(param, full, 7)
     if not kept.master:
         state.pop("master", None)  # the next step would leave it behind
     elif "master" not in state:

@@ -11,12 +11,13 @@ from layerpipe_kernels import history, layout
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
-from layerpipe_kernels.optim.checkpoint import CLOCK, HISTORY_KEYS
+from layerpipe_kernels.optim.checkpoint import GROUP_STATE, HISTORY_KEYS
+from layerpipe_kernels.optim.prediction import PredictedWeights, check_prediction
 from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, settings_of
 from layerpipe_kernels.optim.still import StillParameters
 
 
-class PastOptimizer(StillParameters, torch.optim.Optimizer):
+class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` whose step also keeps what past weights are made of.
 
     Every parameter group has a clock, ``group["updates"]``: the number of updates since the delays began to fill. All
@@ -55,14 +56,14 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         super().__setstate__({key: value for key, value in state.items() if key not in marks})
         self._still, self._fresh, self._moved = set(marks["still"]), set(marks["fresh"]), dict(marks["moved"])
         for group in self.param_groups:
-            for key, value in {**PAST_DEFAULTS, **CLOCK}.items():
+            for key, value in {**PAST_DEFAULTS, **GROUP_STATE}.items():
                 group.setdefault(key, value)
         self._reset_caches()
 
     def add_param_group(self, param_group: Group) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        for key, value in CLOCK.items():
+        for key, value in GROUP_STATE.items():
             group.setdefault(key, value)
         try:
             self._check_group(group)
@@ -73,6 +74,7 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
 
     def _check_group(self, group: Group) -> None:
         check_past(group, [self.name(group, i) for i in range(len(group["params"]))])
+        check_prediction(group)
         if group["delay"]:
             history.make(group["past"], self._settings(group))
 
@@ -181,6 +183,8 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
 
     def _past(self, param: Tensor, out: Tensor | None, n: int | None = None) -> Tensor:
         group = self._find(param)
+        if not group["train_mode"]:
+            self._refuse_evaluation("past weights were asked for")
         clock = self.device_clock(group)
         if clock is not None:
             return self._past_on_device(param, group, clock, out, n)
@@ -263,8 +267,12 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         return groups[g]
 
     def restart_history(self) -> None:
-        """Forget the past: the pipeline is empty, and the next ``delay`` updates are exact again."""
+        """Forget the past: the pipeline is empty, and the next ``delay`` updates are exact again.
+
+        Predicted weights become the weights themselves, from which the next update predicts anew.
+        """
         for group in self.param_groups:
+            self._forget_prediction(group)
             clock = self.device_clock(group)
             if clock is None:
                 group["updates"] = 0
@@ -284,8 +292,10 @@ class PastOptimizer(StillParameters, torch.optim.Optimizer):
         """Take the parameters' values over from whoever has replaced them; their past, :meth:`restart_history` forgets.
 
         A float32 master that does not round to its weight is of the weights before, and the next step would bring them
-        back. Not needed where the optimizer's state is loaded, too.
+        back. Not needed where the optimizer's state is loaded, too. Where weights are predicted, those there now are
+        taken for the weights themselves, from which the next update predicts anew.
         """
+        self._weights_taken_over()
         for param, state in self.state.items():
             master = state.get("master")
             if master is not None:

@@ -22,9 +22,14 @@ HISTORY_KEYS = ("ema", "stash", "past", "norms")
 #: Where a matrix is preconditioned: its gradients' products with themselves, and the bases that it is turned into.
 PRECONDITIONER = ("gram_left", "gram_right", "basis_left", "basis_right")
 
+#: And for the prediction of its weights: the last update, and in evaluation the weights to train with; for an optimizer
+#: around another one, the last update that the other one made.
+PREDICTION_KEYS = ("previous_update", "train_weight", "wrapped_update")
+
 #: State that need not be of its parameter's dtype, which torch gives it when it loads.
 FULL_PRECISION = (
     *("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "ema", "master", "norms"),
+    *("previous_update", "wrapped_update"),
     *PRECONDITIONER,
 )
 
@@ -35,6 +40,10 @@ _MAY_BE_NARROW = ("ema", *PRECONDITIONER)
 #: beta1, which a schedule may move; ``None`` asks for a new design. As they begin. These go with the averages and not
 #: with the options.
 CLOCK: dict[str, Any] = {"updates": 0, "last_lr": 0.0, "designed_for": None}
+
+#: All that a group holds besides its options and parameters, as it begins: its clock, how late its gradients are
+#: (``None``: by its delay), by how many updates its weights are predicted, and whether they are those to train with.
+GROUP_STATE: dict[str, Any] = {**CLOCK, "staleness": None, "horizon": 0.0, "horizon_at": None, "train_mode": True}
 
 #: In a checkpoint: the last update did not reach this parameter, so its momentum buffer is not the newest update.
 STILL = "still"
@@ -83,7 +92,7 @@ def with_options(groups: list[Group], state_dict: StateDict) -> StateDict:
     saved = state_dict["param_groups"]
     if len(groups) != len(saved):
         return state_dict  # torch says what does not fit
-    kept = [{k: v for k, v in own.items() if k not in ("params", "param_names", *CLOCK)} for own in groups]
+    kept = [{k: v for k, v in own.items() if k not in ("params", "param_names", *GROUP_STATE)} for own in groups]
     merged = [{**own, **other, "backend": own["backend"]} for own, other in zip(kept, saved, strict=True)]
     return {**state_dict, "param_groups": merged}
 
@@ -133,7 +142,7 @@ def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved
 
 
 def move_clock(group: Group, device: torch.device) -> None:
-    """A clock of a device onto the one where the parameters are now."""
-    for key in CLOCK:
+    """A clock of a device onto the one where the parameters are now, and what goes with it."""
+    for key in GROUP_STATE:
         if isinstance(group[key], Tensor):
             group[key] = group[key].to(device, copy=True)

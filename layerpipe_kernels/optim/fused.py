@@ -18,6 +18,7 @@ from layerpipe_kernels.optim.arguments import Group, scalar_on
 from layerpipe_kernels.optim.arrays import Kept, complete
 from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.capture import refuse_capture
+from layerpipe_kernels.optim.prediction import horizon_of, keep_horizon_on_device, predicts
 from layerpipe_kernels.optim.routine import PastMaker, Routine
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
@@ -41,6 +42,7 @@ class _Found(NamedTuple):
     past: History | None
     ready: _Ready | None  # None where no parameter has a gradient
     grads: Sequence[Tensor]  # none where the plan has them
+    horizon_before: float  # which the weights are predicted with
 
 
 class FusedOptimizer(PastOptimizer):
@@ -120,12 +122,19 @@ class FusedOptimizer(PastOptimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if scale is None and found_inf is None and self._step_as_before():
             return loss
+        self._refuse_evaluation("a step")
         # All groups are looked at before any weight is written.
         options = [self._options(group) for group in self.param_groups]
-        found = [
-            self._find_arrays(index, group, found_inf is not None or group["capturable"])
-            for index, group in enumerate(self.param_groups)
-        ]
+        before = [group["horizon"] for group in self.param_groups]
+        try:
+            found = [
+                self._find_arrays(index, group, found_inf is not None or group["capturable"])
+                for index, group in enumerate(self.param_groups)
+            ]
+        except Exception:
+            for group, horizon in zip(self.param_groups, before, strict=True):
+                group["horizon"] = horizon
+            raise
         for index, group in enumerate(self.param_groups):
             self._step_group(index, group, options[index], found[index], scale, found_inf)
         return loss
@@ -151,7 +160,9 @@ class FusedOptimizer(PastOptimizer):
                 return past
         return self._past(param, None, n)
 
-    def _begin_routine(self, index: int, group: Group, ready: _Ready | None, past: History | None) -> None:
+    def _begin_routine(
+        self, index: int, group: Group, ready: _Ready | None, past: History | None, before: float
+    ) -> None:
         """After a step that looked at everything, if the next one need not."""
         old = self._routines.get(index)
         if old is not None and ready is not None and old.made_from(ready.collector, past) and old.fits():
@@ -161,18 +172,28 @@ class FusedOptimizer(PastOptimizer):
                 self._past_makers.pop(id(maker.param), None)
         if ready is None or ready.collector is None or ready.still or not Routine.possible(group, past):
             return
-        routine = self._routines[index] = Routine(group, ready.plan, ready.collector, past, self.state)
+        if before != group["horizon"]:
+            return  # the next step begins with what this one has predicted
+        routine = self._routines[index] = Routine(
+            group, ready.plan, ready.collector, past, self.state, float(group["horizon"])
+        )
         self._past_makers.update((id(maker.param), maker) for maker in routine.makers)
 
     def _step_group(
-        self, index: int, group: Group, options: Options, found: _Found, scale: Tensor | None, found_inf: Tensor | None
+        self,
+        index: int,
+        group: Group,
+        options: Options,
+        found: _Found,
+        scale: Tensor | None,
+        found_inf: Tensor | None,
     ) -> None:
         params = group["params"]
         if not params:
             return
         device = params[0].device
         scale, found_inf = (None if told is None else scalar_on(told, device) for told in (scale, found_inf))
-        past, ready, grads = found
+        past, ready, grads, before = found
         clock = self.device_clock(group)
         moving, still = (ready.moving, ready.still) if ready is not None else ([], params)
         norms = self._norms_of(group)
@@ -181,12 +202,14 @@ class FusedOptimizer(PastOptimizer):
             past.before_update(params, [self.state[p] for p in params], at, found_inf)
         if norms is not None:
             norms.record(params, at, found_inf)
+        horizon_at = group["horizon_at"]
+        if still:
+            self._unpredict(still, before if horizon_at is None else horizon_at, found_inf)
         if ready is not None:
             first = [p in self._fresh for p in moving] if self._fresh else ()
             design = past.design if past is not None else NO_PAST
-            moment = Moment(
-                0 if clock is not None else group["updates"] + 1, clock.t if clock else None, scale, found_inf
-            )
+            t, counted = (0, clock.t) if clock is not None else (group["updates"] + 1, None)
+            moment = Moment(t, counted, scale, found_inf, group["horizon"], before, horizon_at)
             ready.plan.step(grads, options, design, moment, first)
             if self._fresh:
                 self._fresh.difference_update(moving)
@@ -198,7 +221,7 @@ class FusedOptimizer(PastOptimizer):
             if past is not None and isinstance(lr, Tensor):
                 lr = lr.clone()  # a schedule may fill it before the past is asked for
             group["updates"], group["last_lr"] = group["updates"] + 1, lr
-        self._begin_routine(index, group, ready, past)
+        self._begin_routine(index, group, ready, past, before)
         if past is None:
             return
         if clock is None:
@@ -216,9 +239,13 @@ class FusedOptimizer(PastOptimizer):
             group: one of the optimizer's.
             told: whether only the device knows whether there is an update.
         """
+        if told and group["params"]:
+            keep_horizon_on_device(group)
+        previous, before = predicts(group), group["horizon"]
+        group["horizon"] = horizon_of(group)
         past, params = self.history(group), list(group["params"])
         if not params:
-            return _Found(past, None, ())
+            return _Found(past, None, (), before)
         if isinstance(past, Momentum) and past.settings.momentum != group["momentum"] and type(group["updates"]) is int:
             group["designed_for"] = None
             past = self.history(group)
@@ -232,6 +259,7 @@ class FusedOptimizer(PastOptimizer):
             past is not None and group["materialize"],
             group["master_weights"] and reference.state_dtype(params[0].dtype) != params[0].dtype,
             self._counts(group, told),
+            previous,
         )
         ready = self._ready_groups.get(index)
         if ready is not None and ready.kept != kept:
@@ -239,13 +267,13 @@ class FusedOptimizer(PastOptimizer):
         if ready is not None and ready.collector is not None:
             assert isinstance(ready.plan.runner, native.NativeRunner)
             if ready.collector.collect(ready.plan.runner.plan, params, self.state):
-                return _Found(past, ready, ())
+                return _Found(past, ready, (), before)
         moving = [p for p in params if p.grad is not None]
         if not moving:
-            return _Found(past, None, ())
+            return _Found(past, None, (), before)
         if ready is None or not self._unchanged(ready, moving):
             ready = self._ready_groups[index] = self._prepare(group, kept, moving)
-        return _Found(past, ready, self._grads(ready, moving))
+        return _Found(past, ready, self._grads(ready, moving), before)
 
     def _grads(self, ready: _Ready, moving: Sequence[Tensor]) -> Sequence[Tensor]:
         """The gradients of these, checked, as the plan takes them."""
@@ -278,7 +306,8 @@ class FusedOptimizer(PastOptimizer):
             moving,
             tuple([state[name] for state in states] for name in kept.states),
             *([state[key] for state in states] if wanted else [] for key, wanted in (
-                ("ema", kept.emas), ("past", kept.past), ("master", kept.master), ("step", kept.counts))),
+                ("ema", kept.emas), ("past", kept.past), ("master", kept.master), ("step", kept.counts),
+                ("previous_update", kept.previous))),
         )  # fmt: skip
         chosen = backend.choose(moving[0], group["backend"])
         plan = StepPlan(

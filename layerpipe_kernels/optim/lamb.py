@@ -64,6 +64,8 @@ class Lamb(AveragingOptimizer):
 
     def _check_group(self, group: Group) -> None:
         check_adam_group(group)
+        if group["spike_compensation"] or group["weight_prediction"]:
+            raise ValueError("Lamb has neither spike_compensation nor weight_prediction; AdamW has both")
         super()._check_group(group)
 
     @_disable_dynamo  # its scalars are new in every step
@@ -80,6 +82,7 @@ class Lamb(AveragingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._refuse_evaluation("a step")
         for group in self.param_groups:
             require_finite(group, ("lr", "eps", "weight_decay"))
             for i, param in enumerate(group["params"]):

@@ -15,7 +15,7 @@ from layerpipe_kernels.optim import stacks
 from layerpipe_kernels.optim.arguments import Group, learning_rate, require_finite
 from layerpipe_kernels.optim.arrays import Kept
 from layerpipe_kernels.optim.capture import refuse_capture
-from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS
+from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS, PREDICTION_KEYS
 from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
 from layerpipe_kernels.optim.fused import FusedOptimizer
 from layerpipe_kernels.optim.matrices import is_preconditioned, sides
@@ -235,7 +235,7 @@ class PreconditionedOptimizer(FusedOptimizer):
         if not any(name in state for name in self._matrix_marks):
             return super()._aligned_state(param)
         # A matrix's own state lies in a stack, whatever the parameter's order in memory.
-        past = {name: state[name] for name in (*HISTORY_KEYS, "master") if name in state}
+        past = {name: state[name] for name in (*HISTORY_KEYS, *PREDICTION_KEYS, "master") if name in state}
         layout.align(past, param)
         state.update(past)
         return state

@@ -99,7 +99,7 @@ class Routine:
 
 def _mixture(past: History, t: int, lr: float) -> tuple[float, tuple[float, ...]]:
     mixture = past.mixture(Clock(t, lr))
-    return mixture.velocity, mixture.emas
+    return mixture.newest, mixture.emas
 
 
 def _ready_outside_captures(ready: Callable[[], bool]) -> bool:

@@ -22,10 +22,15 @@ PAST_DEFAULTS: dict[str, Any] = {
     "master_weights": False,
     "backend": "auto",
     "seed": 0,
+    "spike_compensation": 0.0,
+    "weight_prediction": 0.0,
 }
 
 #: The options that decide how a group has its past weights.
-DESIGNED_BY = ("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov")
+DESIGNED_BY = (
+    *("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov"),
+    *("spike_compensation", "weight_prediction", "horizon"),
+)
 
 
 def past_given(arguments: dict[str, Any]) -> Group:
@@ -76,8 +81,10 @@ def settings_of(group: Group) -> history.Settings:
         momentum=correlation if momentum else 0.0,
         nesterov=group.get("nesterov", False),
         correlation=correlation,
-        newest=momentum > 0 and not group.get("nesterov", False),
+        newest=momentum > 0 and not group.get("nesterov", False) and not group["spike_compensation"],
         materialize=group["materialize"],
         backend=group["backend"],
         seed=group["seed"],
+        designed_horizon=float(group["weight_prediction"]) * group["delay"],
+        horizon=float(group["horizon"]),
     )

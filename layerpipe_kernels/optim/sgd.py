@@ -10,6 +10,7 @@ from torch import Tensor
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_flags, check_learning_rate, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
+from layerpipe_kernels.optim.prediction import newest_share
 from layerpipe_kernels.optim.settings import past_given
 from layerpipe_kernels.options import SgdOptions
 
@@ -33,6 +34,10 @@ class SGD(FusedOptimizer):
         past_norm: ``"match"`` scales past weights to the norm that the true ones had, kept as ``n`` numbers per tensor.
         materialize: let the step itself write the past weights, at one more copy of memory.
         master_weights: keep float32 copies of weights of 16 bits, update those and round them; others need none.
+        spike_compensation: ``c``. Where gradients are ``n`` updates late, the newest one weighs ``b = 1 - momentum**(c
+            n)``: the direction is ``(1 - b) v + b (1 - dampening) / (1 - momentum) g``. Not with Nesterov's momentum.
+        weight_prediction: ``h``. The parameters hold ``F = W - h n u``, ``h n`` updates like the last one ahead, at one
+            more buffer; :meth:`eval` brings ``W`` into them, :meth:`train` ``F`` again. See docs/optimizers.md.
         seed: of the stochastic rounding; the same seed gives the same bits on every backend.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
         capturable: let the device count the updates, so that a CUDA graph can replay them; needed with a delay.
@@ -66,6 +71,8 @@ class SGD(FusedOptimizer):
         ema_of: str = "update",
         ema_dtype: torch.dtype | None = None,
         past_norm: str | None = None,
+        spike_compensation: float = 0.0,
+        weight_prediction: float = 0.0,
         materialize: bool = False,
         master_weights: bool = False,
         seed: int = 0,
@@ -106,6 +113,7 @@ class SGD(FusedOptimizer):
             float(group["weight_decay"]),
             group["nesterov"],
             group["maximize"],
+            newest_share(group, float(group["momentum"])) if group["momentum"] else 0.0,
         )
 
     def _states(self, group: Group) -> tuple[str, ...]:

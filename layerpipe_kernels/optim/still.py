@@ -36,7 +36,7 @@ class StillParameters:
         self, moving: Sequence[Tensor], still: Sequence[Tensor], clock: DeviceClock, found_inf: Tensor | None
     ) -> None:
         """As :meth:`_mark_still`, where only the device knows whether there was an update."""
-        if not clock.has_velocity:
+        if not clock.has_newest:
             return
         for param in self._still:
             self._moved_on_device(param, clock)

@@ -15,8 +15,12 @@ from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
 from layerpipe_kernels.optim.base import PastOptimizer
-from layerpipe_kernels.optim.checkpoint import CLOCK, HISTORY_KEYS
+from layerpipe_kernels.optim.checkpoint import GROUP_STATE, HISTORY_KEYS, PREDICTION_KEYS
+from layerpipe_kernels.optim.prediction import horizon_of, newest_share, predicts
 from layerpipe_kernels.optim.settings import past_given
+
+#: What this optimizer keeps in a parameter's state, beside the wrapped one's.
+_OWN = (*HISTORY_KEYS, *PREDICTION_KEYS)
 
 
 class PastWeights(AveragingOptimizer):
@@ -32,6 +36,12 @@ class PastWeights(AveragingOptimizer):
         optimizer: steps on dense weights, without gaps in memory.
         delay, past, order, ema_decay, ema_dtype, past_norm, materialize, seed, backend: as in
             :class:`layerpipe_kernels.AdamW`; a group may have its own.
+        spike_compensation: ``c``, applied to the wrapped optimizer's updates ``r``: ``u = (1 - b) r + b (r - beta r_) /
+            (1 - beta)`` with the update ``r_`` before, ``b = 1 - beta**(c n)`` and ``beta`` the group's momentum or
+            first beta. That is what :class:`layerpipe_kernels.SGD` does with momentum at a constant learning rate; for
+            other optimizers it is a likeness. It keeps ``r_``.
+        weight_prediction: ``h``, as in :class:`layerpipe_kernels.SGD`. While the wrapped optimizer steps, its
+            parameters hold ``W``. A closure is evaluated once, before, at the predicted weights.
 
     Raises:
         TypeError: not an optimizer, or one that knows its past weights itself.
@@ -51,6 +61,8 @@ class PastWeights(AveragingOptimizer):
         ema_decay: DecayRule | tuple[float, ...] | None = None,
         ema_dtype: torch.dtype | None = None,
         past_norm: str | None = None,
+        spike_compensation: float = 0.0,
+        weight_prediction: float = 0.0,
         materialize: bool = False,
         seed: int = 0,
         backend: str = "auto",
@@ -113,10 +125,18 @@ class PastWeights(AveragingOptimizer):
 
     def _adopt(self, group: Group) -> None:
         """Give a group of the wrapped optimizer a past."""
-        for key, value in {**self._options, **CLOCK}.items():
+        for key, value in {**self._options, **GROUP_STATE}.items():
             group.setdefault(key, value)
         self._check_group(group)
         self._reset_caches()
+
+    def _check_group(self, group: Group) -> None:
+        if group["spike_compensation"] and not _beta(group):
+            raise ValueError(
+                f"spike_compensation goes by a momentum or betas, and this {type(self.optimizer).__name__}'s groups "
+                "have neither; give spike_compensation=0"
+            )
+        super()._check_group(group)
 
     def _settings(self, group: Group) -> history.Settings:
         known = super()._settings(group)
@@ -129,29 +149,74 @@ class PastWeights(AveragingOptimizer):
         for group in self.param_groups:
             if "updates" not in group:  # added, or loaded from a checkpoint, behind our back
                 self._adopt(group)
+        self._refuse_evaluation("a step")
+        loss = None
+        if closure is not None and any(map(predicts, self.param_groups)):
+            with torch.enable_grad():
+                loss, closure = closure(), None
         before: list[list[Tensor | None]] = []
         for param, state in self.optimizer.state.items():
             layout.align(state, param)  # torch's fused steps do not look at strides
         for group in self.param_groups:
             self._before_step(group)
-            before.append([self._copy(p, group) for p in group["params"]])
-        loss = self.optimizer.step(closure)
+            before.append(self._current_weights(group))
+        stepped = self.optimizer.step(closure)
         for group, copies in zip(self.param_groups, before, strict=True):
             for param, copy in zip(group["params"], copies, strict=True):
                 if copy is not None:
                     copy.sub_(param.detach())
+                    self._correct(param, copy, group)
+            group["horizon"] = horizon_of(group)
             self._after_step(group, copies)
-        return loss
+        return stepped if loss is None else loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """The wrapped optimizer's: one that adds gradients up over several steps may keep them."""
         self.optimizer.zero_grad(set_to_none)
 
-    def _copy(self, param: Tensor, group: Group) -> Tensor | None:
+    @torch.no_grad()
+    def _current_weights(self, group: Group) -> list[Tensor | None]:
+        """Copies of the weights ``W``, which the parameters hold from here on, in the state's dtype."""
         past = self.history(group)
-        if past is None or not (past.emas or past.design.update_tap):
-            return None
-        return param.detach().to(reference.state_dtype(param.dtype), copy=True)
+        averaged = past is not None and (past.emas or past.design.update_tap)
+        if not (averaged or predicts(group) or group["spike_compensation"]):
+            return [None] * len(group["params"])
+        copies: list[Tensor | None] = []
+        for param in group["params"]:
+            copy = param.detach().to(reference.state_dtype(param.dtype), copy=True)
+            update = self.state[param].get("previous_update") if group["horizon"] else None
+            if update is not None:
+                copy.add_(layout.like(update, param), alpha=group["horizon"])
+                param.copy_(copy)
+                copy = param.detach().to(copy.dtype, copy=True) if copy.dtype != param.dtype else copy
+            copies.append(copy)
+        return copies
+
+    @torch.no_grad()
+    def _correct(self, param: Tensor, update: Tensor, group: Group) -> None:
+        """Make of the wrapped optimizer's update, in place, the one that is wanted, and move the parameter, which that
+        update has moved, to where it leads and as far ahead as is predicted."""
+        state: dict[str, Any] = self.state[param]
+        weight, share, horizon = None, 0.0, horizon_of(group)
+        if group["spike_compensation"]:
+            beta = _beta(group)
+            share = newest_share(group, beta)
+            made = update.clone()
+            if share:
+                weight = param.to(update.dtype) + made
+                before = state.get("wrapped_update")
+                newest = made if before is None else made - beta * layout.like(before, param)
+                update.mul_(1 - share).add_(newest, alpha=share / (1 - beta))
+                weight.sub_(update)
+            state["wrapped_update"] = made
+        if horizon:
+            weight = param.to(update.dtype) if weight is None else weight
+            weight.sub_(update, alpha=horizon)
+            state["previous_update"] = update.clone()
+        else:
+            state.pop("previous_update", None)
+        if weight is not None:
+            param.copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's, and in every parameter's state what its past weights are made of."""
@@ -184,16 +249,16 @@ class PastWeights(AveragingOptimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         saved = checkpoint.with_options(self.param_groups, state_dict)
-        theirs = {i: {k: v for k, v in s.items() if k not in HISTORY_KEYS} for i, s in saved["state"].items()}
+        theirs = {i: {k: v for k, v in s.items() if k not in _OWN} for i, s in saved["state"].items()}
         self.optimizer.load_state_dict({**saved, "state": {i: s for i, s in theirs.items() if s}})
         self.state.clear()
         self._reset_caches()
         for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
-            for key, value in CLOCK.items():
+            for key, value in GROUP_STATE.items():
                 group.setdefault(key, value)
             for param, index in zip(group["params"], packed["params"], strict=True):
                 for key, value in saved["state"].get(index, {}).items():
-                    if key in HISTORY_KEYS:
+                    if key in _OWN:
                         dtype = checkpoint.kept_dtype(key, value, param)
                         self.state[param][key] = value.to(param.device, dtype, copy=True)
         for param, state in self.state.items():
@@ -205,3 +270,9 @@ class PastWeights(AveragingOptimizer):
     def optimizer_bytes(self) -> int:
         """Bytes of the wrapped optimizer's state."""
         return sum(v.nbytes for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+
+
+def _beta(group: Group) -> float:
+    """The decay of the wrapped optimizer's average of gradients; 0 where none is known."""
+    betas = group.get("betas")
+    return float(betas[0] if betas else group.get("momentum") or 0.0)

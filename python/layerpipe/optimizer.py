@@ -10,7 +10,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from layerpipe.stage.options import OWN, Options, StageOptions, changes_in_place, frozen_options, on_host, same
-from layerpipe_kernels.optim.checkpoint import CLOCK
+from layerpipe_kernels.optim.checkpoint import GROUP_STATE
 
 
 class PipelineOptimizer(torch.optim.Optimizer):
@@ -44,7 +44,11 @@ class PipelineOptimizer(torch.optim.Optimizer):
         self._stages, self._synchronize, self._replayed = list(stages), synchronize, replayed
         self._optimizers = [stage.optimizer for stage in stages]
         own = [
-            {key: value if key in OWN else on_host(key, value) for key, value in group.items() if key not in CLOCK}
+            {
+                key: value if key in OWN else on_host(key, value)
+                for key, value in group.items()
+                if key not in GROUP_STATE
+            }
             for optimizer in self._optimizers
             for group in optimizer.param_groups
         ]

@@ -166,15 +166,18 @@ def test_averages_of_another_number_are_refused(backend: str) -> None:
 def arguments(case: Case) -> tuple[object, ...]:
     """A case as the registered operator takes it."""
     arrays, grads = case.make()
-    lists = (arrays.emas, arrays.pasts, arrays.masters, arrays.counts)
+    lists = (arrays.emas, arrays.pasts, arrays.masters, arrays.counts, arrays.previous)
     options, design = case.options(), case.design(delay=4)
-    middle = (*options[1:], *design, 3, torch.tensor(2), torch.tensor(2.0), torch.tensor(0.0), "auto")
+    moment = Moment(3, torch.tensor(2), torch.tensor(2.0), torch.tensor(0.0), 3.0, 5.0, torch.tensor(5.0))
+    middle = (*options[1:], *design, *moment, "auto")
     tail = (False,) if case.rule == "sgd" else ()
     states = arrays.states if case.rule == "sgd" else (*arrays.states, ())
     return (arrays.weights, grads, *states, *lists, 0.1, torch.tensor(0.1), *middle, *tail)
 
 
-@pytest.mark.parametrize("case", [Case(sizes=(4, 9)), Case("adam", torch.bfloat16, sizes=(4, 9), master=True)], ids=str)
+@pytest.mark.parametrize("case", [
+    Case(sizes=(4, 9)), Case("adam", torch.bfloat16, sizes=(4, 9), master=True, previous=True),
+], ids=str)  # fmt: skip
 def test_steps_are_proper_operators(case: Case) -> None:
     operator = {"sgd": torch.ops.layerpipe.sgd_step_, "adam": torch.ops.layerpipe.adamw_step_}[case.rule]
     torch.library.opcheck(operator.default, arguments(case))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from layerpipe_kernels.optim import PastWeights
-from layerpipe_kernels.optim.checkpoint import CLOCK
+from layerpipe_kernels.optim.checkpoint import GROUP_STATE
 
 
 def drop_history(optimizer: Any, params: set[nn.Parameter]) -> set[nn.Parameter]:
@@ -26,7 +26,8 @@ def drop_history(optimizer: Any, params: set[nn.Parameter]) -> set[nn.Parameter]
         names = group.pop("param_names", None)
         kept = [i for i, p in enumerate(group["params"]) if p not in params]
         moved = [i for i, p in enumerate(group["params"]) if p in params]
-        options = {k: v for k, v in group.items() if k not in ("params", *CLOCK)}
+        # Their gradients are as late as the others'.
+        options = {k: v for k, v in group.items() if k not in ("params", *GROUP_STATE) or k == "staleness"}
         members: list[Any] = group["params"]
         group["params"] = [members[i] for i in kept]
         added = [members[i] for i in moved]

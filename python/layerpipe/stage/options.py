@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from layerpipe.stage.step import check_step
-from layerpipe_kernels.optim.checkpoint import CLOCK
+from layerpipe_kernels.optim.checkpoint import GROUP_STATE
 
 #: Of one stage: a dict per parameter group.
 Options = list[dict[str, Any]]
 
 #: What does not travel between the common view and a stage, whose own optimizer counts its updates.
-OWN = ("params", "param_names", *CLOCK)
+OWN = ("params", "param_names", *GROUP_STATE)
 
 _MISSING = object()
 
