@@ -7,6 +7,9 @@
         v  = momentum v + (1 - dampening) g    m = beta1 m + (1 - beta1) g,  q = beta2 q + (1 - beta2) g^2
         d  = nesterov ? g + momentum v : v     d = m / (sqrt(max q) / sqrt(1 - beta2^step) + eps) / (1 - beta1^step)
         u  = lr * d                            u = lr * d (+ lr * weight_decay * W where decoupled)
+  With a share b of the newest gradient, SGD's v in d is (1 - b) v + b (1 - dampening) / (1 - momentum) g, and Adam's m
+  is (1 - b) m + b (1 - beta1^step) g. A given direction d:  u = lr * d + lr * weight_decay * W
+  Of predicted weights F: W = F + p_before u_ before the step, F = W - p u and u_ = u after it
   W   = W - u
   E_k = decay_k E_k + (1 - decay_k) u; if they turn, E_0 += turn (u - E_1), E_1 -= turn (u - E_0)
   What = W + update_tap u + sum_k tap_k E_k
@@ -26,37 +29,36 @@ def sgd_scalars(numbers, lr, first):
 
 
 @triton.jit
-def sgd(w, g, states, s, NESTEROV: tl.constexpr):
-    """Returns ``W``, ``u``, ``g`` and the states."""
-    momentum, rest, weight_decay, lr, first = s
+def sgd(w, g, states, s, MIXES: tl.constexpr):
+    """Returns ``W``, ``u``, ``g`` and the states. ``MIXES``: the direction is not ``v`` alone."""
+    momentum, rest, weight_decay, of_v, of_g, lr, first = s
     g = tl.where(weight_decay != 0.0, tl.fma(w, weight_decay, g), g)  # 0 * W would be NaN for an infinite W
     d = g
     if len(states) > 0:
         v = tl.where(first, g, tl.fma(g, rest, momentum * states[0]))
         states = (v,)
         d = v
-        if NESTEROV:
-            d = tl.fma(v, momentum, g)
+        if MIXES:
+            d = tl.fma(v, of_v, of_g * g)
     return tl.fma(d, -lr, w), lr * d, g, states
 
 
 @triton.jit
 def adam_scalars(numbers, lr, step, DECOUPLED: tl.constexpr):
-    beta1, rest1, log1, beta2, rest2, log2, eps, weight_decay = numbers
+    beta1, rest1, log1, beta2, rest2, log2, eps, weight_decay, share = numbers
     shrink = lr * 0.0
     if DECOUPLED:
         shrink = lr * weight_decay
-    step_size = tl.div_rn(lr, one_minus_exp(step * log1))
+    correction = one_minus_exp(step * log1)
+    step_size = tl.div_rn(lr, correction)
     root = tl.sqrt_rn(one_minus_exp(step * log2))
-    return beta1, rest1, beta2, rest2, eps, weight_decay, step_size, root, shrink
+    return beta1, rest1, beta2, rest2, eps, weight_decay, step_size, root, shrink, 1.0 - share, share * correction
 
 
 @triton.jit
-def adam(w, g, states, s, DECOUPLED: tl.constexpr):
-    """Returns ``W``, ``u``, ``g`` and the states: ``m``, ``q`` and with AMSGrad the largest ``q``."""
-    beta1, rest1, beta2, rest2, eps, weight_decay, step_size, root, shrink = s
-    if not DECOUPLED:
-        g = tl.where(weight_decay != 0.0, tl.fma(w, weight_decay, g), g)
+def _adam_direction(g, states, s, MIXES: tl.constexpr):
+    """Returns ``d`` before the step size, and the states: ``m``, ``q`` and with AMSGrad the largest ``q``."""
+    beta1, rest1, beta2, rest2, eps, _, _, root, _, of_m, of_g = s
     m = states[0]
     m = tl.where(rest1 < 0.5, tl.fma(rest1, g - m, m), tl.fma(-beta1, g - m, g))
     q = tl.fma(rest2 * g, g, beta2 * states[1])
@@ -66,13 +68,43 @@ def adam(w, g, states, s, DECOUPLED: tl.constexpr):
         states = (m, q, largest)
     else:
         states = (m, q)
-    d = tl.div_rn(m, tl.div_rn(tl.sqrt_rn(largest), root) + eps)
+    if MIXES:
+        m = tl.fma(of_g, g, of_m * m)
+    return tl.div_rn(m, tl.div_rn(tl.sqrt_rn(largest), root) + eps), states
+
+
+@triton.jit
+def adam(w, g, states, s, DECOUPLED: tl.constexpr, MIXES: tl.constexpr):
+    """Returns ``W``, ``u``, ``g`` and the states."""
+    weight_decay, step_size, shrink = s[5], s[6], s[8]
+    if not DECOUPLED:
+        g = tl.where(weight_decay != 0.0, tl.fma(w, weight_decay, g), g)
+    d, states = _adam_direction(g, states, s, MIXES)
     u = tl.fma(step_size, d, shrink * w)
     return tl.fma(-step_size, d, (1.0 - shrink) * w), u, g, states
 
 
 @triton.jit
-def past_at(decays, rests, taps, turn, update_tap, fill_ratio, delay, t):
+def adam_direction(g, states, s, MIXES: tl.constexpr):
+    """Returns the direction that a weight is to take, and the states."""
+    d, states = _adam_direction(g, states, s, MIXES)
+    return s[6] * d, states
+
+
+@triton.jit
+def direction_scalars(numbers, lr):
+    return lr, lr * numbers[0]
+
+
+@triton.jit
+def direction(w, d, s):
+    """Returns ``W`` and ``u``."""
+    lr, shrink = s
+    return tl.fma(-lr, d, (1.0 - shrink) * w), tl.fma(lr, d, shrink * w)
+
+
+@triton.jit
+def past_at(decays, rests, taps, turn, update_tap, fill_tap, fill_ratio, delay, t):
     """:meth:`layerpipe_kernels.options.PastDesign.at` of ``t``, which may have been read on the device; ``rests`` are
     ``1 - decays``."""
     filling = (t > 0) & (t <= delay)
@@ -89,7 +121,7 @@ def past_at(decays, rests, taps, turn, update_tap, fill_ratio, delay, t):
         else:
             taps_now = taps_now + (tl.where(filling, 0.0, taps[k]),)
     if len(decays) > 0:
-        update_tap = tl.where(filling, 0.0, update_tap)
+        update_tap = tl.where(filling, fill_tap, update_tap)
     else:
         sum = steps * 0.0
         for _ in range(0, tl.where(filling, t, 0).to(tl.int32)):

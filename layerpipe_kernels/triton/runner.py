@@ -9,9 +9,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.options import DirectionOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import AdamOptions, Moment, Options, PastDesign, SgdOptions
 from layerpipe_kernels.triton import device as _device
-from layerpipe_kernels.triton.step import COUNT, EMA, FIELDS, MASTER, NUMEL, PAST, STATE, WEIGHT, step_kernel
+from layerpipe_kernels.triton.step import (
+    COUNT,
+    EMA,
+    FIELDS,
+    MASTER,
+    NUMEL,
+    PAST,
+    PREVIOUS,
+    STATE,
+    WEIGHT,
+    step_kernel,
+)
 
 if TYPE_CHECKING:
     from layerpipe_kernels.plan import Arrays
@@ -39,8 +50,6 @@ class TritonRunner:
 
     def __init__(self, rule: str, arrays: Arrays, grad_dtype: torch.dtype) -> None:
         weights = arrays.weights
-        if rule not in ("sgd", "adam") or arrays.previous:
-            raise ValueError("the Triton backend has neither directions nor weight prediction; use backend='cuda'")
         # No tensor is kept: the tables serve whatever lies at these addresses.
         self.rule, self.device, self.tensors = rule, weights[0].device, len(weights)
         emas = len(arrays.emas[0]) if arrays.emas else 0
@@ -60,7 +69,8 @@ class TritonRunner:
         self._spare = self._slots()
         self._streams = {self._stream()}
         pieces = _device.elements_per_piece(weights[0].dtype, grad_dtype, average)
-        tensors = (*weights, *(t for state in arrays.states for t in state), *arrays.masters, *arrays.pasts)
+        states = (t for state in arrays.states for t in state)
+        tensors = (*weights, *states, *arrays.masters, *arrays.pasts, *arrays.previous)
         distances = [e[0].numel() * e.element_size() for e in arrays.emas] if emas > 1 else []
         self._aligned = _aligned([*(t.data_ptr() for t in (*tensors, *arrays.emas)), *distances])
         self._structure = {
@@ -69,6 +79,7 @@ class TritonRunner:
             "EMAS": emas,
             "HAS_MASTER": bool(arrays.masters),
             "HAS_PAST": bool(arrays.pasts),
+            "HAS_PREVIOUS": bool(arrays.previous),
             "HAS_COUNTS": bool(arrays.counts),
             "WEIGHT_TYPE": _device.DTYPES[weights[0].dtype],
             "GRAD_TYPE": _device.DTYPES[grad_dtype],
@@ -111,6 +122,9 @@ class TritonRunner:
             "clock": moment.clock,
             "grad_scale": moment.grad_scale,
             "found_inf": moment.found_inf,
+            "horizon_at": moment.horizon_at,
+            "horizon": float(moment.horizon),
+            "horizon_before": float(moment.horizon_before),
             "lr": lr,
             "t": moment.t,
             "tensors": len(addresses),
@@ -120,26 +134,33 @@ class TritonRunner:
 
     def _configure(self, options: Options, design: PastDesign) -> None:
         o = options
-        if isinstance(o, DirectionOptions) or o.newest_share:
-            raise ValueError("the Triton backend has neither directions nor spike compensation; use backend='cuda'")
+        mixes, decoupled, sign = False, False, 1.0
         if isinstance(o, SgdOptions):
-            numbers, variant = [o.momentum, 1 - o.dampening, o.weight_decay], o.nesterov
-        else:
+            mixed = [1 - o.newest_share, o.newest_share and o.newest_share * (1 - o.dampening) / (1 - o.momentum)]
+            numbers = [o.momentum, 1 - o.dampening, o.weight_decay, *([o.momentum, 1.0] if o.nesterov else mixed)]
+            mixes = bool(o.nesterov or o.newest_share)
+        elif isinstance(o, AdamOptions):
             log1, log2 = (math.log(beta) if beta > 0 else -math.inf for beta in (o.beta1, o.beta2))
-            numbers = [o.beta1, 1 - o.beta1, log1, o.beta2, 1 - o.beta2, log2, o.eps, o.weight_decay]
-            variant = o.decoupled
+            numbers = [o.beta1, 1 - o.beta1, log1, o.beta2, 1 - o.beta2, log2, o.eps, o.weight_decay, o.newest_share]
+            mixes, decoupled = bool(o.newest_share), bool(o.decoupled)
+        else:
+            numbers = [o.weight_decay]
+        if isinstance(o, (SgdOptions, AdamOptions)) and o.maximize:
+            sign = -1.0
         self._numbers = {
             "numbers": tuple(map(float, numbers)),
             "decays": tuple(map(float, design.decays)),
             "rests": tuple(1.0 - decay for decay in design.decays),
             "taps": tuple(map(float, design.taps)),
-            "sign": -1.0 if o.maximize else 1.0,
+            "sign": sign,
             "turn": float(design.turn),
             "update_tap": float(design.update_tap),
+            "fill_tap": float(design.fill_tap),
             "fill_ratio": float(design.fill_ratio),
             "delay": design.delay,
             "seed": _device.signed(design.seed),
-            "VARIANT": bool(variant),
+            "MIXES": mixes,
+            "DECOUPLED": decoupled,
             "OF_GRADIENT": bool(design.ema_of_gradient),
             **self._structure,
         }
@@ -208,6 +229,7 @@ def _records(arrays: Arrays) -> Tensor:
         MASTER: arrays.masters,
         EMA: arrays.emas,
         PAST: arrays.pasts,
+        PREVIOUS: arrays.previous,
         COUNT: arrays.counts,
     }
     fields |= {STATE.value + j: state for j, state in enumerate(arrays.states)}

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from layerpipe_kernels.options import NO_PAST, AdamOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import NO_PAST, AdamOptions, DirectionOptions, Moment, PastDesign, SgdOptions
 from layerpipe_kernels.plan import Arrays
 
 triton = pytest.importorskip("triton")
@@ -61,8 +61,9 @@ def meta(*shape: int, dtype: torch.dtype = F32) -> torch.Tensor:
 
 
 def runner(
-    rule: str, weight: torch.dtype, grad: torch.dtype, master: bool, ema: torch.dtype, emas: int, states: int
-) -> TritonRunner:
+    rule: str, weight: torch.dtype, grad: torch.dtype, master: bool, ema: torch.dtype, emas: int, states: int,
+    previous: bool = False,
+) -> TritonRunner:  # fmt: skip
     arrays = Arrays(
         weights=[meta(64, dtype=weight)],
         states=tuple([meta(64)] for _ in range(states)),
@@ -70,12 +71,15 @@ def runner(
         pasts=[meta(64, dtype=weight)],
         masters=[meta(64)] if master else [],
         counts=[meta()],
+        previous=[meta(64)] if previous else [],
     )
     return TritonRunner(rule, arrays, grad)
 
 
 def arguments(rule: TritonRunner, grad: torch.dtype, emas: int, **changes: Any) -> dict[str, Any]:
-    options = SgdOptions(0.1, 0.9) if rule.rule == "sgd" else AdamOptions(0.1)
+    options = {
+        "sgd": SgdOptions(0.1, 0.9, newest_share=0.1), "adam": AdamOptions(0.1), "direction": DirectionOptions(0.1),
+    }[rule.rule]  # fmt: skip
     design = PastDesign(4, (0.5,) * emas, (1.0,) * emas, 0.5)
     moment = Moment(clock=meta(dtype=torch.int64), grad_scale=meta(), found_inf=meta())
     return rule.arguments([meta(64, dtype=grad)], [], options, design, moment) | changes
@@ -120,19 +124,20 @@ COMBINATIONS = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", ["sgd", "adam"])
+@pytest.mark.parametrize("rule", ["sgd", "adam", "direction"])
 @pytest.mark.parametrize(("weight", "grad", "master", "ema"), COMBINATIONS)
 def test_every_access_of_an_aligned_step_is_16_bytes_wide(
     rule: str, weight: torch.dtype, grad: torch.dtype, master: bool, ema: torch.dtype, tmp_path: Path
 ) -> None:
     """Each array takes exactly the 16-byte accesses that its bytes make, and one narrow access in the scalar tail."""
     emas = 1 + COMBINATIONS.index((weight, grad, master, ema)) % 3
-    states = {"sgd": 1, "adam": 2 + emas % 2}[rule]
-    step = runner(rule, weight, grad, master, ema, emas, states)
+    states = {"sgd": 1, "adam": 2 + emas % 2, "direction": 0}[rule]
+    previous = emas != 2
+    step = runner(rule, weight, grad, master, ema, emas, states, previous)
     given = arguments(step, grad, emas)
     assert given["ALIGNED"]
     kernel = step_kernel.warmup(grid=(1,), **given)
-    kept = [F32] * states + [ema] * emas
+    kept = [F32] * (states + previous) + [ema] * emas
     read = [F32 if master else weight, grad, *kept]
     written = [weight, *[F32] * master, *kept, weight]
     loads, stores = accesses(kernel.asm["ptx"])
@@ -208,7 +213,8 @@ def test_no_scalar_causes_a_compilation() -> None:
         ) -> None:
             options = make(lr, weight_decay=decay)
             design = no_emas._replace(delay=delay, seed=seed, update_tap=lr, fill_ratio=decay, turn=decay)
-            step_kernel.warmup(grid=(1,), **step.arguments(grad, [], options, design, Moment(t=t)))
+            moment = Moment(t=t, horizon=lr, horizon_before=decay)
+            step_kernel.warmup(grid=(1,), **step.arguments(grad, [], options, design._replace(fill_tap=lr), moment))
 
         compile_with(0.1, 0.01, 3, 5, 7)
         before = len(compiled)

@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import (
+    NO_PAST,
+    NOW,
+    AdamOptions,
+    DirectionOptions,
+    Moment,
+    Options,
+    PastDesign,
+    SgdOptions,
+)
 from layerpipe_kernels.plan import Arrays, ReferenceRunner
 from layerpipe_kernels.triton import TritonRunner, access
 
@@ -26,6 +35,7 @@ FEW = [0, 5, 1030]
 PRECISION = {F32: 1e-5, F16: 2**-10, BF16: 2**-7}
 SGD = SgdOptions(lr=0.1, momentum=0.9, weight_decay=0.01)
 ADAM = AdamOptions(lr=0.1, weight_decay=0.01)
+DIRECTION = DirectionOptions(lr=0.1, weight_decay=0.01)
 
 
 @pytest.fixture(autouse=True)
@@ -74,11 +84,12 @@ def group(
     past: bool = True,
     states: int | None = None,
     counts: bool | None = None,
+    previous: bool = False,
     offset: int = 0,
 ) -> Arrays:
     """A group with the past weights poisoned: what is not written stays NaN. Of two tensors, one has the offset."""
-    states = {"sgd": 1, "adam": 2}[rule] if states is None else states
-    counts = rule == "adam" if counts is None else counts
+    states = {"sgd": 1, "adam": 2, "direction": 0, "adam_direction": 2}[rule] if states is None else states
+    counts = rule.startswith("adam") if counts is None else counts
 
     def arrays(dtype: torch.dtype) -> list[Tensor]:
         return [array(size, dtype=dtype, offset=offset * (i % 2)) for i, size in enumerate(sizes)]
@@ -91,6 +102,7 @@ def group(
         pasts=[p.fill_(float("nan")) for p in arrays(weight)] if past else [],
         masters=masters,
         counts=[torch.tensor(float(3 * i % 5), device=DEVICE) for i in range(len(sizes))] if counts else [],
+        previous=arrays(F32) if previous else [],
     )
 
 
@@ -139,8 +151,12 @@ def check(
     clock = moment.clock
     for step in range(steps):
         grads = gradients(arrays, grad, offset)
+        horizon_at = None if moment.horizon_at is None else moment.horizon_at.clone()
         ours.run(grads, first or [], options, design, moment)
         copy = moment if clock is None else moment._replace(clock=torch.full_like(clock, int(clock) - 1))
+        if moment.horizon_at is not None:
+            assert float(moment.horizon_at) == moment.horizon
+            copy = copy._replace(horizon_at=horizon_at)
         theirs.run(grads, first or [], options, design, copy)
         assert clock is None or int(clock) == int(copy.clock), f"clock after step {step}"  # type: ignore[arg-type]
         assert_agree(arrays, want)

@@ -23,6 +23,7 @@ from tests.kernels.triton_checks import (
     BF16,
     CHUNK,
     DEVICE,
+    DIRECTION,
     DTYPES,
     F32,
     FEW,
@@ -148,16 +149,17 @@ def test_a_filled_delay_without_update_tap_has_none() -> None:
 
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
 def test_overflow_changes_nothing(rule: str) -> None:
-    arrays = group(rule, FEW, emas=2, counts=True)
+    arrays = group(rule, FEW, emas=2, counts=True, previous=True)
     before = duplicate(arrays)
-    clock = torch.tensor(5, device=DEVICE)
+    clock, horizon_at = torch.tensor(5, device=DEVICE), torch.tensor(5.0, device=DEVICE)
     runner = TritonRunner(rule, arrays, F32)
-    moment = Moment(clock=clock, found_inf=torch.tensor(1.0, device=DEVICE))
+    found_inf = torch.tensor(1.0, device=DEVICE)
+    moment = Moment(clock=clock, found_inf=found_inf, horizon=3.0, horizon_at=horizon_at)
     grads = [g.fill_(float("inf")) for g in gradients(arrays)]
     runner.run(grads, [], SGD if rule == "sgd" else ADAM, design_of(2), moment)
     for a, b in zip(arrays.written(), before.written(), strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
-    assert int(clock) == 5
+    assert (int(clock), float(horizon_at)) == (5, 5.0)
     assert int(runner._done) == 0
 
 
@@ -222,6 +224,41 @@ def test_a_captured_step_keeps_its_own_gradients(monkeypatch: pytest.MonkeyPatch
     assert (before["ALIGNED"], graph["ALIGNED"], after["ALIGNED"]) == (True, False, True)
     tables = [graph, other, step(captured, True), step(captured, True)]
     assert len({arguments["grads"].data_ptr() for arguments in tables}) == 4
+
+
+@pytest.mark.parametrize(("weight", "grad", "master", "ema", "emas"), DTYPES)
+@pytest.mark.parametrize(("rule", "options"), [
+    ("sgd", SGD._replace(newest_share=0.4)), ("adam", ADAM._replace(newest_share=0.4)), ("direction", DIRECTION),
+], ids=["sgd", "adam", "direction"])  # fmt: skip
+def test_predicted_weights_agree_in_every_dtype(
+    rule: str, options: Options, weight: torch.dtype, grad: torch.dtype, master: bool, ema: torch.dtype, emas: int
+) -> None:
+    arrays = group(rule, FEW, weight=weight, master=master, ema=ema, emas=emas, previous=True, offset=emas % 2)
+    moment = Moment(t=9, horizon=3.0, horizon_before=5.0)
+    check(rule, arrays, options, design_of(emas), moment, grad=grad, offset=emas % 2)
+
+
+@pytest.mark.parametrize("rule", ["sgd", "adam", "direction"])
+def test_the_horizon_is_kept_on_the_device_and_has_a_tap_while_the_delay_fills(rule: str) -> None:
+    options = {"sgd": SGD, "adam": ADAM, "direction": DIRECTION}[rule]
+    at = torch.tensor(5.0, device=DEVICE)
+    moment = Moment(clock=torch.tensor(1, device=DEVICE), horizon=3.0, horizon_before=77.0, horizon_at=at)
+    arrays = group(rule, FEW, emas=2, previous=True)
+    check(rule, arrays, options, design_of(2)._replace(fill_tap=3.0), moment, steps=5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("rule", ["sgd", "adam", "adam_direction"])
+def test_the_newest_gradient_has_its_share(rule: str, share: float) -> None:
+    options = (SGD if rule == "sgd" else ADAM)._replace(newest_share=share, maximize=share == 1.0)
+    past = rule != "adam_direction"
+    check(rule, group(rule, [*FEW, CHUNK + 1], past=past), options, steps=3)
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_directions_agree_at_every_size(offset: int) -> None:
+    check("adam_direction", group("adam_direction", SIZES, past=False, offset=offset), ADAM, offset=offset)
+    check("direction", group("direction", SIZES, emas=1, offset=offset), DIRECTION, design_of(1), offset=offset)
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
