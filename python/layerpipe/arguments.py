@@ -32,6 +32,24 @@ def check_made_of(stages: Sequence[nn.Module], loss_fn: Any, optimizer: Any, max
             raise TypeError(f"stage {i} is a {type(module).__name__}, not an nn.Module")
 
 
+def check_accumulate(accumulate: int, executor: str) -> None:
+    """How many minibatches make an update.
+
+    Raises:
+        TypeError: not a whole number.
+        ValueError: less than 1, or more where graphs are captured.
+    """
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int):
+        raise TypeError(f"accumulate is a whole number of minibatches per update, got {accumulate!r}")
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1 minibatch per update, got {accumulate}")
+    if accumulate > 1 and executor == "graphs":
+        raise ValueError(
+            f"executor='graphs' replays the same work for every minibatch and cannot make one update in {accumulate} "
+            "of them; use executor='streams', or accumulate=1"
+        )
+
+
 def check_fed(inputs: tuple[Any, ...]) -> None:
     """What a tick is given, and in which of torch's modes.
 

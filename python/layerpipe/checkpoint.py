@@ -44,6 +44,8 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
             ranks.gather(without_functions(pipe.optimizer.state_dict())), ranks.gather(pipe.optimizer.own)
         ),
         "versions": ranks.by_stage([stage.version for stage in pipe.stages]),
+        "accumulate": pipe.accumulate,
+        "accumulated": ranks.by_stage([stage.accumulation.state(stage.params) for stage in pipe.stages]),
         "measured": pipe.measured_delays(),
         "random": states[0],
         "random_of_stages": ranks.by_stage([s.random and s.random.generator.get_state() for s in pipe.stages]),
@@ -137,6 +139,8 @@ def _check(
         raise ValueError(
             f"of {theirs[1]} stages and schedule {theirs[0]!r}, this pipeline has {ours[1]} and {ours[0]!r}"
         )
+    if (every := content.get("accumulate", 1)) != pipe.accumulate:
+        raise ValueError(f"of a pipeline with accumulate={every}, this one has accumulate={pipe.accumulate}")
     kinds = _kinds(content["model"])
     if kinds != wanted:
         other = sorted(n for n in kinds.keys() | wanted.keys() if kinds.get(n) != wanted.get(n))
@@ -163,6 +167,8 @@ def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:
     for stage in pipe.stages:
         stage.version = content["versions"][stage.index]
         stage.measured = collections.Counter(content["measured"][stage.index])
+        accumulated = content["accumulated"][stage.index] if "accumulated" in content else (0, [])
+        stage.accumulation.load_state(accumulated, stage.params)
         numbers = content.get("random_of_stages", [None] * len(pipe.delays))[stage.index]
         if stage.random is not None and numbers is not None:
             stage.random.generator.set_state(numbers)

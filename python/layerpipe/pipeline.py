@@ -25,6 +25,7 @@ from layerpipe.optimizer import PipelineOptimizer, options_of
 from layerpipe.partition import share_threads
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
+from layerpipe.stage.accumulation import Accumulation
 from layerpipe.tracing import Trace
 from layerpipe.tracing.spans import CHANNEL, Recorder, Span
 from layerpipe_kernels import mark_embeddings_and_output
@@ -59,7 +60,10 @@ class Pipeline(Network):
         threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage; by
             default the caller's setting is shared by what the stages cost, see
             :func:`layerpipe.partition.share_threads`.
-        max_norm: clip the norm of each stage's gradient to this before its update.
+        accumulate: make one update in so many minibatches, with the mean of their gradients, at as many times smaller a
+            delay; see :mod:`layerpipe.retiming.accumulation`.
+        max_norm: clip the norm of each stage's gradient (the mean, where gradients accumulate) to this before its
+            update.
         split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
         check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity; on a device,
             :meth:`drain` finds it in the weights.
@@ -90,15 +94,19 @@ class Pipeline(Network):
         executor: str = "serial",
         devices: Sequence[Any] | None = None,
         threads_per_stage: int | Sequence[int] | None = None,
+        accumulate: int = 1,
         max_norm: float | None = None,
         split_backward: bool = False,
         check_finite: bool = True,
     ) -> None:
         arguments.check_made_of(stages, loss_fn, optimizer, max_norm)
+        arguments.check_accumulate(accumulate, executor)
         executors.check(executor)
         threads = executors.per_stage(threads_per_stage, len(stages))
         self.schedule = schedules.make(schedule, len(stages), executor)
-        self.delays = self.schedule.delays()
+        self.accumulate = accumulate
+        self._accumulations = [Accumulation(lag, accumulate) for lag in self.schedule.delays()]
+        self.delays = [accumulation.delay for accumulation in self._accumulations]
         super().__init__(stages, devices, ranks.make(executor, len(stages)))
         self.ranks.check_same(stages)
         self.ranks.check_trained(stages)
@@ -112,15 +120,15 @@ class Pipeline(Network):
         random = executors.random_numbers(executor, stages, self.ranks)
 
         def make_stage(i: int) -> Stage:
-            module, delay = stages[i], self.delays[i]
-            options = {"delay": delay, "past": past, "order": order, "ema_decay": ema_decay}
+            module = stages[i]
+            options = {"delay": self.delays[i], "past": past, "order": order, "ema_decay": ema_decay}
             params = [p for p in module.parameters() if p.requires_grad]
             mark_embeddings_and_output(module, output=i == len(stages) - 1)
             return Stage(
                 module,
                 optimizer(params, **options) if params else None,
                 index=i,
-                delay=delay,
+                accumulation=self._accumulations[i],
                 name=names[i],
                 advice=divergence_advice(past, order, max(self.delays)),
                 max_norm=max_norm,
@@ -196,7 +204,9 @@ class Pipeline(Network):
     def drain(self) -> list[Tensor]:
         """Finish every minibatch in the pipe; returns the losses that :meth:`step` had still to return.
 
-        Afterwards every stage has made one update per minibatch fed, and the delays fill up anew from 0.
+        Afterwards every stage has made one update per minibatch fed, and the delays fill up anew from 0. Where
+        gradients accumulate, it has made one per ``accumulate`` minibatches; those of the :attr:`waiting` last ones
+        stay in ``.grad`` for the update that the next minibatches complete.
         """
         if self.tick:
             self._executor.check()
@@ -221,6 +231,12 @@ class Pipeline(Network):
     def latency(self) -> int:
         """Calls of :meth:`step` that return ``None`` before the first loss."""
         return self._executor.latency(self.schedule)
+
+    @property
+    def waiting(self) -> int:
+        """Minibatches whose gradients wait in an empty pipe for the rest of ``accumulate``."""
+        self._refuse_minibatches()
+        return self._accumulations[self.ranks.own.start].waiting
 
     @property
     def phase(self) -> str:

@@ -56,7 +56,10 @@ def test_processes_give_the_weights_of_one_bit_for_bit(three: Processes, schedul
     assert [stage for result in found for stage in result["own"]] == list(range(stages))
 
 
-@pytest.mark.parametrize("options", [{"split_backward": True}, {"max_norm": 0.1}, {"past": "ema"}, {"past": "latest"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"split_backward": True}, {"max_norm": 0.1}, {"past": "ema"}, {"past": "latest"}, {"accumulate": 5}],
+)
 def test_options_mean_the_same(two: Processes, options: dict[str, Any]) -> None:
     task = (4, options, [12], [8])
     expected = programs.train(0, "serial", *task)

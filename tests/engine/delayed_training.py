@@ -28,6 +28,7 @@ class DelayedTraining:
         schedule: ``lockstep``, ``1f1b`` or ``sequential``.
         past: ``stash`` or ``latest``.
         max_norm: of each stage's gradient.
+        accumulate: minibatches per update.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class DelayedTraining:
         schedule: str,
         past: str,
         max_norm: float | None = None,
+        accumulate: int = 1,
     ) -> None:
         self.stages, self.loss_fn = stages, loss_fn
         self.schedule, self.past, self.max_norm = schedule, past, max_norm
+        self.accumulate, self.backwards = accumulate, [0] * len(stages)
         self.params = [[p for p in stage.parameters() if p.requires_grad] for stage in stages]
         self.current = [[nn.Parameter(p.detach().clone()) for p in params] for params in self.params]
         self.optimizers = [optimizer(params) if params else None for params in self.current]
@@ -93,16 +96,21 @@ class DelayedTraining:
             if x.requires_grad:
                 x.register_hook(functools.partial(upstream.__setitem__, i))
         if arrived:
-            torch.autograd.backward([y for y, _ in arrived], [g for _, g in arrived])
+            begin = [g if s < len(self.stages) - 1 else torch.full_like(y, 1 / self.accumulate) for y, g in arrived]
+            torch.autograd.backward([y for y, _ in arrived], begin)
         if s:
             # As the layers made it; the leaf's own may be a copy that lies otherwise in memory.
             self.sent["gradients", s - 1, m] = upstream
         for param, own in zip(params, current, strict=True):
-            own.grad = None if param.grad is None else param.grad.clone(memory_format=torch.contiguous_format)
-        if optimizer is not None:
+            if param.grad is not None:
+                grad = param.grad.clone(memory_format=torch.contiguous_format)
+                own.grad = grad if own.grad is None else own.grad + grad
+        self.backwards[s] += 1
+        if optimizer is not None and self.backwards[s] % self.accumulate == 0:
             if self.max_norm is not None:
                 nn.utils.clip_grad_norm_(current, self.max_norm)
             optimizer.step()
+            optimizer.zero_grad()
         for param, own in zip(params, current, strict=True):
             param.data.copy_(own.detach())
 

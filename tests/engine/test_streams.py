@@ -118,6 +118,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("recomputed", 3, {}),
     ("dropout", 3, {}),
     ("shifted", 3, {}),
+    ("chain", 4, {"accumulate": 3}),
+    ("shifted", 3, {"accumulate": 2, "split_backward": True, "past": "stash"}),
 ]
 
 

@@ -50,7 +50,7 @@ class Lane:
 
     def __init__(self, stage: Stage, device: Accelerator) -> None:
         self.stage, self.device = stage, device
-        self.streams = [device.stream() for _ in range(ring(stage.delay))]
+        self.streams = [device.stream() for _ in range(ring(stage.accumulation.lag))]
         self.forward, self.updated = device.event(), device.event()  # of the last forward and update
         self.outside: list[Any] = []  # events of the caller's work on the weights, until an update has waited for them
         # The node that puts a parameter's gradient down lives as long as any graph with the parameter, so always, on
@@ -78,6 +78,8 @@ class Lane:
         for param in self._params:
             if param.grad is not None:  # a copy, where autograd had to make one, is memory of the home stream
                 self.device.keep(param.grad, current)
+                if self.stage.accumulation.every > 1:  # to which the next minibatch's is added there
+                    self.device.keep(param.grad, self.home)
         self.stage.span(WAIT, start)
 
     def end(self, action: Action, stream: Any) -> None:
@@ -93,9 +95,9 @@ class Lane:
         stream.wait_event(self.updated)
 
 
-def ring(delay: int) -> int:
-    """How many streams keep a stage's forward apart from the backward of ``delay`` minibatches ago."""
-    return next(k for k in range(1, delay + 3) if delay % k or not delay)
+def ring(lag: int) -> int:
+    """How many streams keep a stage's forward apart from the backward of ``lag`` minibatches ago."""
+    return next(k for k in range(1, lag + 3) if lag % k or not lag)
 
 
 class StreamChannel(Channel):

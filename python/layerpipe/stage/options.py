@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,13 +124,13 @@ def _put(group: dict[str, Any], key: str, value: Any) -> None:
             group[key] = copy.deepcopy(value) if changes_in_place(value) else value
 
 
-def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> None:
+def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int, accumulate: int = 1) -> None:
     """Refuse an optimizer that a stage's factory made and that cannot serve it.
 
     Raises:
         ValueError: it lacks a parameter, or a group was made for another delay or for none.
         TypeError: its step needs a closure, or a delay needs past weights, and it does not know them or cannot begin
-            them anew.
+            them anew, or, where gradients accumulate, knows only those of the delay.
     """
     check_step(stage, optimizer)
     held = {p for group in optimizer.param_groups for p in group["params"]}
@@ -146,6 +147,12 @@ def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int) -> No
                 f"past weights: it has no {method}; use layerpipe_kernels.SGD and pass it the pipeline's keywords: "
                 f"{advice}"
             )
+    if accumulate > 1 and len(inspect.signature(optimizer.past_view).parameters) < 2:
+        raise TypeError(
+            f"{stage} makes one update in {accumulate} minibatches, which come back different numbers of updates late, "
+            f"and {type(optimizer).__name__}.past_view takes no such number; use an optimizer of layerpipe_kernels, or "
+            "layerpipe_kernels.PastWeights around another one"
+        )
     for group in optimizer.param_groups:
         if group.get("delay") != delay:
             raise ValueError(

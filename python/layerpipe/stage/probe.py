@@ -53,14 +53,17 @@ class ReconstructionProbe:
         if not self._chosen:
             return
         now = self._sample([p for p, _ in self._chosen])
-        self._past.append((stage.version, now))
-        n = min(stage.version - stage.base, stage.delay)
+        if not self._past or self._past[-1][0] != stage.version:
+            self._past.append((stage.version, now))
+        n = stage.n
         if not n or stage.version % self.every or len(self._past) <= n:  # it may have come to a running pipe
             return
         version, true = self._past[-1 - n]
         assert version == stage.version - n
         optimizer: Any = stage.optimizer
-        estimate = self._sample([optimizer.past_view(p) for p, _ in self._chosen])
+        # Without a number for stages whose n never changes: their optimizers may know no other.
+        which = () if stage.accumulation.every == 1 else (n,)
+        estimate = self._sample([optimizer.past_view(p, *which) for p, _ in self._chosen])
         self.readings.append(
             Reading(
                 stage.version,

@@ -7,17 +7,18 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layerpipe.errors import DivergenceError
 from layerpipe.partition.first_layer import without_past
 from layerpipe.stage import autograd
+from layerpipe.stage.accumulation import Accumulation
 from layerpipe.stage.arrival import Arrival, Seen
 from layerpipe.stage.copies import warn_of_copies
 from layerpipe.stage.gradients import clip, memory_of, own
 from layerpipe.stage.history import drop_history
 from layerpipe.stage.options import Options, StageOptions, check_stage
+from layerpipe.stage.outputs import handed_on
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
 from layerpipe.stage.saved import SavedTensors
@@ -54,7 +55,7 @@ class Stage:
         optimizer: of the module's parameters, or ``None`` if it has none. With a delay it must have ``past_view``,
             ``restart_history`` and in its groups ``delay``, as the optimizers of :mod:`layerpipe_kernels` do.
         index: position in the pipeline, from the input.
-        delay: ``n`` of this stage in steady state, in updates.
+        accumulation: how late its backwards come, and how many of them make one update.
         name: what messages call it.
         advice: what to try when the stage diverges.
         max_norm: clip the norm of this stage's gradient to this before each update.
@@ -69,7 +70,7 @@ class Stage:
         optimizer: Any | None,
         *,
         index: int,
-        delay: int,
+        accumulation: Accumulation,
         name: str,
         advice: str = "",
         max_norm: float | None = None,
@@ -78,7 +79,9 @@ class Stage:
         random: RandomNumbers | None = None,
     ) -> None:
         self.module, self.optimizer, self.random = module, optimizer, random
-        self.index, self.delay, self.name = index, delay, name
+        self.index, self.name, self.accumulation = index, name, accumulation
+        self.delay = delay = accumulation.delay  # the most updates between a forward and its backward
+        self.n = 0  # updates between the forward and the backward of the minibatch that came back last
         self.advice, self.max_norm, self.check_finite = advice, max_norm, check_finite
         self.version = 0  # updates so far
         self.base = 0  # version when the pipe was last empty
@@ -89,24 +92,29 @@ class Stage:
         self._flights: dict[int, _Flight] = {}
         self._kept_bytes = 0  # by all flights
         self._all_params = list(module.parameters())
-        self._params = [p for p in self._all_params if p.requires_grad]
+        self.params = [p for p in self._all_params if p.requires_grad]
         self._look_for_copies = delay > 0  # in the first forward
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
         self._recomputes: bool | None = None  # not known before the first backward
         self._arrival = Arrival()
         others = optimizer is not None and unknown(optimizer)
-        self._writes_gradients = others or (optimizer is not None and getattr(optimizer, "writes_gradients", True))
+        # Whether somebody writes into gradients: autograd, which adds to them, or an optimizer, as far as we know.
+        self._writes_gradients = optimizer is not None and (
+            others or accumulation.every > 1 or getattr(optimizer, "writes_gradients", True)
+        )
         self._others: set[int] = set()  # the memory of the last backward's gradients of inputs and outputs
         self._rest: SplitBackward | None = None
         if optimizer is not None:
-            check_stage(name, module, optimizer, delay)
+            check_stage(name, module, optimizer, delay, accumulation.every)
         self.without_past: set[nn.Parameter] = set()  # weights whose past no backward reads
         if delay and index == 0 and isinstance(optimizer, PastOptimizer):
             self.without_past = drop_history(optimizer, without_past(module))
         self.options = StageOptions(optimizer) if optimizer is not None else None
-        self._step = WatchedStep(optimizer, self._params) if others else None
-        past_view = optimizer.past_view if delay and optimizer is not None else None
-        self._saved = SavedTensors(self._all_params, past_view)
+        self._step = WatchedStep(optimizer, self.params) if others else None
+        self._past_view: Callable[[Tensor], Tensor] | None = None
+        if delay and optimizer is not None:
+            self._past_view = optimizer.past_view if accumulation.every == 1 else self._past_of_minibatch
+        self._saved = SavedTensors(self._all_params, self._past_view)
 
     # -- a minibatch's way through -------------------------------------------------------------------------------
 
@@ -123,8 +131,9 @@ class Stage:
         """
         flight = self._flights.pop(minibatch)
         self._kept_bytes -= flight.saved_bytes
-        n, rule = self.version - flight.version, min(self.version - self.base, self.delay)
+        self.n = n = self.version - flight.version
         self.measured[n] += 1
+        rule = self.accumulation.backward_begins()
         if n != rule:
             raise RuntimeError(f"minibatch {minibatch} is {n} updates old; the schedule says {rule}")
         if self.probe is not None:
@@ -156,7 +165,7 @@ class Stage:
             inputs = tuple([x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs])
         flight = self.enter(minibatch, inputs)
         # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
-        hooked = self.delay > 0 or self.version == self.base
+        hooked = self.accumulation.late or self.version == self.base
         start = self.mark()
         with self._drawing("forward"):
             if hooked:
@@ -177,7 +186,7 @@ class Stage:
             warn_of_copies(self.name, self.module, flight.outputs)
         if hooked:
             self._count(flight)
-        return tuple([self._handed_on(y, inputs) for y in flight.outputs])
+        return tuple([handed_on(y, inputs, self.params, self.module) for y in flight.outputs])
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
@@ -201,19 +210,6 @@ class Stage:
         flight.outputs = (loss,)
         return loss.detach()
 
-    def _handed_on(self, output: Tensor, inputs: Tensors) -> Tensor:
-        """An output cut off from the graph; a copy of what is a weight or a buffer, which the stage will change."""
-        made = output if output._base is None else output._base
-        if made.is_leaf and not any(made is x for x in inputs):  # not computed by the layers
-            memory = output.untyped_storage()
-            if memory.data_ptr() in {t.untyped_storage().data_ptr() for t in (*self._params, *self.module.buffers())}:
-                if output.is_conj() or output.is_neg():
-                    return output.detach().clone()
-                # Of the memory as it lies: an expanded buffer stays as small as it is.
-                copy = torch.empty(0, dtype=output.dtype, device=output.device)
-                return copy.set_(memory.clone(), output.storage_offset(), output.shape, output.stride())
-        return output.detach()
-
     def _drawing(self, what: str) -> contextlib.AbstractContextManager[object]:
         return _NOTHING if self.random is None else self.random.during(what)
 
@@ -225,14 +221,23 @@ class Stage:
 
     # -- backward ------------------------------------------------------------------------------------------------
 
+    def _past_of_minibatch(self, param: Tensor) -> Tensor:
+        """A parameter as the forward of the minibatch that comes back saw it; not all of them are equally late."""
+        assert self.optimizer is not None
+        default = min(self.version - self.base, self.delay)
+        past: Tensor = self.optimizer.past_view(param, None if self.n == default else self.n)
+        return past
+
     def backward(self, minibatch: int, grads: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...]:
         """Gradients of a minibatch: of the stage's inputs, returned, and of its parameters, into ``.grad``.
 
         With ``split_backward`` those of the parameters are complete after :meth:`backward_weights`.
         """
         flight = self.leave(minibatch)
-        if self._step is None:
-            for param in self._params:
+        if self.accumulation.waiting:
+            pass  # they are added to those that wait
+        elif self._step is None:
+            for param in self.params:
                 param.grad = None
         else:
             self._step.clear_gradients()
@@ -245,6 +250,8 @@ class Stage:
         seen: Seen = {}
         if self._writes_gradients:
             self._others = memory_of(arrived)
+        if grads is None:
+            wanted = [(y, self.accumulation.loss_gradient(y)) for y, _ in wanted]
         if wanted:
             start = self.mark()
             seen = self._arrival.watch(flight.inputs if self.index else ())
@@ -262,14 +269,14 @@ class Stage:
 
     def _differentiate(self, inputs: Tensors, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
         if self._recomputes is None:  # the first minibatch, whose past weights are the present ones
-            with Recomputation(self._params) as recomputation:
+            with Recomputation(self.params) as recomputation:
                 autograd.backward(outputs, grads)
             self._recomputes = recomputation.seen
         elif self._recomputes:
-            assert self.optimizer is not None
             self._saved.as_they_are = True
             try:
-                with past_in_place(self._params, self.optimizer.past_view) if self.delay else contextlib.nullcontext():
+                past = self._past_view if self.accumulation.late else None
+                with past_in_place(self.params, past) if past is not None else contextlib.nullcontext():
                     autograd.backward(outputs, grads)
             finally:
                 self._saved.as_they_are = False
@@ -298,14 +305,19 @@ class Stage:
         self.span(WEIGHTS, start)
 
     def update(self, options: Options) -> None:
-        """Step the optimizer with these options per parameter group, as they were when the tick was submitted."""
+        """After a minibatch's backward: step the optimizer with these options per parameter group, as they were when
+        the tick was submitted. Where gradients accumulate, one minibatch in so many does."""
+        if not self.accumulation.complete():
+            if self._others:
+                own(self.params, self._others)
+            return
         if self.options is not None:
             start = self.mark()
             self.options.take(options)
             if self.max_norm is not None:
-                clip(self._params, self.max_norm)
+                clip(self.params, self.max_norm)
             elif self._others:
-                own(self._params, self._others)
+                own(self.params, self._others)
             if self._step is None:
                 self.options.optimizer.step()
             else:
@@ -314,8 +326,10 @@ class Stage:
         self.version += 1
 
     def restart(self) -> None:
-        """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0."""
+        """The pipe is empty: the next minibatch sees the weights as they are now, and delays fill up from 0.
+        Gradients that wait for an update stay."""
         self.base = self.version
+        self.accumulation.restart()
         if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
             self._recomputes = None if self.delay or self._split_backward else False
         self.look_again()
@@ -346,7 +360,7 @@ class Stage:
     @property
     def scratch_bytes(self) -> int:
         """Of the largest past weight made for a backward, or of all where a backward recomputes."""
-        return sum(p.nbytes for p in self._params) if self._recomputes and self.delay else self._saved.scratch_bytes
+        return sum(p.nbytes for p in self.params) if self._recomputes and self.delay else self._saved.scratch_bytes
 
     def watch(self, spans: Recorder | None) -> None:
         """Write down what takes how long from now on, or stop."""
@@ -373,7 +387,7 @@ class Stage:
         Raises:
             DivergenceError: a weight is not finite.
         """
-        if self.check_finite and not all(all_finite(p.detach()) for p in self._params):
+        if self.check_finite and not all(all_finite(p.detach()) for p in self.params):
             self._diverged("a weight")
 
     def _diverged(self, what: str) -> None:
