@@ -11,6 +11,7 @@ for x, y in loader:
 pipe.drain()
 """
 
+from layerpipe import delays
 from layerpipe.errors import CheckpointError, DivergenceError, StageError
 from layerpipe.measured import StageMemory
 from layerpipe.partition import split
@@ -18,4 +19,4 @@ from layerpipe.pipeline import Pipeline
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "DivergenceError", "Pipeline", "StageError", "StageMemory", "split"]
+__all__ = ["CheckpointError", "DivergenceError", "Pipeline", "StageError", "StageMemory", "delays", "split"]

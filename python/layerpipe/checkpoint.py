@@ -45,6 +45,7 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
         ),
         "versions": ranks.by_stage([stage.version for stage in pipe.stages]),
         "accumulate": pipe.accumulate,
+        "pacing": pipe.pacing.state_dict(),
         "accumulated": ranks.by_stage([stage.accumulation.state(stage.params) for stage in pipe.stages]),
         "measured": pipe.measured_delays(),
         "random": states[0],
@@ -141,6 +142,8 @@ def _check(
         )
     if (every := content.get("accumulate", 1)) != pipe.accumulate:
         raise ValueError(f"of a pipeline with accumulate={every}, this one has accumulate={pipe.accumulate}")
+    if "pacing" in content:
+        pipe.pacing.check(content["pacing"])
     kinds = _kinds(content["model"])
     if kinds != wanted:
         other = sorted(n for n in kinds.keys() | wanted.keys() if kinds.get(n) != wanted.get(n))
@@ -164,6 +167,8 @@ def _check(
 
 def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:
     pipe.load_state_dict(content["model"])
+    if "pacing" in content:
+        pipe.pacing.load_state_dict(content["pacing"])
     for stage in pipe.stages:
         stage.version = content["versions"][stage.index]
         stage.measured = collections.Counter(content["measured"][stage.index])

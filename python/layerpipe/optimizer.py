@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from layerpipe.executors.ranks import Ranks
 from layerpipe.stage.options import OWN, Options, StageOptions, changes_in_place, frozen_options, on_host, same
 from layerpipe_kernels.optim.checkpoint import GROUP_STATE
 
@@ -208,6 +210,22 @@ class PipelineOptimizer(torch.optim.Optimizer):
                         f"the state's parameter group {i} was trained with {key}={values.get(key)!r}, this pipeline "
                         f"has {key}={group.get(key)!r}; make the pipeline with the same stages, schedule and past"
                     )
+
+
+def common_optimizer(
+    stages: Sequence[StageOptions | None], synchronize: Callable[[], None], ranks: Ranks, *, replayed: bool
+) -> PipelineOptimizer:
+    """One view of the stages' optimizers in all processes, each of which gives its own stages, with ``None`` for those
+    without parameters."""
+    own = [stage for stage in stages if stage is not None]
+    groups, rank = ranks.gather(options_of([stage.optimizer for stage in own])), ranks.rank
+    return PipelineOptimizer(
+        own,
+        synchronize,
+        before=[*itertools.chain(*groups[:rank])],
+        after=[*itertools.chain(*groups[rank + 1 :])],
+        replayed=replayed,
+    )
 
 
 def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:

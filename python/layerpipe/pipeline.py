@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import itertools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,27 +12,24 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from layerpipe import arguments, checkpoint, executors
+from layerpipe import arguments, checkpoint, delays, executors
 from layerpipe import schedule as schedules
-from layerpipe.errors import divergence_advice
+from layerpipe.actions import Actions
 from layerpipe.executors import ranks
 from layerpipe.executors.base import Tick
-from layerpipe.executors.channels import Channel
-from layerpipe.measured import Event, StageMemory, stage_memory
+from layerpipe.measured import StageMemory, stage_memory
 from layerpipe.network import Network
-from layerpipe.optimizer import PipelineOptimizer, options_of
+from layerpipe.optimizer import common_optimizer
+from layerpipe.pacing import Pacing
 from layerpipe.partition import share_threads
-from layerpipe.schedule import Action
-from layerpipe.stage import Stage
+from layerpipe.schedule import Schedule, Sequential
 from layerpipe.stage.accumulation import Accumulation
+from layerpipe.stage.build import OptimizerFactory, build
 from layerpipe.tracing import Trace
-from layerpipe.tracing.spans import CHANNEL, Recorder, Span
-from layerpipe_kernels import mark_embeddings_and_output
+from layerpipe.tracing.spans import Recorder, Span
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
 
 class Pipeline(Network):
@@ -62,8 +58,9 @@ class Pipeline(Network):
             :func:`layerpipe.partition.share_threads`.
         accumulate: make one update in so many minibatches, with the mean of their gradients, at as many times smaller a
             delay; see :mod:`layerpipe.retiming.accumulation`.
-        max_norm: clip the norm of each stage's gradient (the mean, where gradients accumulate) to this before its
-            update.
+        sync_steps: so many first minibatches go through the pipe one at a time, without a delay.
+        delay_policy: decides that for every minibatch, in place of ``sync_steps``; see :mod:`layerpipe.delays`.
+        max_norm: clip the norm of each stage's gradient, or of their mean, to this before its update.
         split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
         check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity; on a device,
             :meth:`drain` finds it in the weights.
@@ -77,8 +74,8 @@ class Pipeline(Network):
     each trains its own :attr:`stages`, the first takes the inputs of :meth:`step`, the last the targets.
 
     Weights do not depend on the executor: a stage's work is done in the same order by the same kernels, and its random
-    layers draw on the CPU from a generator of its own (:mod:`layerpipe.stage.random_numbers`), seeded from torch's when
-    the pipeline is made. A different number of intra-op threads breaks that, and compiled random layers in threads do.
+    layers draw on the CPU from a generator of its own (:mod:`layerpipe.stage.random_numbers`), seeded from torch's. A
+    different number of intra-op threads breaks that, and compiled random layers in threads do.
     """
 
     def __init__(
@@ -95,6 +92,8 @@ class Pipeline(Network):
         devices: Sequence[Any] | None = None,
         threads_per_stage: int | Sequence[int] | None = None,
         accumulate: int = 1,
+        sync_steps: int = 0,
+        delay_policy: delays.DelayPolicy | None = None,
         max_norm: float | None = None,
         split_backward: bool = False,
         check_finite: bool = True,
@@ -105,73 +104,46 @@ class Pipeline(Network):
         threads = executors.per_stage(threads_per_stage, len(stages))
         self.schedule = schedules.make(schedule, len(stages), executor)
         self.accumulate = accumulate
+        self._running: Schedule = self.schedule  # while minibatches go through one at a time, another one
+        self.pacing = Pacing(delays.make(delay_policy, sync_steps), self.schedule.ticks(1))
         self._accumulations = [Accumulation(lag, accumulate) for lag in self.schedule.delays()]
         self.delays = [accumulation.delay for accumulation in self._accumulations]
         super().__init__(stages, devices, ranks.make(executor, len(stages)))
         self.ranks.check_same(stages)
         self.ranks.check_trained(stages)
-        self.stages: list[Stage] = []
-        self.loss_fn = loss_fn
         self.losses: collections.deque[Tensor] = collections.deque()
         self._undelivered: list[Tensor] = []  # losses that a checkpoint which failed had drained
-        self.trace: list[Event] = []  # the first ticks, for a picture of the schedule
+        self._actions = Actions(len(stages), self.ranks.own, loss_fn, self.losses)
+        self.trace = self._actions.trace  # the first ticks, for a picture of the schedule
         self._watched: Trace | None = None
         names = [f"stage {i} ({name})" for i, name in enumerate(self.names)]
-        random = executors.random_numbers(executor, stages, self.ranks)
-
-        def make_stage(i: int) -> Stage:
-            module = stages[i]
-            options = {"delay": self.delays[i], "past": past, "order": order, "ema_decay": ema_decay}
-            params = [p for p in module.parameters() if p.requires_grad]
-            mark_embeddings_and_output(module, output=i == len(stages) - 1)
-            return Stage(
-                module,
-                optimizer(params, **options) if params else None,
-                index=i,
-                accumulation=self._accumulations[i],
-                name=names[i],
-                advice=divergence_advice(past, order, max(self.delays)),
-                max_norm=max_norm,
-                check_finite=check_finite,
-                split_backward=split_backward,
-                random=random[i],
-            )
-
-        error: Exception | None = None
-        try:
-            self.stages += [make_stage(i) for i in self.ranks.own]
-        except Exception as caught:
-            error = caught
-        self.ranks.agree(error, RuntimeError)
-        options = [stage.options for stage in self.stages if stage.options is not None]
-        groups, rank = self.ranks.gather(options_of([own.optimizer for own in options])), self.ranks.rank
-        self.optimizer = PipelineOptimizer(
-            options,
-            self._synchronize,
-            before=[*itertools.chain(*groups[:rank])],
-            after=[*itertools.chain(*groups[rank + 1 :])],
-            replayed=executor == "graphs",
+        self.stages = build(
+            stages,
+            optimizer,
+            past={"past": past, "order": order, "ema_decay": ema_decay},
+            accumulations=self._accumulations,
+            names=names,
+            random=executors.random_numbers(executor, stages, self.ranks),
+            ranks=self.ranks,
+            max_norm=max_norm,
+            check_finite=check_finite,
+            split_backward=split_backward,
         )
+        options = [stage.options for stage in self.stages]
+        self.optimizer = common_optimizer(options, self._synchronize, self.ranks, replayed=executor == "graphs")
         self._executor = executors.make(
             executor,
-            self._run,
+            self._actions.run,
             names,
             self.stages,
             self._devices,
             ranks=self.ranks,
             losses=self.losses,
-            close_channels=self._close_channels,
+            close_channels=self._actions.close,
             threads_per_stage=threads or share_threads(torch.get_num_threads(), stages),
         )
-        self._acting = dict(zip(self.ranks.own, self._executor.acting(self.stages), strict=True))
-        channel = self._executor.channel
-        self._last = last = len(stages) - 1
-        self._input, self._target = channel("input", 0, 0), channel("target", last, last)
-        self._activations = [channel(f"activations {i} -> {i + 1}", i, i + 1) for i in range(last)]
-        self._gradients = [channel(f"gradients {i + 1} -> {i}", i + 1, i) for i in range(last)]
+        self._actions.connect(self._executor, self.stages)
         self._restart()
-
-    # -- training ------------------------------------------------------------------------------------------------
 
     def step(self, inputs: Any, target: Any) -> Tensor | None:
         """Feed one minibatch and run one tick. Its tensors are kept, not copied, until it has left the pipe: give each
@@ -183,7 +155,8 @@ class Pipeline(Network):
 
         Returns:
             The loss of the minibatch whose forward left the pipe (detached, a scalar), in the order they were fed;
-            ``None`` while the pipe fills: for ``latency`` ticks.
+            ``None`` while the pipe fills: for ``latency`` ticks. Losses that come at once, as a policy makes the pipe
+            empty itself, are returned by as many calls.
 
         Raises:
             StageError: a stage raised; the message names it, ``__cause__`` is the original.
@@ -193,24 +166,36 @@ class Pipeline(Network):
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         arguments.check_fed(inputs)
+        if self.pacing.next() is self.synchronous:
+            self._change_pace()
         self._submit((inputs, target))
-        expected = self.fed - self.latency
-        if expected <= 0:
+        expected = self._owed + max(self.fed - self.latency, 0)
+        if expected <= self._returned:
             return None
         self._executor.wait(lambda: self._returned + len(self.losses) >= expected)
         self._returned += 1
-        return self._executor.hand_over([self.losses.popleft()])[0]
+        loss = self._executor.hand_over([self.losses.popleft()])[0]
+        self.pacing.returned(loss)
+        return loss
 
     def drain(self) -> list[Tensor]:
         """Finish every minibatch in the pipe; returns the losses that :meth:`step` had still to return.
 
-        Afterwards every stage has made one update per minibatch fed, and the delays fill up anew from 0. Where
-        gradients accumulate, it has made one per ``accumulate`` minibatches; those of the :attr:`waiting` last ones
-        stay in ``.grad`` for the update that the next minibatches complete.
+        Afterwards every stage has made one update per ``accumulate`` minibatches fed, and the delays fill up anew from
+        0. Gradients of the :attr:`waiting` last ones stay in ``.grad`` for an update that the next ones complete.
         """
+        self._empty()
+        left = self._executor.hand_over(self.losses)
+        self.pacing.drained(left)
+        rest, self._undelivered = [*self._undelivered, *left], []
+        self._restart()
+        return rest
+
+    def _empty(self) -> None:
+        """Finish every minibatch in the pipe."""
         if self.tick:
             self._executor.check()
-        while self.tick < self.schedule.ticks(self.fed):
+        while self.tick < self._running.ticks(self.fed):
             self._submit()
         self._synchronize()
         if self.tick:
@@ -222,15 +207,26 @@ class Pipeline(Network):
         except BaseException as error:
             self._executor.abort(error)  # other processes' stages may wait for this one's
             raise
-        rest = [*self._undelivered, *self._executor.hand_over(self.losses)]
-        self._undelivered = []
-        self._restart()
-        return rest
+
+    def _change_pace(self) -> None:
+        """Let minibatches follow each other, or go through one at a time, where those before did the opposite."""
+        synchronous = not self.synchronous
+        if self.tick:
+            self._empty()
+        self._running = Sequential(len(self.delays)) if synchronous else self.schedule
+        for accumulation in self._accumulations:
+            accumulation.synchronous = synchronous
+        self._refill()
+
+    @property
+    def synchronous(self) -> bool:
+        """Whether a policy lets minibatches through one at a time at present."""
+        return self._accumulations[0].synchronous
 
     @property
     def latency(self) -> int:
-        """Calls of :meth:`step` that return ``None`` before the first loss."""
-        return self._executor.latency(self.schedule)
+        """Calls of :meth:`step` that return ``None`` before the first loss of a pipe that fills."""
+        return self._executor.latency(self._running)
 
     @property
     def waiting(self) -> int:
@@ -241,7 +237,7 @@ class Pipeline(Network):
     @property
     def phase(self) -> str:
         """``fill``, ``steady`` or ``drain``."""
-        return self.schedule.phase(max(self.tick - 1, 0), self.fed)
+        return self._running.phase(max(self.tick - 1, 0), self.fed)
 
     @property
     def in_flight(self) -> int:
@@ -250,8 +246,14 @@ class Pipeline(Network):
         return max(self.ranks.by_stage([stage.in_flight for stage in self.stages]))
 
     def _restart(self) -> None:
-        self.tick = self.fed = self._returned = 0
         self.losses.clear()
+        self.fed = self._owed = self._returned = 0
+        self._refill()
+
+    def _refill(self) -> None:
+        """The pipe is empty and begins to fill; losses may be there that :meth:`step` has still to return."""
+        self._owed += self.fed
+        self.tick = self.fed = 0
         self.optimizer.refresh()
         for stage in self.stages:
             stage.restart()
@@ -261,13 +263,10 @@ class Pipeline(Network):
         by_stage = iter(self.optimizer.options_by_stage())
         try:
             if minibatch is not None:
-                if 0 in self.ranks.own:
-                    self._input.put(minibatch[0])
-                if self._last in self.ranks.own:
-                    self._target.put(minibatch[1])
+                self._actions.feed(*minibatch)
                 self.fed += 1
             options = {s.index: next(by_stage) if s.optimizer is not None else [] for s in self.stages}
-            tick = Tick(self.tick, self.schedule.tick(self.tick, self.fed), options)
+            tick = Tick(self.tick, self._running.tick(self.tick, self.fed), options)
             start = time.perf_counter()
             self._executor.submit(tick)
             if self._watched is not None and self._executor.issues:
@@ -276,41 +275,6 @@ class Pipeline(Network):
         except BaseException as error:
             self._executor.abort(error)  # some stages may have the tick and others not
             raise
-
-    def _run(self, action: Action, tick: Tick) -> None:
-        issued = time.perf_counter()
-        at, _, minibatch = action
-        stage, last = self._acting[at], at == self._last
-        spans: Recorder | None = stage.spans
-        start = None if spans is None else spans.now()
-        if action.kind == "F":
-            inputs = self._receive(spans, self._activations[at - 1] if at else self._input)
-            outputs = stage.forward(minibatch, inputs)
-            if last:
-                self.losses.append(loss := stage.loss(minibatch, self.loss_fn, self._target.get()))
-                self._executor.computed(loss)
-            else:
-                self._activations[at].put(outputs)
-        else:
-            upstream = stage.backward(minibatch, None if last else self._receive(spans, self._gradients[at]))
-            if at:
-                self._gradients[at - 1].put(upstream)
-            stage.backward_weights()
-            self._executor.before_update(at)
-            stage.update(tick.options[at])
-        if spans is not None:
-            spans.add(f"{action.kind}{minibatch}", start)
-        if len(self.trace) < 64 * len(self.stages):
-            self.trace.append(Event(tick.number, action, issued, time.perf_counter()))
-
-    @staticmethod
-    def _receive(spans: Recorder | None, channel: Channel) -> Any:
-        if spans is None:
-            return channel.get()
-        start = spans.now()
-        item = channel.get()
-        spans.add(CHANNEL, start)
-        return item
 
     def watch(self, trace: Trace | None) -> None:
         """Time what every stage does from now on; ``None`` or another trace ends that and fills the trace in.
@@ -333,8 +297,6 @@ class Pipeline(Network):
         for stage in self.stages:
             stage.look_again()  # dropout that was off draws now
         return self
-
-    # -- between runs --------------------------------------------------------------------------------------------
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Load weights and buffers, into an empty pipe.
@@ -399,8 +361,6 @@ class Pipeline(Network):
             self._executor.check()  # after an error nothing drains it any more
             raise RuntimeError("minibatches are in the pipe and need the weights they began with; call drain() first")
 
-    # -- reports -------------------------------------------------------------------------------------------------
-
     def measured_delays(self) -> list[dict[int, int]]:
         """Per stage: how many backwards found their weights how many updates old."""
         self._executor.synchronize()
@@ -410,8 +370,6 @@ class Pipeline(Network):
         """What each stage has kept so far, measured from the tensors themselves."""
         self._executor.synchronize()
         return self.ranks.by_stage([stage_memory(stage) for stage in self.stages])
-
-    # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Stop the workers and let go of the minibatches in the pipe. Weights stay readable. Idempotent.
@@ -438,7 +396,3 @@ class Pipeline(Network):
     def __del__(self) -> None:
         if hasattr(self, "_executor"):
             self.close()
-
-    def _close_channels(self) -> None:
-        for channel in (self._input, self._target, *self._activations, *self._gradients):
-            channel.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
 import pytest
 import torch
 
+from layerpipe.delays import OnLoss
 from layerpipe.executors.ranks import Ranks
 from tests.distributed import programs
 from tests.distributed.processes import Failure, Processes
@@ -58,13 +60,22 @@ def test_processes_give_the_weights_of_one_bit_for_bit(three: Processes, schedul
 
 @pytest.mark.parametrize(
     "options",
-    [{"split_backward": True}, {"max_norm": 0.1}, {"past": "ema"}, {"past": "latest"}, {"accumulate": 5}],
+    [
+        {"split_backward": True},
+        {"max_norm": 0.1},
+        {"past": "ema"},
+        {"past": "latest"},
+        {"accumulate": 5},
+        {"sync_steps": 5, "accumulate": 2},
+        {"delay_policy": OnLoss(window=1, decrease=0.1, rise=0.05)},
+    ],
 )
 def test_options_mean_the_same(two: Processes, options: dict[str, Any]) -> None:
-    task = (4, options, [12], [8])
-    expected = programs.train(0, "serial", *task)
+    task = (4, options, [24], [8])
+    expected = programs.train(0, "serial", *copy.deepcopy(task))  # a policy remembers
     for result in two.all(programs.train, "distributed", *task):
         assert same_state(result["state"], expected["state"])
+        assert result["measured"] == expected["measured"]
 
 
 def test_what_stages_exchange_keeps_its_dtypes_shapes_and_gaps(two: Processes) -> None:

@@ -91,7 +91,7 @@ class CapturedStage:
 
     def ready(self) -> bool:
         """Whether the delay has filled up: from here on every tick is like the next."""
-        return self.stage.version - self.stage.base > self.stage.delay
+        return not self.stage.accumulation.synchronous and self.stage.version - self.stage.base > self.stage.delay
 
     def revalidate(self) -> None:
         """The caller may have replaced something: then the stage is captured anew."""

@@ -124,6 +124,13 @@ def _put(group: dict[str, Any], key: str, value: Any) -> None:
             group[key] = copy.deepcopy(value) if changes_in_place(value) else value
 
 
+def set_staleness(optimizer: Any, updates: float) -> None:
+    """Tell an optimizer that wants to know how many updates late its gradients come from the next minibatch on."""
+    tell = getattr(optimizer, "set_staleness", None)
+    if tell is not None:
+        tell(updates)
+
+
 def check_stage(stage: str, module: nn.Module, optimizer: Any, delay: int, accumulate: int = 1) -> None:
     """Refuse an optimizer that a stage's factory made and that cannot serve it.
 

@@ -17,7 +17,7 @@ from layerpipe.stage.arrival import Arrival, Seen
 from layerpipe.stage.copies import warn_of_copies
 from layerpipe.stage.gradients import clip, memory_of, own
 from layerpipe.stage.history import drop_history
-from layerpipe.stage.options import Options, StageOptions, check_stage
+from layerpipe.stage.options import Options, StageOptions, check_stage, set_staleness
 from layerpipe.stage.outputs import handed_on
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.recompute import Recomputation, past_in_place
@@ -116,8 +116,6 @@ class Stage:
             self._past_view = optimizer.past_view if accumulation.every == 1 else self._past_of_minibatch
         self._saved = SavedTensors(self._all_params, self._past_view)
 
-    # -- a minibatch's way through -------------------------------------------------------------------------------
-
     def enter(self, minibatch: int, inputs: Tensors) -> _Flight:
         """Its forward begins, on the weights as they are now."""
         self._flights[minibatch] = flight = _Flight(self.version, inputs)
@@ -156,8 +154,6 @@ class Stage:
             self.version, self.measured, self.probe = version, measured, probe
             self._flights, self._kept_bytes, self._rest = flights, kept_bytes, None
             self.watch(spans)
-
-    # -- forward -------------------------------------------------------------------------------------------------
 
     def forward(self, minibatch: int, inputs: Tensors) -> Tensors:
         """Run the layers on a minibatch and keep its graph; returns outputs cut off from it."""
@@ -218,8 +214,6 @@ class Stage:
         before, flight.saved_bytes = flight.saved_bytes, sum(flight.saved.values())
         self._kept_bytes += flight.saved_bytes - before
         self.activation_bytes = max(self.activation_bytes, self._kept_bytes)
-
-    # -- backward ------------------------------------------------------------------------------------------------
 
     def _past_of_minibatch(self, param: Tensor) -> Tensor:
         """A parameter as the forward of the minibatch that comes back saw it; not all of them are equally late."""
@@ -336,6 +330,7 @@ class Stage:
         self._arrival = Arrival()  # as after a resumption
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
+        set_staleness(self.optimizer, self.accumulation.mean_delay)
 
     def weights_loaded(self) -> None:
         """The pipe is empty, and somebody has replaced the weights."""

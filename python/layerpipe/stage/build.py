@@ -1,0 +1,66 @@
+"""The stages of a pipeline, each with the optimizer that its factory makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from layerpipe.errors import divergence_advice
+from layerpipe.executors.ranks import Ranks
+from layerpipe.stage.accumulation import Accumulation
+from layerpipe.stage.random_numbers import RandomNumbers
+from layerpipe.stage.stage import Stage
+from layerpipe_kernels import mark_embeddings_and_output
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+
+
+def build(
+    modules: Sequence[nn.Module],
+    optimizer: OptimizerFactory,
+    *,
+    past: dict[str, Any],
+    accumulations: Sequence[Accumulation],
+    names: Sequence[str],
+    random: Sequence[RandomNumbers | None],
+    ranks: Ranks,
+    **options: Any,
+) -> list[Stage]:
+    """The stages of this process.
+
+    Args:
+        modules, accumulations, names, random: one for each of all stages.
+        optimizer: called for every stage with parameters.
+        past: what it is told besides the delay: ``past``, ``order`` and ``ema_decay``.
+        options: of :class:`Stage`, the same for all.
+
+    Raises:
+        Exception: what a factory raised in this process; a RuntimeError where it was another one.
+    """
+    advice = divergence_advice(past["past"], past["order"], max(a.delay for a in accumulations))
+
+    def make(i: int) -> Stage:
+        params = [p for p in modules[i].parameters() if p.requires_grad]
+        mark_embeddings_and_output(modules[i], output=i == len(modules) - 1)
+        return Stage(
+            modules[i],
+            optimizer(params, delay=accumulations[i].delay, **past) if params else None,
+            index=i,
+            accumulation=accumulations[i],
+            name=names[i],
+            advice=advice,
+            random=random[i],
+            **options,
+        )
+
+    made: list[Stage] = []
+    error: Exception | None = None
+    try:
+        made += [make(i) for i in ranks.own]
+    except Exception as caught:
+        error = caught
+    ranks.agree(error, RuntimeError)
+    return made
