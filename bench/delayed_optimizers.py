@@ -6,6 +6,9 @@ With a gradient ``g`` that is ``n`` updates old, ``m = β₁ m + (1−β₁) g``
     u = lr d + lr wd W       W ← W − u
     F = W − h n x            what the next forward sees   h: weight prediction (arXiv 1809.02839); x: ``predict``
 
+A gradient that is corrected for the curvature comes in as ``g + k q (W − F(t−n))``, ``q`` the average of the squared
+gradients and the product in the preconditioner's basis. In the plain basis it is DC-ASGD's (arXiv 1609.08326).
+
 Nothing is shared with the optimizers of :mod:`layerpipe_kernels`, so that either checks the other.
 """
 
@@ -34,6 +37,7 @@ class Settings:
         predict: the ``x`` that is multiplied: the last ``update``, ``momentum`` (``lr P(m̂)``) or the ``average`` of
             past updates (decay .9).
         lr_delay: the learning rate is divided by ``(1+n)^lr_delay``.
+        curvature: ``k``.
         damping: ``δ``: a preconditioner divides its direction of root mean square gradient ``r`` by
             ``r (1 + δ n r/r̄)``, ``r̄`` over its matrix.
         sides: SOAP turns both sides of a matrix, or 1: the shorter one.
@@ -51,6 +55,7 @@ class Settings:
     predict: str = "update"
     beta1_delay: float = 0.0
     lr_delay: float = 0.0
+    curvature: float = 0.0
     damping: float = 0.0
     refresh: int = 10
     sides: int = 2
@@ -61,7 +66,7 @@ class Settings:
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)!r} is none of {', '.join(map(str, values))}")
 
-    def decay(self, n: int) -> float:
+    def decay(self, n: float) -> float:
         """``β₁`` of a stage with delay ``n``."""
         return max(self.beta1, 1 - 1 / (self.beta1_delay * n)) if self.beta1_delay * n > 1 else self.beta1
 
@@ -73,7 +78,7 @@ class Adam:
         self.settings, self.v, self.count = settings, torch.zeros_like(like), 0
         self.divisor = torch.ones_like(like)
 
-    def see(self, g: Tensor, n: int) -> None:
+    def see(self, g: Tensor, n: float) -> None:
         """Takes a gradient into the second moments."""
         beta2, damping = self.settings.beta2, self.settings.damping
         self.count += 1
@@ -85,6 +90,10 @@ class Adam:
 
     def __call__(self, d: Tensor) -> Tensor:
         return d / self.divisor
+
+    def change(self, moved: Tensor) -> Tensor:
+        """Of the gradient where the weights have moved, up to a factor; of the moments before this gradient."""
+        return self.v / (1 - self.settings.beta2**self.count) * moved if self.count else torch.zeros_like(moved)
 
 
 class Soap(Adam):
@@ -98,11 +107,11 @@ class Soap(Adam):
         self.covariances: list[Tensor] = []
         self.bases: list[Tensor] = []
 
-    def see(self, g: Tensor, n: int) -> None:
+    def see(self, g: Tensor, n: float) -> None:
         products = [g @ g.T] * self.left + [g.T @ g] * self.right
         if not self.bases:
             self.covariances = products
-            self.bases = [torch.linalg.eigh(each)[1] for each in products]
+            self.bases = [torch.linalg.eigh(each)[1].flip(-1) for each in products]  # as power iterations sort them
         else:
             decay = min(self.settings.beta2, self.count / (self.count + 1))
             for covariance, product in zip(self.covariances, products, strict=True):
@@ -114,6 +123,9 @@ class Soap(Adam):
     def __call__(self, d: Tensor) -> Tensor:
         return self._turn(super().__call__(self._turn(d, back=False)), back=True)
 
+    def change(self, moved: Tensor) -> Tensor:
+        return self._turn(super().change(self._turn(moved, back=False)), back=True) if self.bases else moved * 0
+
     def _turn(self, x: Tensor, back: bool) -> Tensor:
         if self.left:
             x = (self.bases[0] if back else self.bases[0].T) @ x
@@ -122,14 +134,25 @@ class Soap(Adam):
         return x
 
 
-class Muon:
+class Identity:
+    def __init__(self, like: Tensor, settings: Settings) -> None:
+        """Has no state."""
+
+    def see(self, g: Tensor, n: float) -> None:
+        """Has no state."""
+
+    def __call__(self, d: Tensor) -> Tensor:
+        return d
+
+    def change(self, moved: Tensor) -> Tensor:
+        raise ValueError("curvature is that of squared gradients, which only adam and soap average")
+
+
+class Muon(Identity):
     """The nearest orthogonal matrix by five Newton-Schulz steps, of Adam's norm (Liu et al., arXiv 2502.16982)."""
 
     def __init__(self, like: Tensor, settings: Settings) -> None:
         self.scale = 0.2 * max(like.shape) ** 0.5
-
-    def see(self, g: Tensor, n: int) -> None:
-        """Has no state."""
 
     def __call__(self, d: Tensor) -> Tensor:
         x = d / (d.norm() + 1e-7)
@@ -138,17 +161,6 @@ class Muon:
             gram = x @ x.T
             x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
         return self.scale * (x.T if x.shape != d.shape else x)
-
-
-class Identity:
-    def __init__(self, like: Tensor, settings: Settings) -> None:
-        """Has no state."""
-
-    def see(self, g: Tensor, n: int) -> None:
-        """Has no state."""
-
-    def __call__(self, d: Tensor) -> Tensor:
-        return d
 
 
 class DelayedOptimizer:
@@ -167,24 +179,30 @@ class DelayedOptimizer:
         self.preconditioners = [kind[m](w, settings) for w, m in zip(self.weights, matrices, strict=True)]
         self.m = [torch.zeros_like(w) for w in self.weights]
         self.average = [torch.zeros_like(w) for w in self.weights]
-        self.count = 0
+        self.count, self.weight = 0, 0.0
 
-    def step(self, grads: Sequence[Tensor], lr: float, n: int) -> list[Tensor]:
-        """Updates ``W`` with gradients that are ``n`` updates old; returns ``F``: ``W`` itself without a prediction."""
+    def step(self, grads: Sequence[Tensor], lr: float, n: float, then: Sequence[Tensor]) -> list[Tensor]:
+        """Updates ``W`` with gradients that are ``n`` updates old, taken at ``then``.
+
+        Returns ``F``: ``W`` itself without a prediction.
+        """
         s = self.settings
         beta1 = s.decay(n)
         a = beta1 if s.nesterov else beta1 ** (s.spike_compensation * n)
         ahead = s.weight_prediction * n
         lr /= (1 + n) ** s.lr_delay
         self.count += 1
+        self.weight += (1 - beta1) * (1 - self.weight)  # of all gradients in m
         norm = torch.stack([g.norm() for g in grads]).norm()
         scale = min(1.0, s.max_norm / (norm.item() + 1e-6)) if s.max_norm else 1.0
         seen = []
-        for w, g, m, average, p in zip(self.weights, grads, self.m, self.average, self.preconditioners, strict=True):
-            g = g.reshape(w.shape) * scale
+        lists = (self.weights, grads, then, self.m, self.average, self.preconditioners)
+        for w, g, old, m, average, p in zip(*lists, strict=True):
+            raw = g.reshape(w.shape) * scale
+            g = raw + s.curvature * p.change(w - old.view_as(w)) if s.curvature * n else raw
             m.lerp_(g, 1 - beta1)
-            m_hat = m / (1 - beta1**self.count)
-            p.see(g, n)
+            m_hat = m / self.weight
+            p.see(raw, n)
             u = lr * p(a * m_hat + (1 - a) * g) + lr * s.weight_decay * w
             w -= u
             average.lerp_(u, 1 - min(0.9, (self.count - 1) / self.count))

@@ -1,15 +1,16 @@
 """Training with delayed gradients as a pipeline of stages makes it, exactly, in one process and without the engine.
 
-Minibatch ``k`` is forwarded by a stage of delay ``n`` when that stage has made ``max(start, k − n)`` updates, whatever
-the schedule; ``start`` is how many minibatches were trained one after the other before. So its gradient is that of the
-network at every stage's weights of then, which a ring of the last ``n + 1`` versions keeps.
+Minibatches are cut into ``m`` microbatches, and a stage updates once in ``m`` of them with the mean gradient. A stage
+followed by ``S`` others forwards microbatch ``k`` when ``k − d`` have come back, ``d = S`` under 1F1B and ``2 S`` in
+lockstep, so with ``max(start, floor((k − d)/m))`` updates, ``start`` of them in minibatches that were trained one after
+the other. Its gradient is that of the network at every stage's weights of then, which a stage's newest versions keep.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def resnet_task(seed: int, *, width: int = 8, batch: int = 64) -> Task:
 
 TASKS: dict[str, Callable[..., Task]] = {"gpt": gpt_task, "resnet18": resnet_task}
 
-#: Updates between a stage's forward and backward for each stage that follows it.
+#: Microbatches between a stage's forward and backward for each stage that follows it.
 SCHEDULES = {"sequential": 0, "1f1b": 1, "lockstep": 2}
 
 
@@ -129,18 +130,32 @@ class DelayedTraining:
     """Trains ``task.model`` as ``stages`` stages of a schedule would.
 
     Args:
+        microbatches: ``m``, into which a minibatch is cut.
         sync_steps: minibatches that are trained one after the other, without a delay, at the beginning.
+
+    Attributes:
+        delays: of each stage, in updates; the mean over a minibatch's microbatches.
     """
 
     def __init__(
-        self, task: Task, stages: int, schedule: str, settings: Settings, horizon: Horizon, *, sync_steps: int = 0
+        self,
+        task: Task,
+        stages: int,
+        schedule: str,
+        settings: Settings,
+        horizon: Horizon,
+        *,
+        microbatches: int = 1,
+        sync_steps: int = 0,
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is unknown; there are: {', '.join(SCHEDULES)}")
         if not 1 <= stages <= task.pieces:
             raise ValueError(f"stages={stages} is not between 1 and the {task.pieces} pieces of the network")
-        self.task, self.settings, self.horizon, self.sync_steps = task, settings, horizon, sync_steps
-        self.delays = [SCHEDULES[schedule] * (stages - 1 - s) for s in range(stages)]
+        self.task, self.settings, self.horizon = task, settings, horizon
+        self.microbatches, self.sync_steps = microbatches, sync_steps
+        self.ahead = [SCHEDULES[schedule] * (stages - 1 - s) for s in range(stages)]  # microbatches
+        self.delays = [ahead / microbatches for ahead in self.ahead]
         self.params: list[list[nn.Parameter]] = [[] for _ in range(stages)]
         matrices: list[list[bool]] = [[] for _ in range(stages)]
         for name, param in task.model.named_parameters():
@@ -149,37 +164,47 @@ class DelayedTraining:
             matrices[stage].append(task.matrices(name))
         self.weights = [[p.detach().clone() for p in params] for params in self.params]
         self.optimizers = [DelayedOptimizer(w, m, settings) for w, m in zip(self.weights, matrices, strict=True)]
-        # By stage: the newest n + 1 versions that a forward may see, newest last.
-        self.versions = [[[w.clone() for w in weights]] for weights in self.weights]
+        self.versions = [[[w.clone() for w in weights]] for weights in self.weights]  # by stage, the newest last
         self.step_count = 0
 
-    def delay(self, stage: int) -> int:
-        """Of the next gradient."""
-        return min(self.delays[stage], max(0, self.step_count - self.sync_steps))
+    def delay(self, stage: int, microbatch: int = 0) -> int:
+        """Updates between the forward of this microbatch of the next minibatch and now."""
+        k = self.step_count * self.microbatches + microbatch
+        return self.step_count - min(
+            self.step_count, max(self.sync_steps, (k - self.ahead[stage]) // self.microbatches)
+        )
 
     def step(self) -> float:
         """Trains one minibatch; returns its loss."""
-        for stage, params in enumerate(self.params):
-            then = self.versions[stage][-1 - self.delay(stage)]
-            for param, values in zip(params, then, strict=True):
-                param.data.copy_(values.view_as(param))
+        for params in self.params:
+            for param in params:
                 param.grad = None
-        loss = self.task.loss(self.task.model, next(self.task.minibatches))
-        loss.backward()
+        x, y = next(self.task.minibatches)
+        total = 0.0
+        for microbatch, part in enumerate(zip(x.chunk(self.microbatches), y.chunk(self.microbatches), strict=True)):
+            self._show([versions[-1 - self.delay(s, microbatch)] for s, versions in enumerate(self.versions)])
+            loss = self.task.loss(self.task.model, part) / self.microbatches
+            loss.backward()
+            total += loss.item()
         lr = self.settings.lr * self.horizon.factor(self.step_count)
         for stage, (params, optimizer) in enumerate(zip(self.params, self.optimizers, strict=True)):
-            n = self.delays[stage] if self.step_count >= self.sync_steps else 0
-            seen = optimizer.step([_gradient(p) for p in params], lr, n)
+            n = self.delays[stage] if self.step_count >= self.sync_steps else 0.0
+            then = self.versions[stage][-1 - self.delay(stage)]
+            seen = optimizer.step([_gradient(p) for p in params], lr, n, then)
             self.versions[stage].append([w.clone() for w in seen])
-            del self.versions[stage][: -1 - self.delays[stage]]
+            del self.versions[stage][: -1 - math.ceil(self.delays[stage])]
         self.step_count += 1
-        return loss.item()
+        return total
+
+    def _show(self, values: Sequence[Sequence[Tensor]]) -> None:
+        """To the network's own parameters, by stage."""
+        for params, stage in zip(self.params, values, strict=True):
+            for param, value in zip(params, stage, strict=True):
+                param.data.copy_(value.view_as(param))
 
     def quality(self) -> float:
         """Of the newest weights, not of predicted ones."""
-        for params, weights in zip(self.params, self.weights, strict=True):
-            for param, values in zip(params, weights, strict=True):
-                param.data.copy_(values)
+        self._show(self.weights)
         return self.task.quality(self.task.model)
 
 

@@ -35,12 +35,20 @@ from bench.report import console, deviation, save
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: the network, how it is cut, how long it is trained, and with what."""
+    """One training: the network, how it is cut, how long it is trained, and with what.
+
+    Attributes:
+        width, batch, context: of the network and its minibatches; 0 is what the task has.
+    """
 
     task: str = "gpt"
+    width: int = 0
+    batch: int = 0
+    context: int = 0
     stages: int = 8
     schedule: str = "1f1b"
     steps: int = 600
+    microbatches: int = 1
     warmup: int = 100
     sync_steps: int = 0
     seed: int = 0
@@ -72,9 +80,10 @@ Results = dict[Run, dict[str, Any]]
 
 
 def measure(run: Run) -> tuple[Run, dict[str, Any]]:
+    size = {name: getattr(run, name) for name in ("width", "batch", "context") if getattr(run, name)}
     training = DelayedTraining(
-        TASKS[run.task](run.seed), run.stages, run.schedule, run.settings, Horizon(run.steps, run.warmup),
-        sync_steps=run.sync_steps,
+        TASKS[run.task](run.seed, **size), run.stages, run.schedule, run.settings, Horizon(run.steps, run.warmup),
+        microbatches=run.microbatches, sync_steps=run.sync_steps,
     )  # fmt: skip
     return run, train(training)
 
@@ -120,8 +129,7 @@ def undelayed(found: Results, run: Run) -> list[tuple[int, float]]:
     """Best mean quality over seeds of each length, among sequential runs of the same network and optimizer."""
     by_group: dict[Any, list[float]] = {}
     for other, result in found.items():
-        same = (other.task, other.settings.optimizer) == (run.task, run.settings.optimizer)
-        if same and other.schedule == "sequential":
+        if _trained(other) == _trained(run) and other.schedule == "sequential":
             by_group.setdefault((other.steps, other.group("seed")), []).append(result["quality"])
     best = min if run.task == "gpt" else max
     lengths: dict[int, float] = {}
@@ -129,6 +137,10 @@ def undelayed(found: Results, run: Run) -> list[tuple[int, float]]:
         mean = statistics.fmean(qualities)
         lengths[steps] = best(lengths.get(steps, mean), mean)
     return sorted(lengths.items())
+
+
+def _trained(run: Run) -> tuple[Any, ...]:
+    return run.task, run.width, run.batch, run.context, run.settings.optimizer
 
 
 def table(found: Results, runs: Sequence[Run]) -> Table:

@@ -75,6 +75,26 @@ def test_the_first_minibatches_have_no_delay() -> None:
     assert delays == [[0] * 4] * 4 + [[1, 1, 1, 0], [2, 2, 2, 0], [3, 3, 2, 0]]
 
 
+@pytest.mark.parametrize(("schedule", "unit"), [("1f1b", 1), ("lockstep", 2)])
+@pytest.mark.parametrize("m", [1, 2, 3, 6])
+def test_delays_of_microbatches_are_those_of_a_stage_that_accumulates(schedule: str, unit: int, m: int) -> None:
+    training = DelayedTraining(task(), 4, schedule, Settings(), CONSTANT, microbatches=m)
+    for _ in range(10):
+        training.step()
+    for stage, ahead in enumerate(unit * s for s in (3, 2, 1, 0)):
+        delays = [training.delay(stage, i) for i in range(m)]
+        assert delays == [(10 * m + i) // m - (10 * m + i - ahead) // m for i in range(m)]
+        assert sum(delays) / m == pytest.approx(training.delays[stage])
+
+
+def test_microbatches_without_a_delay_are_their_minibatch() -> None:
+    losses = []
+    for m in (1, 3):
+        training = DelayedTraining(task(), 4, "sequential", Settings(optimizer="sgd"), CONSTANT, microbatches=m)
+        losses.append([training.step() for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "muon", "soap"])
 def test_without_a_delay_no_knob_that_depends_on_it_does_anything(optimizer: str) -> None:
     knobs = Settings(
@@ -90,9 +110,23 @@ def test_without_a_delay_no_knob_that_depends_on_it_does_anything(optimizer: str
 def test_prediction_moves_what_the_forward_sees_and_not_the_weights() -> None:
     w, g = torch.zeros(2, 3), torch.ones(2, 3)
     settings = Settings(optimizer="sgd", lr=0.5, beta1=0.0, weight_prediction=1.0, max_norm=0.0)
-    (seen,) = DelayedOptimizer([w], [True], settings).step([g], lr=0.5, n=4)
+    (seen,) = DelayedOptimizer([w], [True], settings).step([g], lr=0.5, n=4, then=[w])
     assert torch.equal(w, torch.full((2, 3), -0.5))
     assert torch.equal(seen, torch.full((2, 3), -2.5))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "soap"])
+def test_a_correction_for_curvature_pulls_back_where_the_weights_have_moved(optimizer: str) -> None:
+    w, g = torch.zeros(3, 3), torch.eye(3)
+    settings = Settings(optimizer=optimizer, beta1=0.0, curvature=1.0, max_norm=0.0)
+    stepped = DelayedOptimizer([w], [True], settings)
+    stepped.step([g], lr=0.1, n=2, then=[w.clone()])
+    assert torch.all(w.diagonal() < 0)
+    before = w.clone()
+    stepped.step(
+        [torch.zeros(3, 3)], lr=0.1, n=2, then=[torch.zeros(3, 3)]
+    )  # of a gradient that W has already followed
+    assert torch.all(w.diagonal() > before.diagonal())
 
 
 def test_worth_is_the_length_of_equal_quality() -> None:
