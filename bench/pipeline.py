@@ -96,6 +96,7 @@ def pipelined(
     *,
     compiled: bool = False,
     make: Callable[..., Any] = our_sgd,
+    **further: Any,
 ) -> tuple[layerpipe.Pipeline, Run]:
     """Seconds per step of the pipeline in steady state, one intra-op thread in each worker; cut ``at`` these layers."""
     x, y = case.minibatch()
@@ -109,6 +110,7 @@ def pipelined(
         executor="threads",
         threads_per_stage=1,
         split_backward=split,
+        **further,
     )
 
     def run(steps: int) -> float:

@@ -7,7 +7,7 @@
 :mod:`torch.distributed.pipelining` over gloo with 2, 4 and 8 microbatches, a process and a thread per stage;
 *asynchronous* is ours with a thread per stage. All train with the same optimizer, and take turns within a round. The
 first two need as many minibatches as training without a delay does; ours needs *extra* times as many, from the
-simulations of ``bench.staleness``.
+simulations of ``bench.staleness`` with as many ``--microbatches``, which ours accumulates the gradients of.
 
 For pipelines that this machine has no cores for, the schedules are simulated: a stage has its equal
 share of the seconds that one thread takes, at the size of the microbatch, and links are free. That is no measurement.
@@ -58,11 +58,16 @@ def soap(params: Any, **past: Any) -> torch.optim.Optimizer:
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"soap": soap, "adamw": adamw}
 
 
-def seconds_per_minibatch(case: Case, optimizer: str, stages: int, schedule: str, rounds: int, steps: int) -> Any:
+def seconds_per_minibatch(
+    case: Case, optimizer: str, stages: int, schedule: str, microbatches: int, rounds: int, steps: int
+) -> dict[str, list[float]]:
     """Of every variant and round."""
     make = OPTIMIZERS[optimizer]
     options = pipeline.Options(stages, "time", "blend", (schedule,), compiled=False, split_backward=False)
-    pipe, ours = pipeline.pipelined(case, options, (schedule, False), None, make=make)
+    part = dataclasses.replace(case, batch=case.batch // microbatches)
+    further = {"accumulate": microbatches} if microbatches > 1 else {}
+    pipe, run_parts = pipeline.pipelined(part, options, (schedule, False), None, make=make, **further)
+    ours = lambda count: microbatches * run_parts(microbatches * count)
     cuts = case.stages(stages)
     variants: dict[str, Callable[[int], float]] = {f"asynchronous, {schedule}": ours}
     for threads in sorted({1, os.cpu_count() or 1}):
@@ -110,30 +115,35 @@ def parts_of_a_step(case: Case, optimizer: str, rounds: int) -> dict[int, dict[s
     return found
 
 
-def simulated(measured: dict[int, dict[str, float]], stages: int, minibatches: int = 64) -> dict[str, float]:
+def simulated(
+    measured: dict[int, dict[str, float]], stages: int, microbatches: int = 1, minibatches: int = 32
+) -> dict[str, float]:
     """Seconds per minibatch of the best synchronous pipeline and of an asynchronous one, in steady state."""
 
-    def period(schedule: str, parts: int) -> float:
-        seconds = measured[parts]
-        cost = StageCost(
-            seconds["forward"] * parts / stages,
-            seconds["backward"] * parts / stages,
-            update=seconds["update"] / stages,
-        )
-        tasks = simulate.BUILDERS[schedule]([cost] * stages, minibatches, parts)
-        return simulate.report(simulate.run(tasks)).period
+    def period(schedule: str, count: int, cost: StageCost, parts: int) -> float:
+        return simulate.report(simulate.run(simulate.BUILDERS[schedule]([cost] * stages, count, parts))).period
 
-    by_parts = {parts: period("gpipe", parts) for parts in measured if parts > 1}
-    best = min(by_parts, key=lambda parts: by_parts[parts])
-    return {"synchronous": by_parts[best], "microbatches": best, "asynchronous": period("1f1b", 1)}
+    by_parts = {}
+    for parts, seconds in measured.items():
+        if parts > 1:
+            forward, backward = (seconds[name] * parts / stages for name in ("forward", "backward"))
+            cost = StageCost(forward, backward, update=seconds["update"] / stages)
+            by_parts[parts] = period("gpipe", minibatches, cost, parts)
+    fewest = min(by_parts, key=lambda parts: by_parts[parts])
+    seconds = measured[microbatches]
+    cost = StageCost(
+        seconds["forward"] / stages, seconds["backward"] / stages, update=seconds["update"] / stages / microbatches
+    )
+    ours = microbatches * period("1f1b", max(minibatches, 4 * stages) * microbatches, cost, 1)
+    return {"synchronous": by_parts[fewest], "microbatches": fewest, "asynchronous": ours}
 
 
-def extra_minibatches(found: staleness.Results, task: str, optimizer: str, stages: int) -> float:
+def extra_minibatches(found: staleness.Results, task: str, optimizer: str, stages: int, microbatches: int = 1) -> float:
     """Of the best delayed runs that are longest; NaN where none was measured."""
     groups: dict[Any, list[staleness.Run]] = {}
     for run in found:
-        own = (run.task, run.settings.optimizer, run.stages) == (task, optimizer, stages)
-        if own and run.schedule != "sequential":
+        own = run.task, run.settings.optimizer, run.stages, run.microbatches
+        if own == (task, optimizer, stages, microbatches) and run.schedule != "sequential":
             groups.setdefault((run.steps, run.group("seed")), []).append(run)
     longest = max((steps for steps, _ in groups), default=0)
     extras = []
@@ -150,7 +160,7 @@ def best(seconds: dict[str, list[float]], kind: str) -> str:
     return min(names, key=lambda name: statistics.median(seconds[name]))
 
 
-def measured_table(results: Sequence[dict[str, Any]], extra: Callable[[str, str, int], float]) -> Table:
+def measured_table(results: Sequence[dict[str, Any]], extra: Callable[[str, str, int, int], float]) -> Table:
     made = Table(title="Median (quartiles) over rounds; ratios within a round", title_justify="left")
     columns = ("network", "optimizer", "method", "ms per minibatch", "beside plain", "extra", "to equal loss")
     for column in columns:
@@ -161,7 +171,7 @@ def measured_table(results: Sequence[dict[str, Any]], extra: Callable[[str, str,
         for kind in ("plain", "synchronous", "asynchronous"):
             name = best(seconds, kind)
             ratios = [a / b for a, b in zip(plain, seconds[name], strict=True)]
-            more = extra(task, optimizer, result["stages"]) if kind == "asynchronous" else 1.0
+            more = extra(task, optimizer, result["stages"], result["microbatches"]) if kind == "asynchronous" else 1.0
             made.add_row(
                 task, optimizer, name, spread([1000 * s for s in seconds[name]], ".1f"), spread(ratios, ".2f"),
                 f"{more:.2f}", f"{statistics.median(ratios) / more:.2f}x faster",
@@ -171,7 +181,7 @@ def measured_table(results: Sequence[dict[str, Any]], extra: Callable[[str, str,
 
 
 def simulated_table(
-    results: Sequence[dict[str, Any]], processors: Sequence[int], extra: Callable[[str, str, int], float]
+    results: Sequence[dict[str, Any]], processors: Sequence[int], extra: Callable[[str, str, int, int], float]
 ) -> Table:
     made = Table(title="Simulated: seconds of one thread in equal shares, free links", title_justify="left")
     columns = (
@@ -189,9 +199,9 @@ def simulated_table(
     for result in results:
         measured = {int(parts): seconds for parts, seconds in result["one thread"].items()}
         for count in processors:
-            times = simulated(measured, count)
+            times = simulated(measured, count, result["microbatches"])
             ratio = times["synchronous"] / times["asynchronous"]
-            more = extra(result["task"], result["optimizer"], count)
+            more = extra(result["task"], result["optimizer"], count, result["microbatches"])
             made.add_row(
                 result["task"], result["optimizer"], str(count),
                 f"{1000 * times['synchronous']:.1f} ({times['microbatches']} microbatches)",
@@ -206,6 +216,7 @@ def main() -> None:
     parser.add_argument("--minibatches", type=Path, required=True, help="what bench.staleness measured")
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["soap"])
     parser.add_argument("--stages", type=int, default=2)
+    parser.add_argument("--microbatches", type=int, default=1, choices=PARTS, help="that ours accumulates")
     parser.add_argument("--schedule", choices=("1f1b", "lockstep"), default="1f1b", help="ours")
     parser.add_argument("--processors", type=int, nargs="+", default=[4, 8, 16], help="that are simulated")
     parser.add_argument("--rounds", type=int, default=15)
@@ -218,12 +229,15 @@ def main() -> None:
     results: list[dict[str, Any]] = kept
     for task in given.task:
         for optimizer in given.optimizer:
-            key = {"task": task, "optimizer": optimizer, "stages": given.stages, "schedule": given.schedule}
+            key = {
+                "task": task, "optimizer": optimizer, "stages": given.stages, "schedule": given.schedule,
+                "microbatches": given.microbatches,
+            }  # fmt: skip
             if any(result.items() >= key.items() for result in results):
                 continue
             with Others() as others:
                 seconds = seconds_per_minibatch(
-                    CASES[task], optimizer, given.stages, given.schedule, given.rounds, given.steps
+                    CASES[task], optimizer, given.stages, given.schedule, given.microbatches, given.rounds, given.steps
                 )
                 single = parts_of_a_step(CASES[task], optimizer, given.rounds)
             results.append({**key, "seconds": seconds, "one thread": single, "others": others.share})

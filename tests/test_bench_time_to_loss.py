@@ -26,6 +26,7 @@ def results() -> staleness.Results:
 def test_extra_minibatches_are_those_of_the_best_longest_run() -> None:
     assert time_to_loss.extra_minibatches(results(), "gpt", "soap", 8) == pytest.approx(2.0)
     assert math.isnan(time_to_loss.extra_minibatches(results(), "gpt", "soap", 4))
+    assert math.isnan(time_to_loss.extra_minibatches(results(), "gpt", "soap", 8, microbatches=2))
     assert math.isnan(time_to_loss.extra_minibatches(results(), "gpt", "adam", 8))
 
 
@@ -35,6 +36,8 @@ def test_a_synchronous_pipeline_has_a_bubble_and_an_asynchronous_one_none() -> N
     assert found["microbatches"] == 8
     assert found["synchronous"] == pytest.approx(3 / 4 * (8 + 3) / 8)
     assert found["asynchronous"] == pytest.approx(3 / 4)
+    slower = {**measured, 2: {"forward": 0.6, "backward": 1.2, "update": 0.8}}
+    assert time_to_loss.simulated(slower, 4, microbatches=2)["asynchronous"] == pytest.approx(2 * (1.8 + 0.4) / 4)
 
 
 def test_the_best_of_a_kind_is_compared() -> None:
@@ -45,7 +48,7 @@ def test_the_best_of_a_kind_is_compared() -> None:
         "synchronous, gpipe 2": [0.8, 0.8],
         "synchronous, 1f1b 2": [2.0, 2.0],
     }
-    result = {"task": "gpt", "optimizer": "soap", "stages": 2, "seconds": seconds}
+    result = {"task": "gpt", "optimizer": "soap", "stages": 2, "microbatches": 1, "seconds": seconds}
     table = time_to_loss.measured_table([result], lambda *_: 1.25)
     columns = {column.header: list(column.cells) for column in table.columns}
     assert columns["method"] == ["plain, 2", "synchronous, gpipe 2", "asynchronous, 1f1b"]
