@@ -46,6 +46,8 @@ def complete(
     """
     full = reference.state_dtype(param.dtype)
     layout.align(state, param)
+    if kept.counts and "momentum_buffer" in kept.states and state.get("momentum_buffer") is None:
+        state.pop("step", None)  # the buffer begins anew, and with it the count that says so
     if kept.counts and not isinstance(state.get("step"), Tensor):
         begun = state.get("momentum_buffer") is not None and param not in fresh
         made = float(state.get("step", begun))

@@ -292,11 +292,10 @@ class FusedOptimizer(PastOptimizer):
             return False
         if self._grad_dtype(moving[0]) != ready.plan.grad_dtype:
             return False
-        states = [self.state[p] for p in moving]
-        try:
-            return ready.plan.fits([*moving, *(state[key] for key in ready.kept.names() for state in states)])
-        except KeyError:
-            return False  # somebody took an array away: begin it anew
+        arrays = [self.state[p].get(key) for key in ready.kept.names() for p in moving]
+        if any(array is None for array in arrays):
+            return False  # somebody took an array away, as torch's checkpoints have an empty one: begin it anew
+        return ready.plan.fits([*moving, *arrays])
 
     @torch.no_grad()
     def _prepare(self, group: Group, kept: Kept, moving: list[Tensor]) -> _Ready:

@@ -63,3 +63,24 @@ def check_fed(inputs: tuple[Any, ...]) -> None:
         raise RuntimeError("autocast does not reach the stages' threads; enter it inside a stage's forward")
     if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
         raise ValueError("the pipeline computes no gradient of its inputs; pass inputs.detach()")
+
+
+def check_loss(loss: Any) -> None:
+    """What a loss returns.
+
+    Raises:
+        TypeError: something else than a tensor of real numbers.
+        ValueError: more or fewer than one number.
+    """
+    hint = "return the loss alone, and keep metrics beside it"
+    if isinstance(loss, int | float):
+        hint = "a number has no gradient; leave out .item()"
+    if loss is None:
+        hint = "it has no return"
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss_fn must return one number as a tensor, got a {type(loss).__name__}: {hint}")
+    if loss.numel() != 1:
+        shape = tuple(loss.shape)
+        raise ValueError(f"loss_fn must return one number, got a tensor of shape {shape}: take its mean() or sum()")
+    if not loss.is_floating_point():
+        raise TypeError(f"loss_fn must return one real number, got a tensor of {loss.dtype}")

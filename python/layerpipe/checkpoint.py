@@ -47,6 +47,7 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
         "accumulate": pipe.accumulate,
         "pacing": pipe.pacing.state_dict(),
         "accumulated": ranks.by_stage([stage.accumulation.state(stage.params) for stage in pipe.stages]),
+        "loss": ranks.gather(pipe.loss_weights.state())[-1],
         "measured": pipe.measured_delays(),
         "random": states[0],
         "random_of_stages": ranks.by_stage([s.random and s.random.generator.get_state() for s in pipe.stages]),
@@ -148,6 +149,10 @@ def _check(
     if kinds != wanted:
         other = sorted(n for n in kinds.keys() | wanted.keys() if kinds.get(n) != wanted.get(n))
         raise ValueError(f"of another model, it differs in {', '.join(other)}")
+    kinds, wanted = _kinds(content.get("loss", {})), _kinds(pipe.loss_weights.state())
+    if kinds != wanted:
+        other = sorted(n for n in kinds.keys() | wanted.keys() if kinds.get(n) != wanted.get(n))
+        raise ValueError(f"of another loss, it differs in {', '.join(other)}")
     for i, (has, wants) in enumerate(zip(content.get("stages", stages), stages, strict=True)):
         if has != wants:
             raise ValueError(
@@ -169,6 +174,7 @@ def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:
     pipe.load_state_dict(content["model"])
     if "pacing" in content:
         pipe.pacing.load_state_dict(content["pacing"])
+    pipe.loss_weights.load(content.get("loss", {}))
     for stage in pipe.stages:
         stage.version = content["versions"][stage.index]
         stage.measured = collections.Counter(content["measured"][stage.index])

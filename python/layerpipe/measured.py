@@ -30,8 +30,8 @@ class StageMemory(NamedTuple):
 
 def stage_memory(stage: Stage) -> StageMemory:
     """What a stage has kept so far, from the tensors themselves; optimizers of another kind count as 0 bytes."""
-    weights = sum(p.nbytes for p in stage.module.parameters())
-    with_past = sum(p.nbytes for p in stage.module.parameters() if p.requires_grad and p not in stage.without_past)
+    weights = sum(p.nbytes for p in stage.all_params)
+    with_past = sum(p.nbytes for p in stage.params if p not in stage.without_past)
     optimizer: Any = stage.optimizer
     return StageMemory(
         weights=weights,

@@ -62,6 +62,12 @@ class Network(abc.ABC):
         values = self._evaluation.output(values)
         return values if len(values) > 1 else values[0]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "a pipeline cannot be copied or pickled, with its workers and minibatches in flight; pipe.checkpoint(path) "
+            "writes all that training goes on from, copy.deepcopy(pipe.modules) copies the layers"
+        )
+
     def train(self, mode: bool = True) -> Self:
         self._synchronize()
         for module in self.modules:

@@ -113,6 +113,9 @@ class PipelineOptimizer(torch.optim.Optimizer):
         if value:
             raise AttributeError("the state belongs to the stages; use load_state_dict")
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a pipeline's optimizer cannot be copied or pickled; pipe.optimizer.state_dict() can")
+
     def step(self, closure: Any = None) -> Any:
         raise RuntimeError("the stages step themselves; call pipe.step(inputs, target)")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from layerpipe import schedule as schedules
 from layerpipe.actions import Actions
 from layerpipe.executors import ranks
 from layerpipe.executors.base import Tick
+from layerpipe.loss import LossWeights
 from layerpipe.measured import StageMemory, stage_memory
 from layerpipe.network import Network
 from layerpipe.optimizer import common_optimizer
@@ -39,7 +40,7 @@ class Pipeline(Network):
         stages: modules, from input to output, each taking what the one before returns (a tensor or a tuple); from
             :func:`layerpipe.split`, or made by hand.
         loss_fn: ``loss_fn(output, target)`` to a scalar, called in the last stage; ``loss_fn(*outputs, target)``
-            where that returns a tuple.
+            where that returns a tuple. Of a module, the last stage's optimizer trains the parameters, too.
         optimizer: ``optimizer(params, **past)``, called once per stage that has parameters; hands ``past`` on to an
             optimizer of :mod:`layerpipe_kernels`. It holds the stage's ``delay`` and the options below. Embeddings and
             the last stage's last layer are marked before (:func:`layerpipe_kernels.mark_embeddings_and_output`), so
@@ -62,6 +63,7 @@ class Pipeline(Network):
         delay_policy: decides that for every minibatch, in place of ``sync_steps``; see :mod:`layerpipe.delays`.
         max_norm: clip the norm of each stage's gradient, or of their mean, to this before its update.
         split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
+        loss_params: of ``loss_fn``, trained by the last stage's optimizer; by default all that a module has.
         check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity; on a device,
             :meth:`drain` finds it in the weights.
 
@@ -97,6 +99,7 @@ class Pipeline(Network):
         max_norm: float | None = None,
         split_backward: bool = False,
         check_finite: bool = True,
+        loss_params: Iterable[nn.Parameter] | None = None,
     ) -> None:
         arguments.check_made_of(stages, loss_fn, optimizer, max_norm)
         arguments.check_accumulate(accumulate, executor)
@@ -111,6 +114,8 @@ class Pipeline(Network):
         super().__init__(stages, devices, ranks.make(executor, len(stages)))
         self.ranks.check_same(stages)
         self.ranks.check_trained(stages)
+        self.loss_fn, self.loss_weights = loss_fn, LossWeights(loss_fn, loss_params, stages)
+        self.loss_weights.move(self._devices[-1] if devices is not None else None)
         self.losses: collections.deque[Tensor] = collections.deque()
         self._undelivered: list[Tensor] = []  # losses that a checkpoint which failed had drained
         self._actions = Actions(len(stages), self.ranks.own, loss_fn, self.losses)
@@ -123,6 +128,7 @@ class Pipeline(Network):
             past={"past": past, "order": order, "ema_decay": ema_decay},
             accumulations=self._accumulations,
             names=names,
+            loss=self.loss_weights,
             random=executors.random_numbers(executor, stages, self.ranks),
             ranks=self.ranks,
             max_norm=max_norm,
@@ -165,6 +171,7 @@ class Pipeline(Network):
             ValueError: the inputs require gradients.
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        self._executor.check_outside()
         arguments.check_fed(inputs)
         if self.pacing.next() is self.synchronous:
             self._change_pace()
@@ -193,6 +200,7 @@ class Pipeline(Network):
 
     def _empty(self) -> None:
         """Finish every minibatch in the pipe."""
+        self._executor.check_outside()
         if self.tick:
             self._executor.check()
         while self.tick < self._running.ticks(self.fed):
@@ -242,7 +250,7 @@ class Pipeline(Network):
     @property
     def in_flight(self) -> int:
         """Minibatches that have entered and not yet been trained on by every stage."""
-        self._executor.synchronize()
+        self._synchronize()
         return max(self.ranks.by_stage([stage.in_flight for stage in self.stages]))
 
     def _restart(self) -> None:
@@ -283,6 +291,7 @@ class Pipeline(Network):
         have the devices', whose events cost the host a few microseconds each, and the host's for a row of its own. It
         waits for the stages, and for the devices, here and in no tick.
         """
+        self._executor.check_outside()
         self._executor.settle()
         if self._watched is not None:
             own = [stage.spans.spans() for stage in self.stages if stage.spans is not None]
@@ -363,12 +372,12 @@ class Pipeline(Network):
 
     def measured_delays(self) -> list[dict[int, int]]:
         """Per stage: how many backwards found their weights how many updates old."""
-        self._executor.synchronize()
+        self._synchronize()
         return self.ranks.by_stage([dict(stage.measured) for stage in self.stages])
 
     def memory(self) -> list[StageMemory]:
         """What each stage has kept so far, measured from the tensors themselves."""
-        self._executor.synchronize()
+        self._synchronize()
         return self.ranks.by_stage([stage_memory(stage) for stage in self.stages])
 
     def close(self) -> None:
@@ -383,6 +392,7 @@ class Pipeline(Network):
                 stage.forget()
 
     def _synchronize(self) -> None:
+        self._executor.check_outside()
         self._executor.synchronize()
 
     def __enter__(self) -> Pipeline:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels as lk
 from tests.engine.models import chain, minibatches
+from tests.engine.pipelines import sgd
 
 
 def weights(module: nn.Module) -> list[Tensor]:
@@ -100,3 +101,61 @@ def counted(rank: int, executor: str, schedule: str, optimizer: str, checkpoint:
     state = {name: value.tolist() for name, value in pipe.state_dict().items()}
     pipe.close()
     return {"counts": counts, "state": state}
+
+
+class Weighted(nn.Module):
+    """A loss with learned weights of the classes, and a count in a buffer."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, out: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        return F.cross_entropy(out * self.scale, y)
+
+
+def weighted(rank: int, executor: str, schedule: str, checkpoint: str | None) -> dict[str, Any]:
+    """Train with a loss that has weights, as :func:`counted` does; its weights and the network's."""
+
+    def make() -> layerpipe.Pipeline:
+        return layerpipe.Pipeline(chain(4), Weighted(), sgd, schedule=schedule, executor=executor)
+
+    pipe = make()
+    for i, (x, y) in enumerate(minibatches(20)):
+        pipe.step(x, y)
+        if i == 10:
+            pipe.drain()
+            if checkpoint is not None:
+                pipe.checkpoint(checkpoint)
+                pipe.close()
+                pipe = make()
+                pipe.resume(checkpoint)
+    pipe.drain()
+    loss: Any = pipe.loss_fn
+    state = {name: value.tolist() for name, value in pipe.state_dict().items()}
+    pipe.close()
+    return {"scale": loss.scale.tolist(), "calls": loss.calls.item(), "state": state}
+
+
+def asks(rank: int, where: str, what: str) -> None:
+    """Ask for something that waits for all stages from inside the last process's stage or loss."""
+    box: list[layerpipe.Pipeline] = []
+
+    def ask(value: Tensor) -> Tensor:
+        if box:
+            {"pipe(x)": lambda: box[0](torch.randn(2, 6)), "drain": box[0].drain}[what]()
+        return value
+
+    stages = chain(4)
+    if where == "forward":
+        stages[3].register_forward_pre_hook(lambda module, inputs: (ask(inputs[0]),))
+    loss = F.cross_entropy if where == "forward" else lambda out, y: ask(F.cross_entropy(out, y))
+    with layerpipe.Pipeline(stages, loss, sgd, executor="distributed") as pipe:
+        box.append(pipe)
+        for x, y in minibatches(12):
+            pipe.step(x, y)
+        pipe.drain()

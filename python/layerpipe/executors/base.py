@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -43,7 +44,7 @@ class Executor(ABC):
         self.names, self._run = names, run
         self._failure: BaseException | None = None
         self._closed = False
-        self._acts = False  # whether the thread that submits is inside an action
+        self._acts: int | None = None  # the thread that submits, while it is inside an action
 
     @abstractmethod
     def submit(self, tick: Tick) -> None:
@@ -96,7 +97,19 @@ class Executor(ABC):
 
     def inside_stage(self) -> bool:
         """Whether the caller is inside an action: called by a stage's module, the loss or an optimizer."""
-        return self._acts
+        return self._acts == threading.get_ident()
+
+    def check_outside(self) -> None:
+        """Refuse what waits for the stages where one of them would wait for itself.
+
+        Raises:
+            RuntimeError: inside an action.
+        """
+        if self.inside_stage():
+            raise RuntimeError(
+                "the pipeline was asked, from inside a stage's forward, backward, update or loss_fn, for what waits "
+                "for all stages (a step, a drain, its output, state, mode, measurements); ask between calls of step()"
+            )
 
     def close(self) -> None:
         """Stop; idempotent. From inside an action it returns at once, and the other stages end theirs."""

@@ -53,9 +53,9 @@ def addresses(stage: Stage) -> list[Any]:
     """What a graph has become part of: where things are, and the modes of the layers."""
     module, optimizer = stage.module, stage.optimizer
     found: list[Any] = [m.training for m in module.modules()]
-    found += [t.data_ptr() for t in (*module.parameters(), *module.buffers())]
+    found += [t.data_ptr() for t in (*stage.all_params, *module.buffers())]
     if optimizer is not None:
-        places = [*(g for g in optimizer.param_groups), *(optimizer.state[p] for p in module.parameters())]
+        places = [*(g for g in optimizer.param_groups), *(optimizer.state[p] for p in stage.all_params)]
         found += [v.data_ptr() for values in places for v in values.values() if isinstance(v, Tensor)]
     return found
 

@@ -223,7 +223,7 @@ class CapturedStage:
                         self._graph(slot, "update", updates, lambda: stage.update(self._options))
         finally:
             device.forget_workspaces()
-        for param in stage.module.parameters():
+        for param in stage.all_params:
             param.grad = None  # which was the graphs' memory
         self._slots, self._held = slots, held_by(stage)
         first = slots[0]

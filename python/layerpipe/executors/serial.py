@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from layerpipe.executors.base import Executor, Tick
@@ -21,7 +22,7 @@ class Serial(Executor):
         with Held() as interrupt:
             for action in tick.actions:
                 try:
-                    self._acts = True
+                    self._acts = threading.get_ident()
                     self._run(action, tick)
                     if interrupt.came:
                         interrupt.release()
@@ -31,7 +32,7 @@ class Serial(Executor):
                     self._failure = self._named(action.stage, error)
                     raise self._failure from self._failure.__cause__
                 finally:
-                    self._acts = False
+                    self._acts = None
                 if self._closed:  # inside the action: the stages may be in different ticks
                     break
         if self._closed:

@@ -56,7 +56,7 @@ class Lane:
         # The node that puts a parameter's gradient down lives as long as any graph with the parameter, so always, on
         # the stream where it was made. One stream, and no other work there: nothing waits for it in vain.
         self.home = device.stream()
-        self._params = [p for p in stage.module.parameters() if p.requires_grad]
+        self._params = [p for p in stage.params if p.requires_grad]
         with device.use(self.home):
             self._nodes = [get_gradient_edge(p).node for p in self._params]
 

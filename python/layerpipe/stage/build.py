@@ -10,7 +10,9 @@ from torch import nn
 
 from layerpipe.errors import divergence_advice
 from layerpipe.executors.ranks import Ranks
+from layerpipe.loss import LossWeights
 from layerpipe.stage.accumulation import Accumulation
+from layerpipe.stage.foreign import Owners, check_held
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.stage import Stage
 from layerpipe_kernels import mark_embeddings_and_output
@@ -26,6 +28,7 @@ def build(
     accumulations: Sequence[Accumulation],
     names: Sequence[str],
     random: Sequence[RandomNumbers | None],
+    loss: LossWeights,
     ranks: Ranks,
     **options: Any,
 ) -> list[Stage]:
@@ -34,25 +37,38 @@ def build(
     Args:
         modules, accumulations, names, random: one for each of all stages.
         optimizer: called for every stage with parameters.
+        loss: whose weights the last stage trains.
         past: what it is told besides the delay: ``past``, ``order`` and ``ema_decay``.
         options: of :class:`Stage`, the same for all.
 
     Raises:
+        ValueError: an optimizer holds other parameters than its stage's.
         Exception: what a factory raised in this process; a RuntimeError where it was another one.
     """
     advice = divergence_advice(past["past"], past["order"], max(a.delay for a in accumulations))
 
+    owners = Owners(modules, names)
+
     def make(i: int) -> Stage:
         params = [p for p in modules[i].parameters() if p.requires_grad]
-        mark_embeddings_and_output(modules[i], output=i == len(modules) - 1)
+        last = i == len(modules) - 1
+        if last and not params:
+            params = [*loss.trained.values()]
+        mark_embeddings_and_output(modules[i], output=last)
+        stepping = optimizer(params, delay=accumulations[i].delay, **past) if params else None
+        if stepping is not None:
+            if last:
+                loss.train_with(stepping)
+            check_held(names[i], modules[i], stepping, owners, last=last)
         return Stage(
             modules[i],
-            optimizer(params, delay=accumulations[i].delay, **past) if params else None,
+            stepping,
             index=i,
             accumulation=accumulations[i],
             name=names[i],
             advice=advice,
             random=random[i],
+            owners=owners,
             **options,
         )
 

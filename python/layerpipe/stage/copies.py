@@ -24,7 +24,7 @@ _NOT_COPIES = {
 def copied_parameters(outputs: Iterable[Tensor]) -> Iterator[nn.Parameter]:
     """The parameters from which something was computed that then met an activation, in a graph that ends in
     ``outputs``."""
-    order = _depth_first([y.grad_fn for y in outputs if y.grad_fn is not None])
+    order = depth_first([y.grad_fn for y in outputs if y.grad_fn is not None])
     # Of nodes reached from parameters alone: those parameters, and whether anything was computed from them.
     weights: dict[Any, tuple[set[nn.Parameter], bool]] = {}
     for node in order:
@@ -41,7 +41,7 @@ def copied_parameters(outputs: Iterable[Tensor]) -> Iterator[nn.Parameter]:
                     yield from weights[parent][0]
 
 
-def _depth_first(roots: list[Any]) -> list[Any]:
+def depth_first(roots: list[Any]) -> list[Any]:
     """Every node after those it was computed from."""
     order, seen = [], set()
     todo = [(root, False) for root in roots]

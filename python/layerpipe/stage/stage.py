@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
-from layerpipe.errors import DivergenceError
+from layerpipe.arguments import check_loss
 from layerpipe.partition.first_layer import without_past
 from layerpipe.stage import autograd
 from layerpipe.stage.accumulation import Accumulation
 from layerpipe.stage.arrival import Arrival, Seen
 from layerpipe.stage.copies import warn_of_copies
+from layerpipe.stage.divergence import Divergence
+from layerpipe.stage.foreign import ForeignWeights, Owners
 from layerpipe.stage.gradients import clip, memory_of, own
 from layerpipe.stage.history import drop_history
 from layerpipe.stage.options import Options, StageOptions, check_stage, set_staleness
@@ -25,7 +27,6 @@ from layerpipe.stage.saved import SavedTensors
 from layerpipe.stage.split_backward import SplitBackward
 from layerpipe.stage.step import WatchedStep, unknown
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
-from layerpipe_kernels.native import all_finite
 from layerpipe_kernels.optim import PastOptimizer
 
 Tensors = tuple[Tensor, ...]
@@ -62,6 +63,7 @@ class Stage:
         check_finite: look for NaN and infinity at the stage's boundaries.
         split_backward: leave weight gradients for :meth:`backward_weights`.
         random: what the layers and the loss draw from; torch's own generator by default.
+        owners: which stage has which parameter, for messages.
     """
 
     def __init__(
@@ -77,12 +79,13 @@ class Stage:
         check_finite: bool = True,
         split_backward: bool = False,
         random: RandomNumbers | None = None,
+        owners: Owners | None = None,
     ) -> None:
         self.module, self.optimizer, self.random = module, optimizer, random
         self.index, self.name, self.accumulation = index, name, accumulation
         self.delay = delay = accumulation.delay  # the most updates between a forward and its backward
         self.n = 0  # updates between the forward and the backward of the minibatch that came back last
-        self.advice, self.max_norm, self.check_finite = advice, max_norm, check_finite
+        self.max_norm = max_norm
         self.version = 0  # updates so far
         self.base = 0  # version when the pipe was last empty
         self.measured: collections.Counter[int] = collections.Counter()  # n seen in the backward -> how often
@@ -91,8 +94,12 @@ class Stage:
         self.spans: Recorder | None = None  # what took how long, while somebody looks
         self._flights: dict[int, _Flight] = {}
         self._kept_bytes = 0  # by all flights
-        self._all_params = list(module.parameters())
-        self.params = [p for p in self._all_params if p.requires_grad]
+        groups = optimizer.param_groups if optimizer is not None else []
+        held = dict.fromkeys(p for group in groups for p in group["params"])
+        self.all_params = list(dict.fromkeys([*module.parameters(), *held]))  # the loss's, too
+        self.params = [p for p in self.all_params if p.requires_grad or p in held]
+        self._foreign = ForeignWeights(index, name, module, self.params, owners)
+        self._divergence = Divergence(name, self.params, advice) if check_finite else None
         self._look_for_copies = delay > 0  # in the first forward
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
         self._recomputes: bool | None = None  # not known before the first backward
@@ -114,7 +121,7 @@ class Stage:
         self._past_view: Callable[[Tensor], Tensor] | None = None
         if delay and optimizer is not None:
             self._past_view = optimizer.past_view if accumulation.every == 1 else self._past_of_minibatch
-        self._saved = SavedTensors(self._all_params, self._past_view)
+        self._saved = SavedTensors(self.all_params, self._past_view)
 
     def enter(self, minibatch: int, inputs: Tensors) -> _Flight:
         """Its forward begins, on the weights as they are now."""
@@ -175,8 +182,10 @@ class Stage:
         for output in flight.outputs:
             if not isinstance(output, Tensor):
                 raise TypeError(f"a stage returns a tensor or a tuple of tensors, got {type(output).__name__}")
-        if self.check_finite:
-            self._check_finite(flight.outputs, "output", minibatch)
+        self._foreign.check_forward(flight.outputs, flight.inputs, flight.saved)
+        if self._divergence is not None:
+            what = f"the output of minibatch {minibatch}"
+            self._divergence.check(flight.outputs, what, self.version, infinities=True)
         if self._look_for_copies:
             self._look_for_copies = False
             warn_of_copies(self.name, self.module, flight.outputs)
@@ -197,12 +206,12 @@ class Stage:
             else:
                 loss = loss_fn(*flight.outputs, target)
         self.span(LAYERS, start)
-        if loss.numel() != 1:
-            raise ValueError(f"loss_fn must return one number, got a tensor of shape {tuple(loss.shape)}")
+        check_loss(loss)
         if not loss.requires_grad:
             raise RuntimeError("the loss depends on no trained weight: is it detached, or everything frozen?")
-        if self.check_finite:
-            self._check_finite((loss,), "loss", minibatch)
+        self._foreign.check_loss(loss, flight.inputs)
+        if self._divergence is not None:
+            self._divergence.check((loss,), f"the loss of minibatch {minibatch}", self.version)
         flight.outputs = (loss,)
         return loss.detach()
 
@@ -257,8 +266,8 @@ class Stage:
         upstream = self._arrival.gradients(flight.inputs, seen)
         if self._writes_gradients:
             self._others |= memory_of(upstream)
-        if self.check_finite:
-            self._check_finite(upstream, "gradient", minibatch)
+        if self._divergence is not None:
+            self._divergence.check(upstream, f"the gradient of minibatch {minibatch}", self.version)
         return upstream
 
     def _differentiate(self, inputs: Tensors, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
@@ -327,6 +336,7 @@ class Stage:
         if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
             self._recomputes = None if self.delay or self._split_backward else False
         self.look_again()
+        self._foreign.restart()
         self._arrival = Arrival()  # as after a resumption
         if self.delay and self.optimizer is not None:
             self.optimizer.restart_history()
@@ -336,6 +346,8 @@ class Stage:
         """The pipe is empty, and somebody has replaced the weights."""
         if isinstance(self.optimizer, PastOptimizer):
             self.optimizer.weights_loaded()
+        if self._divergence is not None:
+            self._divergence.weights_loaded()
         self.restart()
 
     def look_again(self) -> None:
@@ -370,24 +382,14 @@ class Stage:
         if self.spans is not None:
             self.spans.add(name, start)
 
-    def _check_finite(self, tensors: Iterable[Tensor | None], what: str, minibatch: int) -> None:
-        for tensor in tensors:
-            # On an accelerator, reading the value would make the host wait for the device.
-            if tensor is not None and tensor.is_cpu and not all_finite(tensor):
-                self._diverged(f"the {what} of minibatch {minibatch}")
-
     def check_weights(self) -> None:
         """Find what the boundaries have not shown yet: the last update of a pipe that is empty now.
 
         Raises:
             DivergenceError: a weight is not finite.
         """
-        if self.check_finite and not all(all_finite(p.detach()) for p in self.params):
-            self._diverged("a weight")
-
-    def _diverged(self, what: str) -> None:
-        advice = f"; {self.advice}" if self.advice else ""
-        raise DivergenceError(self.name, f"{what} is not finite after {self.version} updates{advice}")
+        if self._divergence is not None:
+            self._divergence.check_weights(self.version)
 
     def forget(self) -> None:
         """Let go of the minibatches in flight."""
