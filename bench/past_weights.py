@@ -1,9 +1,12 @@
 """How near reconstructed past weights come to the true ones, in real training.
 
     python -m bench.past_weights
+    python -m bench.past_weights --spike-compensation 1 --weight-prediction 1
 
 A small network trains undelayed. Beside it, one optimizer per kind of past weights steps a copy of its weights with
-the same gradients, so that all of them see one and the same sequence of weights; the true versions are kept.
+the same gradients, so that all of them see one and the same sequence of weights; the true versions are kept. With a
+knob, it trains with delayed gradients, once per delay, each taken at the true weights of so many updates ago: what the
+knobs are for.
 
 *Error* is the relative mean-square error: the squared distance of the past weights from the true ones, over that of
 the latest weights from the true ones, both over all elements; 1.0 is what using the latest weights gives. The tables
@@ -14,9 +17,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import statistics
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +119,7 @@ NETWORKS = {"CNN": cnn, "transformer": transformer}
 class Shadow:
     """An optimizer on a copy of the weights, stepped with the leader's gradients."""
 
-    def __init__(self, make: Callable[..., Any], leader: list[Tensor], delay: int, options: dict[str, Any]) -> None:
+    def __init__(self, make: Callable[..., Any], leader: Sequence[Tensor], delay: int, options: dict[str, Any]) -> None:
         self.delay = delay
         self.params = [p.detach().clone().requires_grad_() for p in leader]
         self.optimizer = make(self.params, delay=delay, **options)
@@ -146,26 +150,53 @@ def rate(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * float(1 + torch.cos(torch.tensor(torch.pi * (step - warm) / (steps - warm))))
 
 
-def measure(network: str, optimizer: str, steps: int, batch: int, root: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def at(params: Sequence[Tensor], version: Sequence[Tensor]) -> Iterator[None]:
+    """Parameters as they were in another version, for as long as a gradient is computed."""
+    now = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        torch._foreach_copy_(params, version)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, now)
+
+
+def train(
+    network: str,
+    optimizer: str,
+    delays: Sequence[int],
+    gradients_late: int,
+    knobs: dict[str, float],
+    steps: int,
+    batch: int,
+    root: Path,
+) -> tuple[dict[str, Any], dict[tuple[str, int], Shadow]]:
+    """One run, and its shadows by kind and delay."""
     torch.manual_seed(0)
     model, losses, source = NETWORKS[network](batch, root)
     make, *peaks, options = OPTIMIZERS[optimizer]
+    options = {**options, **knobs}
     peak = peaks[list(NETWORKS).index(network)]
     leader = list(model.parameters())
     lead = make(leader, lr=peak, **options)
-    kinds = [kind for kind in KINDS if kind != "momentum" or make is lk.SGD]
+    kinds = [kind for kind in KINDS if kind != "momentum" or (make is lk.SGD and not knobs)]
     shadows = {
         (kind, delay): Shadow(make, leader, delay, {"lr": peak, **options, **KINDS[kind]})
         for kind in kinds
-        for delay in DELAYS
+        for delay in delays
     }
+    if knobs:
+        lead.set_staleness(gradients_late)
     versions: collections.deque[list[Tensor]] = collections.deque(maxlen=max(DELAYS) + 1)
     versions.append([p.detach().clone() for p in leader])
     readings, trained = range(steps // 10, steps - steps // 10), []
     for step in range(steps):
         lead.zero_grad()
-        loss = next(losses)()
-        loss.backward()
+        with at(leader, versions[max(-1 - gradients_late, -len(versions))]):
+            loss = next(losses)()
+            loss.backward()
         trained.append(loss.item())
         lr = rate(step, steps, peak)
         for group in lead.param_groups:
@@ -179,7 +210,7 @@ def measure(network: str, optimizer: str, steps: int, batch: int, root: Path) ->
                 if not all(map(torch.equal, shadow.params, versions[-1])):
                     raise RuntimeError("an optimizer with a past does not step as the one without")
                 shadow.read(versions)
-    return {
+    run = {
         "network": network,
         "data": source,
         "parameters": sum(p.numel() for p in leader),
@@ -188,6 +219,21 @@ def measure(network: str, optimizer: str, steps: int, batch: int, root: Path) ->
         "batch": batch,
         "peak_lr": peak,
         "loss": [trained[0], statistics.mean(trained[-steps // 10 :])],
+        **knobs,
+    }
+    return run, shadows
+
+
+def measure(
+    network: str, optimizer: str, knobs: dict[str, float], steps: int, batch: int, root: Path
+) -> dict[str, Any]:
+    """One undelayed run for all delays, or with a knob one run of late gradients for each."""
+    runs = [((delay,), delay) for delay in DELAYS] if knobs else [(DELAYS, 0)]
+    found = [train(network, optimizer, *run, knobs, steps, batch, root) for run in runs]
+    shadows = {key: shadow for _, made in found for key, shadow in made.items()}
+    return {
+        **found[0][0],
+        "losses": [run["loss"] for run, _ in found],
         "errors": [
             {"kind": kind, "delay": delay, "mean": statistics.mean(s.errors), "worst": max(s.errors)}
             for (kind, delay), s in shadows.items()
@@ -223,17 +269,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--network", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--data", type=Path, default=Path("data"), help="where downloaded data sets lie")
+    parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--spike-compensation", type=float, default=0.0)
+    parser.add_argument("--weight-prediction", type=float, default=0.0)
     parser.add_argument("--json", type=Path, help="write the measurements here")
     args = parser.parse_args()
     if args.steps < 10 * (max(DELAYS) + 1):
         parser.error(f"--steps: at least {10 * (max(DELAYS) + 1)}, so that every delay has filled before the readings")
+    knobs = {"spike_compensation": args.spike_compensation, "weight_prediction": args.weight_prediction}
+    knobs = {knob: value for knob, value in knobs.items() if value}
     results = []
     for network in args.network:
-        for optimizer in OPTIMIZERS:
-            results.append(measure(network, optimizer, args.steps, args.batch, args.data))
-            print(
-                f"{network}, {optimizer}: loss {results[-1]['loss'][0]:.2f} -> {results[-1]['loss'][1]:.2f}", flush=True
-            )
+        for optimizer in args.optimizer:
+            results.append(measure(network, optimizer, knobs, args.steps, args.batch, args.data))
+            losses = ", ".join(f"{first:.2f} -> {last:.2f}" for first, last in results[-1]["losses"])
+            print(f"{network}, {optimizer}: loss {losses}", flush=True)
     described = environment.describe()
     print("\n" + markdown(results))
     print(f"{described['command']}; {described['processor']}, torch {described['torch']}, {described['date']}")

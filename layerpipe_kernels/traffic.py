@@ -1,8 +1,9 @@
 """Bytes that a step moves through memory per parameter: what benches, tests and documents read.
 
-One pass reads ``W, g``, the optimizer's states and the averages, and writes all but ``g``; the past weights are only
-written. Separate passes are torch's fused optimizer, then one pass per average (read it and the update, write it), then
-one that reads the weights and all averages and writes the past weights (docs/maths.md).
+One pass reads ``W, g``, the optimizer's states, the averages and, of predicted weights, the last update, and writes all
+but ``g``; the past weights are only written. Separate passes are torch's fused optimizer, then one pass per average
+(read it and the update, write it), then one that reads the weights and all averages and writes the past weights
+(docs/maths.md).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Traffic(NamedTuple):
     emas: int = 1
     past: bool = True
     master: bool = False
+    previous: bool = False  # the weights are predicted
 
     def _sizes(self) -> tuple[int, int, int, int]:
         w = self.weight.itemsize
@@ -33,14 +35,16 @@ class Traffic(NamedTuple):
         """Bytes per parameter of the fused step."""
         w, grad, full, average = self._sizes()
         weights = w + 2 * full if self.master else 2 * w  # with a master the rounded weights are not read
-        return weights + grad + 2 * full * self.states + 2 * average * self.emas + (w if self.past else 0)
+        kept = self.states + self.previous
+        return weights + grad + 2 * full * kept + 2 * average * self.emas + (w if self.past else 0)
 
     def optimizer(self) -> int:
         """Bytes per parameter of the optimizer's own step."""
-        return self._replace(emas=0, past=False).one_pass()
+        return self._replace(emas=0, past=False, previous=False).one_pass()
 
     def separate_passes(self) -> int:
-        """Bytes per parameter of torch's fused optimizer, the averages and the reconstruction, one after the other."""
+        """Bytes per parameter of torch's fused optimizer, the averages and the reconstruction, one after the other; the
+        prediction of weights is not among them."""
         w, _, full, average = self._sizes()
         averages = self.emas * (full + 2 * average)
         reconstruct = 2 * w + self.emas * average if self.past else 0

@@ -23,6 +23,12 @@ def test_bytes_are_those_of_the_published_table(traffic: Traffic, separate: int,
     assert (traffic.separate_passes(), traffic.one_pass()) == (separate, one)
 
 
+def test_prediction_reads_and_writes_the_last_update() -> None:
+    for traffic in (Traffic(), Traffic(weight=BF16, grad=BF16, master=True)):
+        assert traffic._replace(previous=True).one_pass() == traffic.one_pass() + 8
+    assert Traffic(states=0, emas=0, past=False, previous=True).one_pass() == 20  # of a given direction
+
+
 def test_two_bfloat16_averages_cost_what_one_of_float32_costs() -> None:
     assert Traffic(average=BF16, emas=2).one_pass() == Traffic(emas=1).one_pass()
 
