@@ -14,10 +14,11 @@ backward of a minibatch share a stream, so both are the same.
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +42,17 @@ _RUNNING = ("running_mean", "running_var")
 
 #: Looks at a tensor's shape only.
 _FACTORY = re.compile(r"::(new_.*|.*_like)$")
+
+
+def _unseen(dispatch: Callable[..., Any]) -> Callable[..., Any]:
+    """What a fake device does with tensors is nothing that a stage's modes shall see: a real one does it in C++."""
+
+    @functools.wraps(dispatch)
+    def unseen(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():  # type: ignore[no-untyped-call]
+            return dispatch(*args, **kwargs)
+
+    return unseen
 
 
 class FakeStream:
@@ -95,6 +107,7 @@ class FakeGraph(TorchDispatchMode):
         self._made: dict[int, Any] = {}  # storages
         self._before: dict[int, tuple[Any, Any]] = {}  # memory that a capture must not have changed, and a copy
 
+    @_unseen
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # The reference step looks at the device's clock; what it finds is the same from when the delay has filled up.
@@ -257,6 +270,7 @@ class FakeDevice(TorchDispatchMode):
         self.sites[site] = what
         return site != self._without
 
+    @_unseen
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         read, written, shared = set(), set(), set()

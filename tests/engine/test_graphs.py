@@ -310,7 +310,7 @@ def test_a_rehearsal_that_fails_leaves_a_stage_where_it_was() -> None:
     before = stage.version, stage.measured.copy(), stage.in_flight
     with contextlib.suppress(ZeroDivisionError), stage.rehearsal():
         stage.version -= 2
-        (y,) = stage.forward(0, (torch.ones(8, 6),))
+        (y,) = stage.forward(0, (torch.ones(8, 6, requires_grad=True),))
         stage.version += 2
         stage.backward(0, (torch.ones_like(y),))
         assert stage.half_done

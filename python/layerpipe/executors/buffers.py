@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from layerpipe.executors.channels import Lent
-from layerpipe_kernels.layout import distinct, fill, replica, room_like
+from layerpipe.executors.channels import Lent, sent
+from layerpipe_kernels.layout import distinct, fill, room_like
 
 
 class Buffers:
@@ -63,7 +63,7 @@ def owned(item: Any, stream: Any) -> Any:
     """Copies of what is lent, made on this stream, else the item itself."""
     if not isinstance(item, Lent):
         return item
-    copies = tuple([replica(x) if isinstance(x, Tensor) else x for x in item])
+    copies = tuple([sent(x) if isinstance(x, Tensor) else x for x in item])
     item.was_read(stream)
     return copies
 

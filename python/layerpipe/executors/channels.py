@@ -80,7 +80,12 @@ def moved(item: Any, device: torch.device) -> Any:
     if all(tensor.device == device for tensor in tensors_in(item)):
         return item
     item = tuple(item) if isinstance(item, Lent) else item
-    return pytree.tree_map_only(Tensor, lambda t: t if t.device == device else replica(t, device), item)
+    return pytree.tree_map_only(Tensor, lambda t: t if t.device == device else sent(t, device), item)
+
+
+def sent(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A copy on a device, its own by default, that needs a gradient where the tensor does."""
+    return replica(tensor, device).requires_grad_(tensor.requires_grad)
 
 
 def tensors_in(item: Any) -> Iterator[Tensor]:

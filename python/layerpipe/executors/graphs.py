@@ -54,6 +54,7 @@ class _Slot:
         self, inputs: Buffers, target: Buffers | None, grads: Buffers | None, upstream: Buffers | None, read: Any
     ) -> None:
         self.inputs, self.target, self.grads = inputs, target, grads
+        self.needed: tuple[bool, ...] = ()  # of which inputs a gradient
         self.outputs: Tensors = ()
         self.loss: Tensor | None = None
         self.room = upstream  # for the upstream gradients, outside of the graphs' memory
@@ -236,13 +237,15 @@ class CapturedStage:
         if self.stage.index:  # in the order in memory of the gradients, where there are any
             pairs = zip(plain(seen["inputs"]), seen["upstream"], strict=True)
             upstream = Buffers("upstream gradients", tuple([x if g is None else g for x, g in pairs]))
-        return _Slot(
+        slot = _Slot(
             Buffers("inputs", plain(seen["inputs"])),
             Buffers("targets", seen["target"]) if last else None,
             None if last else Buffers("gradients", seen["grads"]),
             upstream,
             self._device.event(),
         )
+        slot.needed = tuple([isinstance(x, Tensor) and x.requires_grad for x in plain(seen["inputs"])])
+        return slot
 
     def _graph(self, slot: _Slot, name: str, pool: Any, work: Callable[[], None]) -> None:
         try:
@@ -263,7 +266,8 @@ class CapturedStage:
 
 
 def _forward(stage: Stage, slot: _Slot, minibatch: int) -> None:
-    slot.outputs = stage.forward(minibatch, slot.inputs.content)
+    inputs = [x.detach().requires_grad_() if n else x for x, n in zip(slot.inputs.content, slot.needed, strict=True)]
+    slot.outputs = stage.forward(minibatch, tuple(inputs))
 
 
 def _backward(stage: Stage, slot: _Slot, minibatch: int) -> None:

@@ -37,10 +37,11 @@ class _Kind(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    needed: bool  # whether a gradient of it is
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Kind:
-        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride())
+        return cls(tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.requires_grad)
 
     def packed(self) -> _Kind:
         """As it crosses: every element once and no gaps, in the same order."""
@@ -70,7 +71,11 @@ class _Layout:
                 self._view(buffer, i).copy_(distinct(tensor.detach()))
 
     def get(self, buffer: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple([None if kind is None else self._tensor(buffer, i, kind) for i, kind in enumerate(self.kinds)])
+        tensors = [None if kind is None else self._tensor(buffer, i, kind) for i, kind in enumerate(self.kinds)]
+        for tensor, kind in zip(tensors, self.kinds, strict=True):
+            if tensor is not None and kind is not None and kind.needed:
+                tensor.requires_grad_()
+        return tuple(tensors)
 
     def _tensor(self, buffer: Tensor, i: int, kind: _Kind) -> Tensor:
         packed = self._view(buffer, i)
@@ -85,11 +90,11 @@ class _Layout:
         return buffer[start:end].view(kind.dtype).as_strided(kind.shape, kind.stride)
 
     def to_bytes(self) -> bytes:
-        return json.dumps([k and (str(k.dtype).removeprefix("torch."), k.shape, k.stride) for k in self.kinds]).encode()
+        return json.dumps([k and (str(k.dtype).removeprefix("torch."), *k[1:]) for k in self.kinds]).encode()
 
     @classmethod
     def from_bytes(cls, text: bytes) -> _Layout:
-        return cls([k and _Kind(getattr(torch, k[0]), tuple(k[1]), tuple(k[2])) for k in json.loads(text)])
+        return cls([k and _Kind(getattr(torch, k[0]), tuple(k[1]), tuple(k[2]), k[3]) for k in json.loads(text)])
 
 
 class Peer(NamedTuple):

@@ -57,6 +57,8 @@ class Lane:
         # the stream where it was made. One stream, and no other work there: nothing waits for it in vain.
         self.home = device.stream()
         self._params = [p for p in stage.params if p.requires_grad]
+        # Layers that a backward calls again, and past weights in the weights' memory, wait as an update does.
+        stage.in_place.before = lambda: device.current().wait_event(self.forward)
         with device.use(self.home):
             self._nodes = [get_gradient_edge(p).node for p in self._params]
 
@@ -68,7 +70,7 @@ class Lane:
         stream.wait_event(self.updated)
         for event in self.outside:
             stream.wait_event(event)
-        if action.kind == "F" or self.stage.recomputes:  # a forward that runs again in the backward counts as one
+        if action.kind == "F":
             stream.wait_event(self.forward)
 
     def before_update(self) -> None:

@@ -7,9 +7,11 @@ next stage, which has weights of its own that it may be a gradient of.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import optimizer as torch_optimizer
 
 
 def clip(params: Iterable[Tensor], max_norm: float) -> None:
@@ -24,6 +26,12 @@ def clip(params: Iterable[Tensor], max_norm: float) -> None:
         factor = torch.clamp(max_norm / (nn.utils.get_total_norm(values) + 1e-6), max=1.0)
         for param, grad in zip(params, torch._foreach_mul(grads, factor), strict=True):
             param.grad = grad
+
+
+def runs_hooks(optimizer: Any) -> bool:
+    """Whether hooks run before an optimizer's step, which may write into gradients."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return bool(hooks or torch_optimizer._global_optimizer_pre_hooks)
 
 
 def memory_of(grads: Iterable[Tensor | None]) -> set[int]:

@@ -2,19 +2,29 @@
 
 Autograd saves references to parameters, which the optimizer then changes in place. A stage packs them as ``(parameter,
 view)`` and hands the backward the same view of the past weights ``What(t - n)`` instead, made layer by layer, just in
-time.
+time. Buffers and constants are written to as well, by the forwards of later minibatches: what the forward leaves behind
+when it returns is kept as a copy.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import collections
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from layerpipe.stage.hooks import set_running, tell_of_other_hooks
 from layerpipe.tracing.spans import PAST, Recorder
+from layerpipe_kernels.layout import replica
+
+_hooks: Any = torch._C._autograd
+_references: Callable[[int], int] = torch._C._storage_Use_Count
+
+#: Larger constants are not copied for every minibatch in flight: bytes.
+_LARGEST_COPY = 1 << 24
 
 
 class _Use:
@@ -49,12 +59,17 @@ class _SavedWeight:
 
 class _SavedActivation:
     __slots__ = ("tensor", "version")
-    tensor: Tensor
-    version: int  # a change in place after the forward must still be noticed
+
+    def __init__(self, tensor: Tensor, version: int) -> None:
+        self.tensor = tensor
+        self.version = version  # a change in place after the forward must still be noticed
+
+
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
 
 class SavedTensors:
-    """The hooks of one stage: ``with saved.hooks:`` around its forward.
+    """The hooks of one stage: ``with saved:`` around its forward, between :meth:`begin` and :meth:`end`.
 
     The graph keeps the hooks and a minibatch in flight keeps its graph; so nothing here refers to a minibatch, or it
     would keep itself alive.
@@ -67,24 +82,42 @@ class SavedTensors:
     def __init__(self, params: Sequence[Tensor], past_view: Callable[[Tensor], Tensor] | None) -> None:
         self.past_view = past_view
         self.scratch_bytes = 0  # the largest past weight made for a backward
-        self.as_they_are = False  # hand out the parameters themselves: their values are right, or not looked at
+        self.hands_past = False  # in a backward; anything else gets the parameters themselves
+        self.in_place: dict[Tensor, Tensor] = {}  # the past of weights whose memory holds it at the moment
+        self.watched = False  # whether a mode of torch's looks at what is called in the backward
+        self.unseen = self.lifted = False  # as in layerpipe.stage.hooks
         self.spans: Recorder | None = None  # where reconstructions are timed, while somebody looks
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._params = [p for p in params if p.numel()]
         self._addresses: list[int] | None = None
         self._kept: dict[int, int] = {}
         self._uses: dict[int, _Use] = {}
+        self._constants: list[_SavedActivation] = []
+        self._pair = self._pack, self._unpack
+        self._unwatched = torch._C.DisableTorchFunction()
+        tell_of_other_hooks()
+
+    def __enter__(self) -> None:
+        self.push()
+        set_running(self)
+
+    def __exit__(self, *error: object) -> None:
+        set_running(None)
+        self.pop()
+
+    def push(self) -> None:
+        _hooks._push_saved_tensors_default_hooks(*self._pair)
+
+    def pop(self) -> None:
+        _hooks._pop_saved_tensors_default_hooks()
+
+    def on_top(self) -> bool:
+        top = _hooks._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] is self._pair[0]
 
     def begin(self) -> dict[int, int]:
         """Before a minibatch's forward; returns what will be kept of it, weights apart: address -> bytes."""
-        addresses = [p.data_ptr() for p in self._params]
-        if addresses != self._addresses:  # also after module.to or load_state_dict(assign=True)
-            self._addresses = addresses
-            spans = sorted((address, i) for i, address in enumerate(addresses))
-            self._starts = [start for start, _ in spans]
-            self._owners = [self._params[i] for _, i in spans]
-            self._ends = [start + p.nbytes for start, p in zip(self._starts, self._owners, strict=True)]
-        self._uses = {}
+        self.find_weights()
+        self._uses, self.unseen = {}, False
         self._kept = kept = dict[int, int]()
         return kept
 
@@ -92,31 +125,91 @@ class SavedTensors:
         """Go on counting for a minibatch that has begun."""
         self._kept = kept
 
-    def _pack(self, tensor: Tensor) -> Tensor | _SavedWeight | _SavedActivation:
-        pointer = tensor.data_ptr()
+    def end(self, inputs: Iterable[Any]) -> None:
+        """After a forward: copy what others than the graph and the stage's inputs hold, and may change."""
+        constants, self._constants = self._constants, []
+        if not constants or self.past_view is None:
+            return
+        memory = [saved.tensor.untyped_storage()._cdata for saved in constants]
+        kept = collections.Counter(memory)
+        fed = {x.untyped_storage()._cdata for x in inputs if isinstance(x, Tensor) and x.layout == torch.strided}
+        for saved, at in zip(constants, memory, strict=True):
+            tensor = saved.tensor
+            others = _references(at) - 1 - kept[at]
+            if others and at not in fed and tensor.nbytes <= _LARGEST_COPY and tensor._version == saved.version:
+                saved.tensor = tensor.clone() if tensor.is_contiguous() else replica(tensor)
+                saved.version = saved.tensor._version
+                kept[at] -= 1
+
+    def owner(self, tensor: Tensor) -> Tensor | None:
+        """The parameter in whose memory a tensor lies, ``None`` where there is none."""
+        try:
+            pointer = tensor.data_ptr()
+        except RuntimeError:  # sparse, or of torch.func
+            return None
+        at = self._at(pointer)
+        return self._owners[at] if at >= 0 else None
+
+    def find_weights(self) -> None:
+        """Look where the weights lie at present."""
+        addresses = [p.data_ptr() for p in self._params]
+        if addresses != self._addresses:  # also after module.to or load_state_dict(assign=True)
+            self._addresses = addresses
+            spans = sorted((address, i) for i, address in enumerate(addresses))
+            self._starts = [start for start, _ in spans]
+            self._owners = [self._params[i] for _, i in spans]
+            self._ends = [start + p.nbytes for start, p in zip(self._starts, self._owners, strict=True)]
+
+    def _at(self, pointer: int) -> int:
         at = bisect.bisect_right(self._starts, pointer) - 1
-        if at >= 0 and pointer < self._ends[at]:
-            owner = self._owners[at]
-            if self.past_view is not None and owner.requires_grad:
-                use = self._uses.get(at)
-                if use is None:
-                    use = self._uses[at] = _Use(owner)
-                use.count += 1
-                weight = _SavedWeight()
-                weight.use, weight.size, weight.stride = use, tensor.size(), tensor.stride()
-                weight.offset = pointer - self._starts[at]
-                plain = tensor.dtype == owner.dtype and not tensor.is_conj() and not tensor.is_neg()
-                weight.kind = None if plain else _Kind(tensor.dtype, tensor.is_conj(), tensor.is_neg())
-                return weight
-        else:
+        return at if at >= 0 and pointer < self._ends[at] else -1
+
+    def _pack(self, tensor: Tensor) -> Tensor | _SavedWeight | _SavedActivation:
+        if tensor.layout != torch.strided:
+            return self._pack_sparse(tensor)
+        pointer = tensor.data_ptr()
+        # The tensor itself may be the output of the node that saves it: a cycle that no collector sees. And whoever
+        # assigns to its .data leaves a detached one as it is.
+        at = bisect.bisect_right(self._starts, pointer) - 1
+        if at < 0 or pointer >= self._ends[at]:
             self._kept[pointer] = tensor.nbytes
-        saved = _SavedActivation()
-        # The tensor itself may be the output of the node that saves it: a cycle that no collector sees.
-        saved.tensor = tensor if tensor.is_leaf else tensor.detach()
-        saved.version = tensor._version
-        return saved
+            saved = _SavedActivation(tensor.detach(), tensor._version)
+            if not tensor.requires_grad and self.past_view is not None and not tensor.is_nested:
+                self._constants.append(saved)
+            return saved
+        owner = self._owners[at]
+        if self.past_view is None or not owner.requires_grad:
+            return _SavedActivation(tensor.detach(), tensor._version)
+        use = self._uses.get(at)
+        if use is None:
+            use = self._uses[at] = _Use(owner)
+        use.count += 1
+        weight = _SavedWeight()
+        weight.use, weight.size, weight.stride = use, tensor.size(), tensor.stride()
+        weight.offset = pointer - self._starts[at]
+        plain = tensor.dtype == owner.dtype and not tensor.is_conj() and not tensor.is_neg()
+        weight.kind = None if plain else _Kind(tensor.dtype, tensor.is_conj(), tensor.is_neg())
+        return weight
+
+    def _pack_sparse(self, tensor: Tensor) -> Tensor | _SavedActivation:
+        """Values that lie in a weight's memory are kept as a copy."""
+        if tensor.layout == torch.sparse_coo:
+            values = tensor._values()
+        elif tensor.layout in _COMPRESSED:
+            values = tensor.values()
+        else:
+            return _SavedActivation(tensor.detach(), tensor._version)
+        self._kept[values.data_ptr()] = values.nbytes
+        saved = tensor.detach()
+        return _SavedActivation(saved.clone() if self._at(values.data_ptr()) >= 0 else saved, saved._version)
 
     def _unpack(self, saved: _SavedWeight | _SavedActivation) -> Tensor:
+        if not self.watched:
+            return self._unpacked(saved)
+        with self._unwatched:
+            return self._unpacked(saved)
+
+    def _unpacked(self, saved: _SavedWeight | _SavedActivation) -> Tensor:
         if type(saved) is _SavedActivation:
             tensor = saved.tensor
             if tensor._version != saved.version:
@@ -126,7 +219,7 @@ class SavedTensors:
                 )
             return tensor
         assert type(saved) is _SavedWeight
-        past = saved.use.param.detach() if self.as_they_are else self._past(saved.use)
+        past = self._past(saved.use) if self.hands_past else saved.use.param.detach()
         if past.stride() != saved.use.stride:  # the parameter was brought into another order since
             past = torch.empty_strided(past.shape, saved.use.stride, dtype=past.dtype, device=past.device).copy_(past)
         if saved.kind is not None:
@@ -139,6 +232,8 @@ class SavedTensors:
         """Made once in a backward, and kept only while another layer will ask for it."""
         use.count -= 1
         past = use.past
+        if past is None and self.in_place:
+            past = self.in_place.get(use.param)
         if past is None:
             assert self.past_view is not None
             start = self.spans.now() if self.spans is not None else None

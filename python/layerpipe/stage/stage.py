@@ -14,15 +14,15 @@ from layerpipe.partition.first_layer import without_past
 from layerpipe.stage import autograd
 from layerpipe.stage.accumulation import Accumulation
 from layerpipe.stage.arrival import Arrival, Seen
+from layerpipe.stage.boundary import StageInputs, handed_on
 from layerpipe.stage.copies import warn_of_copies
 from layerpipe.stage.divergence import Divergence
 from layerpipe.stage.foreign import ForeignWeights, Owners
-from layerpipe.stage.gradients import clip, memory_of, own
+from layerpipe.stage.gradients import clip, memory_of, own, runs_hooks
 from layerpipe.stage.history import drop_history
+from layerpipe.stage.in_place import AsLeft, PastInPlace
 from layerpipe.stage.options import Options, StageOptions, check_stage, set_staleness
-from layerpipe.stage.outputs import handed_on
 from layerpipe.stage.random_numbers import RandomNumbers
-from layerpipe.stage.recompute import Recomputation, past_in_place
 from layerpipe.stage.saved import SavedTensors
 from layerpipe.stage.split_backward import SplitBackward
 from layerpipe.stage.step import WatchedStep, unknown
@@ -36,13 +36,14 @@ _NOTHING = contextlib.nullcontext()
 class _Flight:
     """A minibatch between its forward and its backward."""
 
-    __slots__ = ("inputs", "outputs", "saved", "saved_bytes", "version")
+    __slots__ = ("inputs", "left", "outputs", "saved", "saved_bytes", "version")
 
     def __init__(self, version: int, inputs: Tensors) -> None:
         self.version, self.inputs = version, inputs
         self.outputs: Tensors = ()
         self.saved: dict[int, int] | None = None  # what autograd keeps, weights apart: address -> bytes
         self.saved_bytes = 0
+        self.left: AsLeft | None = None  # where autograd keeps what the stage's hooks have not seen
 
 
 class Stage:
@@ -102,8 +103,7 @@ class Stage:
         self._divergence = Divergence(name, self.params, advice) if check_finite else None
         self._look_for_copies = delay > 0  # in the first forward
         self._split_backward = split_backward and index > 0  # nobody waits for a gradient of the data
-        self._recomputes: bool | None = None  # not known before the first backward
-        self._arrival = Arrival()
+        self._inputs, self._arrival = StageInputs(), Arrival()
         others = optimizer is not None and unknown(optimizer)
         # Whether somebody writes into gradients: autograd, which adds to them, or an optimizer, as far as we know.
         self._writes_gradients = optimizer is not None and (
@@ -122,6 +122,8 @@ class Stage:
         if delay and optimizer is not None:
             self._past_view = optimizer.past_view if accumulation.every == 1 else self._past_of_minibatch
         self._saved = SavedTensors(self.all_params, self._past_view)
+        self.in_place = PastInPlace(module, self.params, self._saved)
+        self.in_place.fixed = self.without_past
 
     def enter(self, minibatch: int, inputs: Tensors) -> _Flight:
         """Its forward begins, on the weights as they are now."""
@@ -165,18 +167,22 @@ class Stage:
     def forward(self, minibatch: int, inputs: Tensors) -> Tensors:
         """Run the layers on a minibatch and keep its graph; returns outputs cut off from it."""
         if self.index:
-            inputs = tuple([x.detach().requires_grad_(x.is_floating_point() or x.is_complex()) for x in inputs])
+            inputs = self._inputs.leaves(inputs)
         flight = self.enter(minibatch, inputs)
+        given = self._inputs.given(inputs) if self.index else inputs
         # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
-        hooked = self.accumulation.late or self.version == self.base
+        hooked = self.accumulation.late or self.version == self.base or self._split_backward
         start = self.mark()
         with self._drawing("forward"):
             if hooked:
                 flight.saved = self._saved.begin()
-                with self._saved.hooks:
-                    outputs = self.module(*inputs)
+                with self._saved:
+                    outputs = self.module(*given)
+                self._saved.end(inputs)
+                if self._saved.unseen:
+                    flight.left = AsLeft(self.module, self.params)
             else:
-                outputs = self.module(*inputs)
+                outputs = self.module(*given)
         self.span(LAYERS, start)
         flight.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         for output in flight.outputs:
@@ -191,7 +197,9 @@ class Stage:
             warn_of_copies(self.name, self.module, flight.outputs)
         if hooked:
             self._count(flight)
-        return tuple([handed_on(y, inputs, self.params, self.module) for y in flight.outputs])
+        if self.index:
+            self._inputs.after(inputs, given)
+        return tuple([handed_on(y, given) for y in flight.outputs])
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
@@ -200,8 +208,10 @@ class Stage:
         with self._drawing("loss"):
             if flight.saved is not None:
                 self._saved.resume(flight.saved)
-                with self._saved.hooks:
+                with self._saved:
                     loss = loss_fn(*flight.outputs, target)
+                if self._saved.unseen and flight.left is None:
+                    flight.left = AsLeft(self.module, self.params)
                 self._count(flight)
             else:
                 loss = loss_fn(*flight.outputs, target)
@@ -251,43 +261,42 @@ class Stage:
             if y.requires_grad and (grads is None or g is not None)
         ]
         seen: Seen = {}
-        if self._writes_gradients:
-            self._others = memory_of(arrived)
+        watches = self._writes_gradients or runs_hooks(self.optimizer)
+        self._others = memory_of(arrived) if watches else set()
         if grads is None:
             wanted = [(y, self.accumulation.loss_gradient(y)) for y, _ in wanted]
         if wanted:
             start = self.mark()
             seen = self._arrival.watch(flight.inputs if self.index else ())
             with _NOTHING if self.random is None else self.random.recomputing():
-                self._differentiate(flight.inputs, [y for y, _ in wanted], [g for _, g in wanted])
+                self._differentiate(flight, [y for y, _ in wanted], [g for _, g in wanted])
             self.span(LAYERS, start)
         if not self.index:
             return ()
         upstream = self._arrival.gradients(flight.inputs, seen)
-        if self._writes_gradients:
+        if watches:
             self._others |= memory_of(upstream)
         if self._divergence is not None:
             self._divergence.check(upstream, f"the gradient of minibatch {minibatch}", self.version)
         return upstream
 
-    def _differentiate(self, inputs: Tensors, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
-        if self._recomputes is None:  # the first minibatch, whose past weights are the present ones
-            with Recomputation(self.params) as recomputation:
+    def _differentiate(self, flight: _Flight, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
+        leaves = [x for x in flight.inputs if x.requires_grad]
+        rest = None
+        if self._split_backward and leaves and flight.left is None:
+            rest = SplitBackward(outputs, leaves)
+        late = self.accumulation.late
+        try:
+            if late:
+                self.in_place.begin(flight.left)
+            if rest is not None and rest.possible:
+                rest.activations(grads)
+                self._rest = rest
+            else:
                 autograd.backward(outputs, grads)
-            self._recomputes = recomputation.seen
-        elif self._recomputes:
-            self._saved.as_they_are = True
-            try:
-                past = self._past_view if self.accumulation.late else None
-                with past_in_place(self.params, past) if past is not None else contextlib.nullcontext():
-                    autograd.backward(outputs, grads)
-            finally:
-                self._saved.as_they_are = False
-        elif self._split_backward and (leaves := [x for x in inputs if x.requires_grad]):
-            self._rest = SplitBackward(outputs, leaves)
-            self._rest.activations(grads)
-        else:
-            autograd.backward(outputs, grads)
+        finally:
+            if late:
+                self.in_place.end()
 
     @property
     def half_done(self) -> bool:
@@ -300,11 +309,7 @@ class Stage:
             return
         start = self.mark()
         rest, self._rest = self._rest, None
-        self._saved.as_they_are = True  # a weight's own gradient does not depend on its values
-        try:
-            rest.weights()
-        finally:
-            self._saved.as_they_are = False
+        rest.weights()  # a weight's own gradient does not depend on its values: they may be the latest
         self.span(WEIGHTS, start)
 
     def update(self, options: Options) -> None:
@@ -333,8 +338,6 @@ class Stage:
         Gradients that wait for an update stay."""
         self.base = self.version
         self.accumulation.restart()
-        if not self._recomputes:  # layers may have begun to, and the first backward's past weights are the present ones
-            self._recomputes = None if self.delay or self._split_backward else False
         self.look_again()
         self._foreign.restart()
         self._arrival = Arrival()  # as after a resumption
@@ -351,14 +354,15 @@ class Stage:
         self.restart()
 
     def look_again(self) -> None:
-        """Whether layers draw random numbers may have changed."""
+        """Whether layers draw random numbers, or change their inputs in place, may have changed."""
+        self._inputs = StageInputs()
         if self.random is not None:
             self.random.look_again()
 
     @property
     def recomputes(self) -> bool:
-        """Whether a backward runs layers again, as far as is known."""
-        return self._recomputes is not False
+        """Whether a backward has needed past weights in the weights' own memory so far, as one that recomputes does."""
+        return self.in_place.used
 
     @property
     def in_flight(self) -> int:
@@ -366,8 +370,8 @@ class Stage:
 
     @property
     def scratch_bytes(self) -> int:
-        """Of the largest past weight made for a backward, or of all where a backward recomputes."""
-        return sum(p.nbytes for p in self.params) if self._recomputes and self.delay else self._saved.scratch_bytes
+        """Of the largest past weight made for a backward, or of all that one had in place and of their copies."""
+        return max(self.in_place.scratch_bytes, self._saved.scratch_bytes)
 
     def watch(self, spans: Recorder | None) -> None:
         """Write down what takes how long from now on, or stop."""
