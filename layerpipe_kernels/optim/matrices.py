@@ -50,15 +50,25 @@ def mark_embeddings_and_output(module: nn.Module, *, output: bool = True) -> Non
         module: the network, its layers registered in the order in which they run.
         output: whether its last layer is the network's output.
     """
-    last: Any = None
+    last: list[nn.Parameter] = []
     for layer in module.modules():
-        weight = getattr(layer, "weight", None)
+        weights = [p for p in _weight(layer) if p.ndim > 1]
         if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-            setattr(layer.weight, MARK, True)
-        elif isinstance(weight, nn.Parameter) and weight.ndim > 1:
-            last = weight
-    if output and last is not None:
-        setattr(last, MARK, True)
+            for param in weights:
+                setattr(param, MARK, True)
+        elif weights:
+            last = weights
+    for param in last if output else ():
+        setattr(param, MARK, True)
     for name, param in module.named_parameters():
         if param.ndim > 1 and _NAMED.search(name):
             setattr(param, MARK, True)
+
+
+def _weight(layer: nn.Module) -> list[nn.Parameter]:
+    """A layer's weight, or what a parametrization makes it of: reading that would run it, which may change buffers."""
+    parametrized: Any = layer._modules.get("parametrizations")
+    if parametrized is not None and "weight" in parametrized:
+        return list(parametrized["weight"].parameters(recurse=False))
+    weight = layer._parameters.get("weight")
+    return [] if weight is None else [weight]
