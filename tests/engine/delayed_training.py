@@ -146,9 +146,16 @@ def _take_state(to: nn.Module, of: nn.Module) -> None:
     """What a forward changes besides weights: buffers and other attributes."""
     for mine, theirs in zip(to.modules(), of.modules(), strict=True):
         for name, buffer in theirs._buffers.items():
-            mine._buffers[name] = None if buffer is None else buffer.detach().clone()
+            if buffer is not None:
+                mine._buffers[name] = _taken(mine._buffers[name], buffer)
         for name, value in vars(theirs).items():
             if isinstance(value, Tensor):
-                setattr(mine, name, value.detach().clone())
+                setattr(mine, name, _taken(getattr(mine, name), value))
             elif isinstance(value, int | float | str):
-                setattr(mine, name, value)
+                mine.__dict__[name] = value
+
+
+def _taken(mine: Tensor | None, theirs: Tensor) -> Tensor:
+    if mine is None or mine.shape != theirs.shape:
+        return theirs.detach().clone()
+    return mine.detach().copy_(theirs.detach())

@@ -17,20 +17,19 @@ Forward = Callable[["Layer", Tensor], Tensor]
 
 
 class Layer(nn.Module):
-    """Two linear layers, a weight, a norm, buffers, and a forward."""
+    """A linear layer, a weight, a buffer, and a forward."""
 
-    def __init__(self, run: Forward, attach: Callable[[Layer], None] | None = None, **options: Any) -> None:
+    def __init__(
+        self, run: Forward, attach: Callable[[Layer], None] | None = None, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.a, self.norm = nn.Linear(WIDTH, WIDTH), norm
         self.w = nn.Parameter(0.4 * torch.randn(WIDTH, WIDTH))
-        self.norm = nn.BatchNorm1d(WIDTH)
         self.register_buffer("scale", torch.ones(WIDTH))
         self.scale: Tensor
         self.plain = torch.ones(WIDTH)  # a tensor that is no buffer
         self.calls = 0
         self.run, self._attach = run, attach
-        for name, value in options.items():
-            setattr(self, name, value)
         self.attach()
 
     def attach(self) -> None:
@@ -135,17 +134,19 @@ def _func(how: str) -> Forward:
         if how == "functional_call":
             halves = {name: p * 0.9 for name, p in layer.a.named_parameters()}
             return torch.tanh(torch.func.functional_call(layer.a, halves, (x,)))
-        return torch.tanh(torch.func.functional_call(layer.a, dict(layer.b.named_parameters()), (x,)))
+        return torch.tanh(torch.func.functional_call(layer.a, {"weight": layer.w.t()}, (x,)))
 
     return run
 
 
 def _inner(layer: Layer, x: Tensor) -> Tensor:
-    return torch.tanh(layer.b(torch.tanh(layer.a(x)))) @ layer.w
+    return torch.tanh(layer.a(x)) @ layer.w
 
 
 def _normed(layer: Layer, x: Tensor) -> Tensor:
-    return layer.norm(layer.a(x))
+    assert layer.norm is not None
+    y: Tensor = layer.norm(layer.a(x))
+    return y
 
 
 def _recomputed(inner: Forward, every: int, *, reentrant: bool) -> Forward:
@@ -202,8 +203,8 @@ def _module_hook(layer: Layer) -> None:
     def scaled(module: nn.Module, got: Any, grads: Any) -> Any:
         return tuple(None if g is None else g * (1 + module.weight.detach().mean()) for g in got)
 
-    if not layer.b._backward_hooks:
-        layer.b.register_full_backward_hook(scaled)
+    if not layer.a._backward_hooks:
+        layer.a.register_full_backward_hook(scaled)
 
 
 #: Names and what makes them.
@@ -211,9 +212,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: Layer(lambda s, x: torch.tanh(s.a(x))),
     "two linear": lambda: Layer(_inner),
     "in place": lambda: Layer(lambda s, x: F.relu_(s.a(x)) @ s.w),
-    "batch norm": lambda: Layer(_normed),
+    "batch norm": lambda: Layer(_normed, norm=nn.BatchNorm1d(WIDTH)),
     "twice": lambda: Layer(lambda s, x: s.a(torch.tanh(s.a(x))) + F.linear(x, s.a.weight.t())),
-    "by value": lambda: Layer(lambda s, x: s.a(x) if float(x.detach().sum()) > 0 else torch.tanh(s.b(x)) @ s.w),
+    "by value": lambda: Layer(lambda s, x: s.a(x) if float(x.detach().sum()) > 0 else torch.tanh(x @ s.w)),
     "kept": lambda: Layer(lambda s, x: torch.tanh(_Kept.apply(x, s.w, s.scale, ""))),
     "kept view": lambda: Layer(lambda s, x: torch.tanh(_Kept.apply(x, s.w, s.scale, "view"))),
     "kept in a closure": lambda: Layer(lambda s, x: torch.tanh(_Kept.apply(x, s.w, s.scale, "closure"))),
@@ -234,7 +235,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "checkpoint for some": lambda: Layer(_recomputed(_inner, 3, reentrant=False)),
     "reentrant": lambda: Layer(_recomputed(_inner, 1, reentrant=True)),
     "reentrant for some": lambda: Layer(_recomputed(_inner, 2, reentrant=True)),
-    "checkpoint of a norm": lambda: Layer(_recomputed(_normed, 2, reentrant=False)),
+    "checkpoint of a norm": lambda: Layer(_recomputed(_normed, 2, reentrant=False), norm=nn.BatchNorm1d(WIDTH)),
     "weight norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh()),
     "spectral norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, WIDTH)), nn.Tanh()),
     "gradient hook": lambda: Layer(_gradient_hook),

@@ -37,6 +37,7 @@ class Block(nn.Module):
         super().__init__()
         self.layers, self.first, self.sends = nn.ModuleList(layers), first, sends
         self.changes_inputs = first == "in place"
+        self.gain = nn.Parameter(torch.ones(()))
 
     def forward(self, h: Tensor, *more: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.first == "in place":
@@ -45,12 +46,12 @@ class Block(nn.Module):
             if x.dtype == torch.bool:
                 h = h * (0.5 + x.float())
             elif not x.requires_grad:
-                h = h + 0.1 * x.clamp_(-1, 1)  # in place: it is data
+                h = h + 0.1 * x.clamp_(-1, 1).mean()  # in place: it is data
             else:
                 h = h + 0.3 * x.mean()
         for layer in self.layers:
             h = layer(h)
-        h = h + 1e-3
+        h = h * self.gain
         if self.sends == "mask":
             return h, h > 0
         if self.sends == "data":
