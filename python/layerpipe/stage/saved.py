@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import bisect
 import collections
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch

@@ -281,9 +281,8 @@ class Stage:
         return upstream
 
     def _differentiate(self, flight: _Flight, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
-        leaves = [x for x in flight.inputs if x.requires_grad]
         rest = None
-        if self._split_backward and leaves and flight.left is None:
+        if self._split_backward and flight.left is None and (leaves := [x for x in flight.inputs if x.requires_grad]):
             rest = SplitBackward(outputs, leaves)
         late = self.accumulation.late
         try:
