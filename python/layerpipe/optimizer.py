@@ -11,7 +11,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from layerpipe.executors.ranks import Ranks
-from layerpipe.stage.options import OWN, Options, StageOptions, changes_in_place, frozen_options, on_host, same
+from layerpipe.stage.options import OWN, Options, StageOptions, frozen_options, holds_what_changes, on_host, same
 from layerpipe_kernels.optim.checkpoint import GROUP_STATE
 
 
@@ -77,16 +77,20 @@ class PipelineOptimizer(torch.optim.Optimizer):
         values = [tuple(group.values()) for group in self.param_groups]
         if self._values is None or not _all_same(values, self._values):
             for i, made_for in zip(self.own, self._made_for, strict=True):
-                for key, value in made_for.items():
-                    if not same(self.param_groups[i].get(key), value):
-                        raise ValueError(
-                            f"parameter group {i} was made with {key}={value!r}, which stages in training cannot "
-                            f"change to {self.param_groups[i].get(key)!r}; make a new pipeline"
-                        )
+                self._check_past(i, made_for)
             self._options = [[frozen_options(view) for view in views] for views in self._views()]
-            in_place = any(changes_in_place(v) for g in self.param_groups for k, v in g.items() if k not in OWN)
-            self._values = None if in_place else values
+            self._values = None if any(map(holds_what_changes, self.param_groups)) else values
         return self._options
+
+    def _check_past(self, i: int, made_for: dict[str, Any]) -> None:
+        group = self.param_groups[i]
+        for key, value in made_for.items():
+            now = group.get(key)
+            if now is not value and not same(now, value):
+                raise ValueError(
+                    f"parameter group {i} was made with {key}={value!r}, which stages in training cannot change to "
+                    f"{now!r}; make a new pipeline"
+                )
 
     def refresh(self) -> None:
         """Show what the stages' optimizers have changed in their groups. No stage may be at work."""

@@ -19,7 +19,9 @@ Options = list[dict[str, Any]]
 #: What does not travel between the common view and a stage, whose own optimizer counts its updates.
 OWN = ("params", "param_names", *GROUP_STATE)
 
+_OWN = frozenset(OWN)
 _MISSING = object()
+_PLAIN = frozenset((bool, int, float, str, type(None)))  # nothing else is to be known of a value of these
 
 
 class StageOptions:
@@ -46,10 +48,9 @@ class StageOptions:
         if options is self._taken:
             return
         for group, before, now in zip(self.optimizer.param_groups, self._taken, options, strict=True):
-            for key, value in now.items():
-                old = before.get(key, _MISSING)
-                if old is not value and not same(old, value):
-                    _put(group, key, value)
+            for key in [key for key, value in now.items() if before.get(key, _MISSING) is not value]:
+                if not same(before.get(key, _MISSING), now[key]):
+                    _put(group, key, now[key])
         self._taken = options
 
     def show(self, views: Sequence[dict[str, Any]]) -> None:
@@ -80,11 +81,20 @@ def frozen(value: Any) -> Any:
 
 def frozen_options(group: dict[str, Any]) -> dict[str, Any]:
     """All options of a group as they are now."""
-    return {key: frozen(value) for key, value in group.items() if key not in OWN}
+    plain = _PLAIN
+    return {k: v if type(v) in plain else frozen(v) for k, v in group.items() if k not in _OWN}
+
+
+def holds_what_changes(group: dict[str, Any]) -> bool:
+    """Whether an option of a group may change and stay the same object."""
+    plain = _PLAIN
+    return any(changes_in_place(v) for k, v in group.items() if type(v) not in plain and k not in _OWN)
 
 
 def changes_in_place(value: Any) -> bool:
     """Whether a value may change and stay the same object: a tensor, an array, a list."""
+    if type(value) in _PLAIN:
+        return False
     if isinstance(value, Tensor):
         return True
     try:
@@ -115,13 +125,12 @@ def same(a: Any, b: Any) -> bool:
 def _put(group: dict[str, Any], key: str, value: Any) -> None:
     """A tensor stays the object that it is and changes its values, where they fit."""
     old = group.get(key)
-    with torch.no_grad():
-        if isinstance(old, Tensor) and isinstance(value, int | float) and old.numel() == 1:
-            old.fill_(value)
-        elif isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
-            old.copy_(value)
-        else:
-            group[key] = copy.deepcopy(value) if changes_in_place(value) else value
+    if isinstance(old, Tensor) and isinstance(value, int | float) and old.numel() == 1:
+        old.detach().fill_(value)
+    elif isinstance(old, Tensor) and isinstance(value, Tensor) and old.shape == value.shape:
+        old.detach().copy_(value)
+    else:
+        group[key] = copy.deepcopy(value) if changes_in_place(value) else value
 
 
 def set_staleness(optimizer: Any, updates: float) -> None:
