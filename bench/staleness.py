@@ -31,6 +31,9 @@ from rich.table import Table
 from bench.delayed_optimizers import Settings
 from bench.delayed_training import TASKS, DelayedTraining, Horizon, train
 from bench.report import console, deviation, save
+from layerpipe.cli import plots
+
+EVERY = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,7 @@ def measure(run: Run) -> tuple[Run, dict[str, Any]]:
         TASKS[run.task](run.seed, **size), run.stages, run.schedule, run.settings, Horizon(run.steps, run.warmup),
         microbatches=run.microbatches, sync_steps=run.sync_steps,
     )  # fmt: skip
-    return run, train(training)
+    return run, train(training, EVERY)
 
 
 def load(path: Path) -> Results:
@@ -148,7 +151,7 @@ def table(found: Results, runs: Sequence[Run]) -> Table:
     groups: dict[Any, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.group("seed"), []).append(run)
-    names = [name for name in runs[0].flat() if name != "seed" and len({run.flat()[name] for run in runs}) > 1]
+    names = varied(runs)
     made = Table(title="Delayed training, simulated", title_justify="left")
     for column in (*names, "seeds", "quality", "worth", "extra"):
         made.add_column(column, justify="left" if column in names else "right")
@@ -163,11 +166,31 @@ def table(found: Results, runs: Sequence[Run]) -> Table:
     return made
 
 
+def varied(runs: Sequence[Run]) -> list[str]:
+    """Names of the options that are not the same in all runs, without the seed."""
+    return [name for name in runs[0].flat() if name != "seed" and len({run.flat()[name] for run in runs}) > 1]
+
+
+def plot(path: Path, found: Results, runs: Sequence[Run]) -> None:
+    """Training loss of every run, the mean of ``EVERY`` minibatches each."""
+    figure, axes = plots.new_figure(figsize=(8, 4.5))
+    for run in runs:
+        curve = found[run]["curve"]
+        minibatches = [min(EVERY * (i + 1), run.steps) for i in range(len(curve))]
+        label = ", ".join(f"{name} {run.flat()[name]}" for name in varied(runs))
+        axes.plot(minibatches[1:], curve[1:], label=label)
+    axes.set(xlabel="minibatches", ylabel="training loss")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    plots.save(figure, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("options", nargs="*", metavar="NAME=VALUE,...", help=", ".join(Run().flat()))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--json", type=Path, help="keep finished runs here, and do not run again what is there")
+    parser.add_argument("--plot", type=Path, help="draw the losses of these runs here")
     given = parser.parse_args()
     try:
         runs = grid(given.options)
@@ -182,6 +205,8 @@ def main() -> None:
             save(given.json, runs=[{"options": run.flat(), **result} for run, result in found.items()])
             out.print(f"{run}: {result['quality']:.3f}", highlight=False)
     out.print(table(found, runs))
+    if given.plot:
+        plot(given.plot, found, runs)
 
 
 if __name__ == "__main__":

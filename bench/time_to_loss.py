@@ -59,14 +59,21 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"soap": soap, "ad
 
 
 def seconds_per_minibatch(
-    case: Case, optimizer: str, stages: int, schedule: str, microbatches: int, rounds: int, steps: int
+    case: Case,
+    optimizer: str,
+    stages: int,
+    schedule: str,
+    microbatches: int,
+    parts: Sequence[int],
+    rounds: int,
+    steps: int,
 ) -> dict[str, list[float]]:
     """Of every variant and round."""
     make = OPTIMIZERS[optimizer]
     options = pipeline.Options(stages, "time", "blend", (schedule,), compiled=False, split_backward=False)
-    part = dataclasses.replace(case, batch=case.batch // microbatches)
+    small = dataclasses.replace(case, batch=case.batch // microbatches)
     further = {"accumulate": microbatches} if microbatches > 1 else {}
-    pipe, run_parts = pipeline.pipelined(part, options, (schedule, False), None, make=make, **further)
+    pipe, run_parts = pipeline.pipelined(small, options, (schedule, False), None, make=make, **further)
     ours = lambda count: microbatches * run_parts(microbatches * count)
     cuts = case.stages(stages)
     variants: dict[str, Callable[[int], float]] = {f"asynchronous, {schedule}": ours}
@@ -75,10 +82,10 @@ def seconds_per_minibatch(
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.closing(pipe))
         for name in distributed.SCHEDULES:
-            for parts in (2, 4, 8):
-                started = distributed.Processes("torch", name, parts, case, cuts, make)
+            for count in parts:
+                started = distributed.Processes("torch", name, count, case, cuts, make)
                 stack.callback(started.close)
-                variants[f"synchronous, {name} {parts}"] = started
+                variants[f"synchronous, {name} {count}"] = started
         seconds: dict[str, list[float]] = {name: [] for name in variants}
         for run in variants.values():
             run(2)
@@ -217,6 +224,7 @@ def main() -> None:
     parser.add_argument("--optimizer", nargs="+", choices=OPTIMIZERS, default=["soap"])
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--microbatches", type=int, default=1, choices=PARTS, help="that ours accumulates")
+    parser.add_argument("--parts", type=int, nargs="+", default=[2, 4, 8], help="microbatches of torch's pipelines")
     parser.add_argument("--schedule", choices=("1f1b", "lockstep"), default="1f1b", help="ours")
     parser.add_argument("--processors", type=int, nargs="+", default=[4, 8, 16], help="that are simulated")
     parser.add_argument("--rounds", type=int, default=15)
@@ -237,7 +245,14 @@ def main() -> None:
                 continue
             with Others() as others:
                 seconds = seconds_per_minibatch(
-                    CASES[task], optimizer, given.stages, given.schedule, given.microbatches, given.rounds, given.steps
+                    CASES[task],
+                    optimizer,
+                    given.stages,
+                    given.schedule,
+                    given.microbatches,
+                    given.parts,
+                    given.rounds,
+                    given.steps,
                 )
                 single = parts_of_a_step(CASES[task], optimizer, given.rounds)
             results.append({**key, "seconds": seconds, "one thread": single, "others": others.share})

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("rich")
-from bench import staleness
+from bench import stable_steps, staleness
 from bench.delayed_optimizers import DelayedOptimizer, Settings
 from bench.delayed_training import DelayedTraining, Horizon, Task, train
+from layerpipe.planning import stability
 from tests.engine.delayed_training import DelayedTraining as Slow
 
 CONSTANT = Horizon(steps=1000, warmup=0, final=1.0)
@@ -162,8 +163,36 @@ def test_a_delayed_run_is_compared_with_the_best_undelayed_ones(tmp_path: Path) 
     assert staleness.load(file) == found
 
 
+def test_losses_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runs = [staleness.Run(steps=120), staleness.Run(steps=120, microbatches=4)]
+    staleness.plot(tmp_path / "losses.png", {run: {"curve": [3.0, 2.0, 1.9]} for run in runs}, runs)
+    assert (tmp_path / "losses.png").stat().st_size > 1000
+
+
 def test_a_run_that_diverges_ends() -> None:
     training = DelayedTraining(task(), 4, "1f1b", Settings(optimizer="sgd", lr=math.inf, max_norm=0.0), Horizon(200, 0))
     result = train(training, every=10)
     assert math.isnan(result["quality"])
     assert len(result["curve"]) < 20
+
+
+@pytest.mark.parametrize(("n", "beta"), [(0, 0.5), (2, 0.9), (6, 0.99)])
+def test_without_knobs_the_largest_stable_step_is_that_of_an_average(n: int, beta: float) -> None:
+    expected = stability.largest_stable_step(n, beta) / (1 - beta)
+    assert stable_steps.largest_stable_step(n, beta) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_largest_stable_step_is_the_largest() -> None:
+    """A quadratic of this curvature, trained by the optimizer itself."""
+    n, settings = 3, Settings(optimizer="sgd", beta1=0.9, spike_compensation=1.0, weight_prediction=0.5, max_norm=0.0)
+    limit = stable_steps.largest_stable_step(n, 0.9, c=1.0, h=0.5)
+    final = []
+    for lr in (0.95 * limit, 1.05 * limit):
+        w = torch.ones(1, dtype=torch.float64)
+        seen, optimizer = [w.clone()] * (n + 1), DelayedOptimizer([w], [False], settings)
+        for _ in range(400):
+            seen.append(optimizer.step([seen[-1 - n]], lr, n, [w])[0].clone())
+        final.append(abs(w.item()))
+    assert final[0] < 0.1
+    assert final[1] > 10
