@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 def check_made_of(stages: Sequence[nn.Module], loss_fn: Any, optimizer: Any, max_norm: float | None) -> None:
@@ -61,7 +62,7 @@ def check_fed(inputs: tuple[Any, ...]) -> None:
         raise RuntimeError("pipe.step() trains; call it outside torch.no_grad()")
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise RuntimeError("autocast does not reach the stages' threads; enter it inside a stage's forward")
-    if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+    if any(x.requires_grad if isinstance(x, Tensor) else _requires_grad(x) for x in inputs):
         raise ValueError("the pipeline computes no gradient of its inputs; pass inputs.detach()")
 
 
@@ -84,3 +85,7 @@ def check_loss(loss: Any) -> None:
         raise ValueError(f"loss_fn must return one number, got a tensor of shape {shape}: take its mean() or sum()")
     if not loss.is_floating_point():
         raise TypeError(f"loss_fn must return one real number, got a tensor of {loss.dtype}")
+
+
+def _requires_grad(structure: Any) -> bool:
+    return any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(structure))

@@ -19,6 +19,10 @@ class DivergenceError(StageError):
     """A stage met NaN or infinity, in what crosses its boundaries or, when the pipe is empty, in its weights."""
 
 
+class SpecializationError(RuntimeError):
+    """A stage that :func:`layerpipe.split` made got inputs, or found its model changed, as it was not traced for."""
+
+
 class CheckpointError(RuntimeError):
     """A file that is no checkpoint, or one of another pipeline."""
 

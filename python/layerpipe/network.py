@@ -12,6 +12,7 @@ from layerpipe.executors import placement
 from layerpipe.executors.channels import moved
 from layerpipe.executors.ranks import Ranks
 from layerpipe.executors.remote import Evaluation
+from layerpipe.inputs import call, packed, results
 from layerpipe.partition import refuse_shared
 from layerpipe.partition.split_stage import is_split, label, uncompiled
 
@@ -49,16 +50,15 @@ class Network(abc.ABC):
     def _synchronize(self) -> None:
         """Return when no stage is at work any more."""
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The network's output with its current weights; disturbs no minibatch in the pipe. As with any module, call
         :meth:`eval` first, or BatchNorm's running statistics move.
 
         Of several processes, the first one's inputs count; each gets the output, without a graph."""
         self._synchronize()
-        values = self._evaluation.inputs(inputs)
+        values = self._evaluation.inputs(packed(args, kwargs))
         for module, stage in zip(self.modules, self.ranks.own, strict=True):
-            result = module(*(moved(values, self._devices[stage]) if self._several else values))
-            values = result if isinstance(result, tuple) else (result,)
+            values = results(call(module, moved(values, self._devices[stage]) if self._several else values))
         values = self._evaluation.output(values)
         return values if len(values) > 1 else values[0]
 

@@ -17,6 +17,7 @@ from layerpipe import schedule as schedules
 from layerpipe.actions import Actions
 from layerpipe.executors import ranks
 from layerpipe.executors.base import Tick
+from layerpipe.inputs import Intake, packed
 from layerpipe.loss import LossWeights
 from layerpipe.measured import StageMemory, stage_memory
 from layerpipe.network import Network
@@ -40,7 +41,8 @@ class Pipeline(Network):
         stages: modules, from input to output, each taking what the one before returns (a tensor or a tuple); from
             :func:`layerpipe.split`, or made by hand.
         loss_fn: ``loss_fn(output, target)`` to a scalar, called in the last stage; ``loss_fn(*outputs, target)``
-            where that returns a tuple. Of a module, the last stage's optimizer trains the parameters, too.
+            where that returns a tuple; the last stage may return any structure. Of a module, the last stage's optimizer
+            trains the parameters, too.
         optimizer: ``optimizer(params, **past)``, called once per stage that has parameters; hands ``past`` on to an
             optimizer of :mod:`layerpipe_kernels`. It holds the stage's ``delay`` and the options below. Embeddings and
             the last stage's last layer are marked before (:func:`layerpipe_kernels.mark_embeddings_and_output`), so
@@ -149,15 +151,18 @@ class Pipeline(Network):
             threads_per_stage=threads or share_threads(torch.get_num_threads(), stages),
         )
         self._actions.connect(self._executor, self.stages)
+        self._intake = Intake(stages[0]) if 0 in self.ranks.own else None
         self._restart()
 
-    def step(self, inputs: Any, target: Any) -> Tensor | None:
+    def step(self, inputs: Any, target: Any, **kwargs: Any) -> Tensor | None:
         """Feed one minibatch and run one tick. Its tensors are kept, not copied, until it has left the pipe: give each
         minibatch tensors of its own.
 
         Args:
-            inputs: what the first stage takes, a tensor or a tuple.
+            inputs: what the first stage takes: a tensor or another single argument, a tuple of arguments, or a dict of
+                keyword arguments. A dict or a tuple that is one argument goes into a tuple: ``(batch,)``.
             target: what ``loss_fn`` takes besides the output.
+            kwargs: more keyword arguments of the first stage.
 
         Returns:
             The loss of the minibatch whose forward left the pipe (detached, a scalar), in the order they were fed;
@@ -169,13 +174,17 @@ class Pipeline(Network):
             DivergenceError: a stage met NaN or infinity.
             RuntimeError: inside ``torch.no_grad()`` or ``torch.autocast``, which reach no other thread.
             ValueError: the inputs require gradients.
+            TypeError: keyword arguments that the first stage does not take. Nothing was fed then.
+            SpecializationError: :func:`layerpipe.split` has traced the model for other inputs. Nothing was fed then.
         """
-        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         self._executor.check_outside()
-        arguments.check_fed(inputs)
+        given = packed(inputs, kwargs)
+        arguments.check_fed(given)
+        if self._intake is not None:
+            self._intake.check(given)
         if self.pacing.next() is self.synchronous:
             self._change_pace()
-        self._submit((inputs, target))
+        self._submit((given, target))
         expected = self._owed + max(self.fed - self.latency, 0)
         if expected <= self._returned:
             return None

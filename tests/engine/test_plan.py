@@ -231,15 +231,17 @@ def test_the_catalogue_builds_without_memory(name: str) -> None:
         pytest.importorskip("torchvision")
     model, inputs = catalog.load(name, batch=2)
     assert all(p.is_meta for p in model.parameters())
-    assert all(x.is_meta and len(x) == 2 for x in inputs)
-    assert model(*inputs).shape[0] == 2
+    assert all(x.is_meta and len(x) == 2 for x in inputs.args)
+    assert model(*inputs.args).shape[0] == 2
 
 
 def test_a_model_of_ones_own() -> None:
-    model, (x,) = catalog.load(
-        "torch.nn:Linear", batch=3, options={"in_features": 4, "out_features": 2}, inputs=[InputShape((4,))]
-    )
-    assert model(x).shape == (3, 2)
+    options = {"in_features": 4, "out_features": 2}
+    model, inputs = catalog.load("torch.nn:Linear", batch=3, options=options, inputs=[InputShape((4,))])
+    assert model(*inputs.args).shape == (3, 2)
+    model, inputs = catalog.load("torch.nn:Linear", batch=3, options=options, inputs=[InputShape((4,), name="input")])
+    assert not inputs.args
+    assert len(profile(model, inputs)) == 1
     for name, options, message in (
         ("nothing", {}, "resnet18, resnet50"),
         ("torch.nn:Linear", {}, "--input 3,224,224"),

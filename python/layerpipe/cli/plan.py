@@ -43,7 +43,7 @@ def plan(
         list[str] | None,
         _option(
             "Sizes of one example without the minibatch, with a dtype where it is not float32: 3,224,224 or "
-            "1024:int64. Again for a second input.",
+            "1024:int64; name=1024:int64 for a keyword argument. Again for a second input.",
             o.NETWORK,
             "--input",
         ),
@@ -151,20 +151,21 @@ def quantity(text: str, option: str) -> float:
 
 
 def input_shape(text: str) -> InputShape:
-    """``3,224,224`` or ``1024:int64``.
+    """``3,224,224``, ``1024:int64`` or ``attention_mask=1024:int64``.
 
     Raises:
         UsageError: not sizes, or an unknown dtype.
     """
-    sizes, _, dtype = text.partition(":")
+    name, _, shape = text.rpartition("=")
+    sizes, _, dtype = shape.partition(":")
     try:
         numbers = tuple(int(size) for size in sizes.split(","))
         kind: Any = getattr(torch, dtype or "float32")
-        if not isinstance(kind, torch.dtype) or min(numbers) < 1:
+        if not isinstance(kind, torch.dtype) or min(numbers) < 1 or (name and not name.isidentifier()):
             raise ValueError
     except (ValueError, AttributeError):
         raise UsageError(f"--input {text!r} is not a shape like 3,224,224 or 1024:int64") from None
-    return InputShape(numbers, kind)
+    return InputShape(numbers, kind, name)
 
 
 def _setting(text: str) -> tuple[str, Any]:

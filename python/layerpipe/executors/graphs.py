@@ -42,6 +42,7 @@ from layerpipe.executors.capturable import (
 )
 from layerpipe.executors.channels import Lent
 from layerpipe.executors.streams import Lane, Streams
+from layerpipe.partition.guard import guard_of
 from layerpipe.stage import Stage, Tensors
 from layerpipe.stage.options import Options, same
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
@@ -76,6 +77,7 @@ class CapturedStage:
     def __init__(self, lane: Lane) -> None:
         self.stage, self._lane, self._device = lane.stage, lane, lane.device
         check_optimizer(self.stage)
+        self._guard = guard_of(self.stage.module)
         self._slots: list[_Slot] = []
         self._replayed: dict[int, _Slot] = {}  # of the minibatches whose forward was a replay
         self._slot: _Slot | None = None  # of the backward whose update comes next
@@ -118,6 +120,8 @@ class CapturedStage:
             return outputs
         if not self._slots:
             self._capture()
+        if self._guard is not None:
+            self._guard.check_model()  # which a replay does not
         self._replayed[minibatch] = slot = self._slots[minibatch % len(self._slots)]
         self.stage.enter(minibatch, ())
         slot.inputs.fill(inputs, self._device.current())

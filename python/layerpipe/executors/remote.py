@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from layerpipe.errors import DivergenceError, StageError
 from layerpipe.executors.channels import Channel, ChannelClosed, moved
@@ -287,8 +288,10 @@ class Evaluation:
             return values
         if self._to is not None:
             self._to.put(values)
-        values = self._ranks.told(tuple([value.detach().cpu() for value in values]), by=self._ranks.size - 1)
-        return tuple([value.to(self._device) for value in values])
+        values = pytree.tree_map_only(Tensor, lambda x: x.detach().cpu(), values)
+        last = self._ranks.told(values, by=self._ranks.size - 1)
+        there: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda x: x.to(self._device), last)
+        return there
 
 
 def _bytes(text: bytes) -> Tensor:

@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layerpipe.models.gpt import GPT
 from layerpipe.models.mlp import mlp
 from layerpipe.models.resnet import resnet18
+from layerpipe.partition.examples import Examples
 
 
 class InputShape(NamedTuple):
-    """One example without the minibatch: its sizes and dtype."""
+    """One example without the minibatch: its sizes and dtype; its parameter's name where it goes by that."""
 
     sizes: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    name: str = ""
 
 
 class Entry(NamedTuple):
@@ -58,14 +60,14 @@ def load(
     options: Mapping[str, Any] | None = None,
     inputs: Sequence[InputShape] = (),
     device: str = "meta",
-) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A model and example inputs.
+) -> tuple[nn.Module, Examples]:
+    """A model and the arguments of an example forward.
 
     Args:
         name: one of :data:`CATALOG`, or ``package.module:factory``.
         batch: examples in a minibatch.
         options: keyword arguments of the factory.
-        inputs: shapes of one example; a factory of your own needs them.
+        inputs: shapes of one example, by position or name; a factory of your own needs them.
         device: ``"meta"`` allocates nothing.
 
     Raises:
@@ -96,7 +98,8 @@ def load(
             asked = ", ".join(f"{option}={value!r}" for option, value in options.items())
             reason = str(error).splitlines()[0]
             raise ValueError(f"{name} cannot be made with {asked}: {reason}") from error
-        examples = tuple(torch.zeros(batch, *shape.sizes, dtype=shape.dtype) for shape in shapes)
+        made = [(shape.name, torch.zeros(batch, *shape.sizes, dtype=shape.dtype)) for shape in shapes]
+    examples = Examples(tuple(x for name, x in made if not name), {name: x for name, x in made if name})
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}, not an nn.Module")
     return model, examples

@@ -11,15 +11,19 @@ import contextlib
 import inspect
 import io
 import logging
+import operator
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from layerpipe.partition.aliasing import written
+from layerpipe.partition.examples import Examples
+from layerpipe.partition.guard import Inputs, TensorLike
 from layerpipe.partition.regions import follow_the_inputs_device, is_tensor, unfold
 
 
@@ -34,23 +38,37 @@ class Unflatten(nn.Module):
         return pytree.tree_unflatten(values, self.spec)
 
 
-def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph, dict[str, nn.Module | Tensor]]:
-    """The graph of a forward in the model's present mode, and what it names that the model does not have.
+class Exported(NamedTuple):
+    """A forward in one of the model's modes.
+
+    Attributes:
+        graph: with a placeholder for each argument.
+        extra: what it names that the model does not have.
+        inputs: what it may be given: sizes but that of the minibatch are fixed, and whatever is not a tensor.
+    """
+
+    graph: fx.Graph
+    extra: dict[str, nn.Module | Tensor]
+    inputs: Inputs
+
+
+def exported(model: nn.Module, examples: Examples) -> Exported:
+    """The graph of a forward in the model's present mode.
 
     The first dimension of the inputs, the minibatch, stays free where the model's code leaves it so; all others are
     the examples'.
 
     Raises:
-        ValueError: the forward changes a buffer of its own, or in place what :func:`unfold` does not allow, or takes
-            something else than a flat list of inputs.
+        ValueError: the forward changes a buffer of its own, or in place what :func:`unfold` does not allow.
         Exception: whatever ``torch.export`` raises.
     """
     shapes = torch.export.ShapesCollection()
-    for x in example_inputs:
+    bound = examples.bound(model)
+    for x in pytree.tree_leaves((bound.args, bound.kwargs)):
         if isinstance(x, Tensor) and x.dim():
             shapes[x] = {0: torch.export.Dim.AUTO}
     with quietly():
-        program = torch.export.export(model, tuple(example_inputs), dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(model, bound.args, bound.kwargs, dynamic_shapes=shapes, strict=False)
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
@@ -67,12 +85,16 @@ def exported(model: nn.Module, example_inputs: Sequence[Any]) -> tuple[fx.Graph,
             graph.erase_node(node)
     extra: dict[str, nn.Module | Tensor] = {}
     for node in graph.find_nodes(op="get_attr"):
-        if not _has(model, str(node.target)):
-            extra[str(node.target)] = getattr(module, str(node.target))  # a constant, or the body of a ``with``
-    if len(graph.find_nodes(op="placeholder")) != len(example_inputs):
-        raise ValueError("its inputs are nested; they must be tensors")
+        path = str(node.target)
+        if not _has(model, path):  # a constant, or the body of a ``with``
+            node.target = path.replace(".", "_")
+            while hasattr(model, node.target):
+                node.target += "_"
+            extra[node.target] = operator.attrgetter(path)(module)
+    inputs = _inputs(dict(bound.arguments), program, graph.find_nodes(op="placeholder"))
+    _restore_inputs(graph, examples.by_name(model))
     _restore_output(graph, structure, extra)
-    return graph, extra
+    return Exported(graph, extra, inputs)
 
 
 @contextlib.contextmanager
@@ -126,6 +148,66 @@ def _refuse_changed_buffers(graph: fx.Graph) -> None:
         changed = written(node)
         if changed is not None and changed.op == "get_attr":
             raise ValueError(f"its forward changes its buffer {changed.target}")
+
+
+def _inputs(arguments: dict[str, Any], program: Any, placeholders: Sequence[fx.Node]) -> Inputs:
+    """What the graph may be given: what it has fixed, and the conditions that the model's code has asked for."""
+    keys = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
+    paths, names = [f"L{key}" for key in keys], [key[2:].replace("']", "", 1) for key in keys]
+    kinds = [kind_of(node) for node in placeholders]
+    symbols: dict[str, str] = {}
+    for i, node in enumerate(placeholders):
+        for d, size in enumerate(node.meta["val"].shape if is_tensor(node) else ()):
+            symbols.setdefault(str(size), f"args[{i}].size()[{d}]")
+    conditions: dict[str, str] = {}
+    for code in getattr(program, "_guards_code", None) or ():
+        condition, said = code, code
+        for i, (path, name) in enumerate(zip(paths, names, strict=True)):
+            condition, said = condition.replace(path, f"args[{i}]"), said.replace(path, name)
+        conditions[said] = condition
+    for symbol, allowed in program.range_constraints.items():
+        if str(symbol) in symbols:
+            where = symbols[str(symbol)]
+            said = names[int(where[5 : where.index("]")])] + where[where.index("]") + 1 :]
+            if allowed.lower > 2:  # any size is 2 or more to torch.export
+                conditions[f"{said} >= {allowed.lower}"] = f"{where} >= {allowed.lower}"
+            if allowed.upper < sys.maxsize - 1:
+                conditions[f"{said} <= {allowed.upper}"] = f"{where} <= {allowed.upper}"
+    return Inputs(tuple(names), tuple(kinds), conditions, at_least=2)
+
+
+def kind_of(node: fx.Node, *, any_dtype: bool = False) -> Any:
+    """What ``torch.export`` knows of a value that a stage is given."""
+    value = node.meta["val"]
+    if isinstance(value, Tensor):
+        return TensorLike(
+            None if any_dtype else value.dtype, tuple(s if isinstance(s, int) else str(s) for s in value.shape)
+        )
+    return Any if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+
+
+def _restore_inputs(graph: fx.Graph, given: dict[str, Any]) -> None:
+    """A placeholder for each argument, taken apart where it is a structure."""
+    leaves = graph.find_nodes(op="placeholder")
+    after = leaves[-1].next
+    rest = iter(leaves)
+    for name, value in given.items():
+        structure = pytree.tree_structure(value)
+        parts = [next(rest) for _ in range(structure.num_leaves)]
+        if structure.is_leaf():
+            parts[0].target = name
+            continue
+        with graph.inserting_before(parts[0] if parts else after):
+            whole = graph.placeholder(name)
+        whole.meta["val"] = value
+        with graph.inserting_before(after):
+            flat = graph.call_function(pytree.tree_leaves, (whole,))
+            flat.meta["val"] = None
+            for i, part in enumerate(parts):
+                item = graph.call_function(operator.getitem, (flat, i))
+                item.meta = dict(part.meta)
+                part.replace_all_uses_with(item)
+                graph.erase_node(part)
 
 
 def _restore_output(graph: fx.Graph, spec: pytree.TreeSpec, extra: dict[str, nn.Module | Tensor]) -> None:

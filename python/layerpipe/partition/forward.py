@@ -4,23 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from layerpipe.partition.aliasing import overwritten
-from layerpipe.partition.exported import exported
-from layerpipe.partition.operations import check_same, run_without_data
-from layerpipe.partition.tensors import note_tensors
+from layerpipe.partition.draws import no_draws
+from layerpipe.partition.examples import Examples, in_order
+from layerpipe.partition.exported import exported, kind_of
+from layerpipe.partition.fixed import Fixed, hooked, hooks_in, innermost
+from layerpipe.partition.guard import Guard, Inputs
+from layerpipe.partition.operations import alike, check_same, run_without_data
+from layerpipe.partition.reads import Reads
+from layerpipe.partition.symbolic import Blocks, Layers, is_compiled
+from layerpipe.partition.tensors import noting
 
 
 class Forward(NamedTuple):
-    """What a forward does, in order."""
+    """What a forward does, in order.
 
-    root: nn.Module  # has everything that the nodes name: the model's own layers, and what tracing adds
+    Attributes:
+        root: has everything that the nodes name: the model's own layers, and what tracing adds.
+        nodes: in order.
+        fixed: what is only so as long as nobody changes the model.
+        inputs: what it may be given; ``None`` for anything that the model itself takes.
+        exported: whether ``torch.export`` has seen it, which fixes sizes.
+    """
+
+    root: nn.Module
     nodes: list[fx.Node]
+    fixed: Fixed
+    inputs: Inputs | None = None
+    exported: bool = False
+
+    def guard(self, nodes: Sequence[fx.Node], received: Sequence[fx.Node]) -> Guard:
+        """For a stage of these nodes that receives these values, or, the first one, the model's inputs."""
+        inputs = self.inputs
+        if received and inputs is not None and self.exported:
+            kinds = tuple(kind_of(node, any_dtype=inputs.any_dtype) for node in received)
+            inputs = inputs._replace(names=tuple(node.name for node in received), kinds=kinds, conditions={})
+        elif received:
+            inputs = None
+        return Guard(inputs, self.fixed.stage(nodes, first=not received), self.fixed.modes)
 
 
 class ByMode(nn.Module):
@@ -35,26 +63,29 @@ class ByMode(nn.Module):
 
 
 @contextlib.contextmanager
-def _evaluating(root: nn.Module) -> Iterator[None]:
+def _in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
     """The constants that differ as the model is."""
-    constants = [module for module in root.modules() if isinstance(module, ByMode)]
-    for constant in constants:
-        constant.training = False
+    before = {module: module.training for module in root.modules() if isinstance(module, ByMode)}
+    for constant in before:
+        constant.training = mode
     try:
         yield
     finally:
-        for constant in constants:
-            constant.training = True
+        for constant, training in before.items():
+            constant.training = training
 
 
-def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None, *, blocks: bool = True) -> Forward:
+def trace(
+    model: nn.Module, example_inputs: Examples | Sequence[Any] | Mapping[str, Any] | None = None, *, blocks: bool = True
+) -> Forward:
     """As deep as the model's code allows, in the order in which it runs.
 
     ``torch.fx`` goes first: it needs no inputs and keeps every module call as it is. Code that depends on shapes, takes
     ``*args`` or asserts something is run by ``torch.export`` instead, on fake tensors.
 
     Both freeze ``self.training``, so the model is traced in both modes. Constants that differ become
-    :class:`ByMode`; where the operations differ, the trace goes less deep or is refused.
+    :class:`ByMode`; where the operations differ, the trace goes less deep or is refused. Modules with hooks, compiled
+    ones and those that set attributes of their own are called as they are.
 
     Args:
         model: left as it is.
@@ -64,23 +95,22 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None, *, bloc
     Raises:
         ValueError: the model cannot be traced.
     """
+    examples = example_inputs if isinstance(example_inputs, Examples) else Examples.of(example_inputs)
+    _refuse_wrapped(model)
+    given = {} if examples is None else examples.by_name(model)
     training = {module: module.training for module in model.modules()}
     reasons: list[str] = []
     cause: Exception | None = None
     try:
-        for name, capture in _captures(model, example_inputs, blocks):
+        for name, capture in _captures(model, examples, given, blocks):
             try:
+                reads = Reads(model)
                 model.train()
-                trained = capture()
+                trained = capture(reads)
                 model.eval()
-                evaluated = capture()
-                forward = _both_modes(model, trained, evaluated)
-                if example_inputs is not None:
-                    with _evaluating(forward.root):
-                        operations = note_tensors(*forward, example_inputs)
-                    if name == "torch.fx":  # torch.export runs the code itself
-                        check_same(run_without_data(model, example_inputs), operations)
-                return forward
+                evaluated = capture(reads)
+                forward = _both_modes(model, trained, evaluated, training, Fixed(model, reads))
+                return forward if examples is None else _checked(model, forward, examples)
             except Exception as error:  # whatever the model's own code raises under tracing
                 cause = error
                 reason = f"{name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
@@ -89,11 +119,72 @@ def trace(model: nn.Module, example_inputs: Sequence[Any] | None = None, *, bloc
     finally:
         for module, mode in training.items():
             module.training = mode
-    hint = "" if example_inputs is not None else "give example_inputs, so that torch.export can try; or "
+    hint = "" if examples is not None else "give example_inputs, so that torch.export can try; or "
     raise ValueError(
         f"{type(model).__name__} cannot be traced ({'; '.join(reasons)}); {hint}give the stages by hand, as a list of "
         "modules"
     ) from cause
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if is_compiled(model):
+        raise ValueError(
+            "the model is compiled, and its stages would not be: split it as it was before torch.compile, with "
+            "layerpipe.split(..., wrap=torch.compile)"
+        )
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ValueError(f"a {kind} cannot be cut into stages, which would not do its work; split its .module")
+    if hooked(model):
+        raise ValueError(
+            f"{kind} has a hook of its own, which no stage would call: register it on a layer or block, or on a stage "
+            "after the split"
+        )
+
+
+def _checked(model: nn.Module, forward: Forward, examples: Examples) -> Forward:
+    """A forward that does with the examples, on fake tensors, what the model does in evaluation; and for which other
+    inputs a trace of ``torch.export`` does so, too.
+
+    Raises:
+        ValueError: it does not.
+    """
+    graph = noting(forward.root, forward.nodes)
+
+    def both(
+        mode: bool, examples: Examples, change: Callable[[Tensor], Tensor] | None = None
+    ) -> list[list[str] | None]:
+        model.train(mode)
+        found = []
+        with _in_mode(forward.root, mode):
+            for module, args, kwargs in (
+                (graph, in_order(forward.nodes, examples.by_name(model)), {}),
+                (model, *examples),
+            ):
+                with forward.fixed.reads.undone():
+                    found.append(run_without_data(module, args, kwargs, change))
+        return found
+
+    found, wanted = both(False, examples)
+    if not forward.exported or any(map(hooked, model.modules())):  # torch.export runs the code itself, but for hooks
+        check_same(wanted, found)
+    inputs = forward.inputs
+    if inputs is not None and forward.exported:
+        if all(alike(*both(mode, examples, _of_another_dtype)) for mode in (True, False)):
+            inputs = inputs.of_any_dtype()
+        one = Examples(*pytree.tree_map(_one, tuple(examples)))
+        if all(alike(*both(mode, one)) for mode in (True, False)):
+            inputs = inputs._replace(at_least=1)
+    return forward._replace(inputs=inputs)
+
+
+def _one(x: Any) -> Any:
+    """The first of a minibatch's examples."""
+    return x[:1] if isinstance(x, Tensor) and x.dim() else x
+
+
+def _of_another_dtype(x: Tensor) -> Tensor:
+    return x.to(torch.float32 if x.dtype is torch.float64 else torch.float64) if x.is_floating_point() else x
 
 
 def constants(node: fx.Node) -> bool:
@@ -104,70 +195,80 @@ def constants(node: fx.Node) -> bool:
 class _Captured(NamedTuple):
     graph: fx.Graph
     extra: dict[str, nn.Module | Tensor]  # that the nodes name and the model has not
+    inputs: Inputs | None
+    exported: bool
 
 
 def _captures(
-    model: nn.Module, inputs: Sequence[Any] | None, blocks: bool
-) -> Iterator[tuple[str, Callable[[], _Captured]]]:
-    given = inputs or ()
-    for tracer in (_Layers(given), _Blocks(given)) if blocks else (_Layers(given),):
-        yield "torch.fx", functools.partial(_symbolic, tracer, model)
-    if inputs is not None:
-        yield "torch.export", lambda: _Captured(*exported(model, inputs))
+    model: nn.Module, examples: Examples | None, given: Mapping[str, Any], blocks: bool
+) -> Iterator[tuple[str, Callable[[Reads], _Captured]]]:
+    for kind in (Layers, Blocks) if blocks else (Layers,):
+        yield "torch.fx", functools.partial(_symbolic, kind(given, examples is not None), model)
+    if examples is not None:
+        yield "torch.export", functools.partial(_exported, model, examples)
 
 
-def _symbolic(tracer: _Layers, model: nn.Module) -> _Captured:
+def _symbolic(tracer: Layers, model: nn.Module, reads: Reads) -> _Captured:
     while True:
-        graph = tracer.trace(model)
+        written: list[tuple[str, Any]] = []
+        try:
+            with no_draws(), reads.recording():
+                graph = tracer.trace(model)
+        finally:
+            written = reads.undo_writes()
         changed = {str(value.target) for node in graph.nodes for value in overwritten(model, node)
                    if value.op == "get_attr"}  # fmt: skip
         owners = {name.rpartition(".")[0] for name in changed}
+        owners |= {reads.paths.get(id(owner), "") for _, owner in written}
         if "" in owners or owners <= tracer.whole:
             break
         tracer.whole |= owners
     if changed:
         raise ValueError(f"its forward changes its buffer {min(changed)}")
-    return _Captured(graph, {})
+    if written:
+        raise ValueError(f"its forward changes {written[0][0]}")
+    return _Captured(graph, {}, tracer.inputs(graph), exported=False)
 
 
-class _Layers(fx.Tracer):
-    """Looks into all modules but torch's own, and those that change their buffers: they are taken ``whole``."""
-
-    proxy_buffer_attributes = True  # else what changes a buffer is run while tracing, and no part of the trace
-
-    def __init__(self, inputs: Sequence[Any]) -> None:
-        super().__init__()
-        self.whole = set[str]()
-        self._inputs = inputs
-
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Arguments that a forward is called without have their defaults, so that ``if mask is None`` means what it
-        says: torch.fx gives them a stand-in. Without examples these are all that have a default."""
-        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
-        for i, arg in enumerate(args[1:], start=1):
-            if not isinstance(arg, fx.Proxy):
-                continue
-            given = i <= len(self._inputs)
-            if not given and arg.node.args:
-                args[i] = arg.node.args[0]
-                self.graph.erase_node(arg.node)
-            elif given and self._inputs[i - 1] is None:
-                args[i] = None  # and whatever is handed in there is not looked at
-        return function, args
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.whole or super().is_leaf_module(m, module_qualified_name)
+def _exported(model: nn.Module, examples: Examples, reads: Reads) -> _Captured:
+    try:
+        with no_draws(), _without_hooks(model), reads.recording():
+            found = exported(model, examples)
+    finally:
+        written = reads.undo_writes()
+    if written:
+        raise ValueError(f"its forward changes {written[0][0]}")
+    called = {str(node.target) for node in found.graph.find_nodes(op="call_module")}
+    for path, module in model.named_modules():
+        if hooked(module) and not any(path == layer or path.startswith(f"{layer}.") for layer in called):
+            raise ValueError(f"{path} has a hook, and torch.export takes it apart")
+    return _Captured(*found, exported=True)
 
 
-class _Blocks(_Layers):
-    """Looks into the model and its nn.Sequential parts, and takes every other module as one layer."""
+@contextlib.contextmanager
+def _without_hooks(model: nn.Module) -> Iterator[None]:
+    """Hooks of layers are called by the stages; in a trace they would become a part of it."""
+    before = [(hooks, hooks.copy()) for module in model.modules() for hooks in hooks_in(module.__dict__)]
+    for hooks, _ in before:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, content in before:
+            hooks.update(content)
 
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not isinstance(m, nn.Sequential)
 
-
-def _both_modes(model: nn.Module, trained: _Captured, evaluated: _Captured) -> Forward:
+def _both_modes(
+    model: nn.Module, trained: _Captured, evaluated: _Captured, training: Mapping[nn.Module, bool], fixed: Fixed
+) -> Forward:
     """The trained forward, with the constants that evaluation changes.
+
+    Args:
+        model: whose forward it is.
+        trained: in training.
+        evaluated: in evaluation.
+        training: in which mode each module was found: the constants begin in it.
+        fixed: what the trace relies on; gets the modules whose mode decides on a constant.
 
     Raises:
         ValueError: evaluation does something else.
@@ -189,9 +290,12 @@ def _both_modes(model: nn.Module, trained: _Captured, evaluated: _Captured) -> F
         if type(a) is type(b) and a == b:
             return a
         name = f"by_mode_{len(added)}"
-        added[name] = ByMode(a, b)
+        added[name] = constant = ByMode(a, b)
+        path = innermost(at)
+        constant.training = fixed.modes[path] = training[model.get_submodule(path)]
         with trained.graph.inserting_before(at):
             node = trained.graph.create_node("call_module", name)
+        node.meta["nn_module_stack"] = at.meta.get("nn_module_stack")
         node.meta["by_mode"] = True
         return node
 
@@ -208,13 +312,18 @@ def _both_modes(model: nn.Module, trained: _Captured, evaluated: _Captured) -> F
     # The model's own modules and tensors, in dictionaries of our own: what is added stays out of the model.
     root.__dict__.update(model.__dict__)
     root._modules, root._buffers = dict(model._modules), dict(model._buffers)
-    root._non_persistent_buffers_set = set(model._non_persistent_buffers_set)
+    root._non_persistent_buffers_set, root.training = set(model._non_persistent_buffers_set), training[model]
     for name, value in added.items():
         if isinstance(value, nn.Module):
             root.add_module(name, value)
         else:
             root.register_buffer(name, value, persistent=False)
-    return Forward(root, list(trained.graph.nodes))
+    nodes = list(trained.graph.nodes)
+    fixed.note(nodes)
+    inputs = (
+        trained.inputs if trained.inputs is None or evaluated.inputs is None else trained.inputs.also(evaluated.inputs)
+    )
+    return Forward(root, nodes, fixed, inputs, trained.exported)
 
 
 def _spelled(node: fx.Node) -> tuple[Any, ...]:

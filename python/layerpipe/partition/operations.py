@@ -8,8 +8,9 @@ or a wrong one, and ``torch.fx`` does not say so. On fake tensors both can be ru
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,17 +20,30 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def run_without_data(module: nn.Module, example_inputs: Sequence[Any]) -> list[str] | None:
+def run_without_data(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    change: Callable[[Tensor], Tensor] | None = None,
+) -> list[str] | None:
     """Every operation on what comes from the inputs, the weights or a random generator, with its numbers and shapes;
-    ``None`` where the module does not run on fake tensors."""
+    ``None`` where the module does not run on fake tensors.
+
+    Args:
+        module: run.
+        args: of its forward.
+        kwargs: of its forward.
+        change: what is done before to each tensor of the weights, buffers and inputs.
+    """
     caller, operations = _Caller(module), None
     with contextlib.suppress(Exception), FakeTensorMode(allow_non_fake_inputs=True):  # whatever the model's code raises
-        state = {name: fake(p).requires_grad_(p.requires_grad) for name, p in caller.named_parameters()}
-        state |= {name: fake(b) for name, b in caller.named_buffers()}
-        inputs = tuple(fake(x) for x in example_inputs)
+        made = functools.partial(_fake, change=change)
+        state = {name: made(p).requires_grad_(p.requires_grad) for name, p in caller.named_parameters()}
+        state |= {name: made(b) for name, b in caller.named_buffers()}
+        inputs = pytree.tree_map(made, tuple(args)), pytree.tree_map(made, dict(kwargs or {}))
         with _Log([*state.values(), *inputs]) as log:
             # Not tied: of a layer with two names, functional_call would put back what it put there under the other.
-            torch.func.functional_call(caller, state, inputs, tie_weights=False)
+            torch.func.functional_call(caller, state, *inputs, tie_weights=False)
         operations = log.operations
     return operations
 
@@ -50,9 +64,25 @@ def check_same(wanted: list[str] | None, found: list[str] | None) -> None:
             raise ValueError(f"its code does something else while it is traced: {how}")
 
 
+def alike(a: list[str] | None, b: list[str] | None) -> bool:
+    """Whether operations are the same but for gradients being on: ``torch.export`` detaches what ran without them."""
+    if a is None or b is None:
+        return a is b
+    return _without_gradients(a) == _without_gradients(b)
+
+
+def _without_gradients(operations: list[str]) -> list[tuple[str, ...]]:
+    parts = [operation.split(" ", 3) for operation in operations]
+    return [(name, overload, seen) for name, overload, _, seen in parts if name != "aten::detach"]
+
+
 def fake(x: Any) -> Any:
     """Shape, strides and dtype without memory; on a processor, so that attention is the fused kernel it would be."""
     return torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="cpu") if isinstance(x, Tensor) else x
+
+
+def _fake(x: Any, change: Callable[[Tensor], Tensor] | None) -> Any:
+    return fake(x) if change is None or not isinstance(x, Tensor) else change(fake(x))
 
 
 class _Caller(nn.Module):
@@ -62,8 +92,8 @@ class _Caller(nn.Module):
         super().__init__()
         self.root = module
 
-    def forward(self, *inputs: Any) -> Any:
-        return self.root(*inputs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.root(*args, **kwargs)
 
 
 class _Log(TorchDispatchMode):

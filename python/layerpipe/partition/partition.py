@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from layerpipe.partition.balance import Cuts, refine
 from layerpipe.partition.balance import balance as balanced
 from layerpipe.partition.cuts import Piece, find_cuts, hindrances, pieces, unique_names
+from layerpipe.partition.examples import Examples, in_order
+from layerpipe.partition.fixed import hooked
 from layerpipe.partition.forward import Forward, trace
 from layerpipe.partition.layers import FLOPS_PER_ELEMENT, LayerGraph
 from layerpipe.partition.profile import Rehearsal, intraop_threads, profile_units, seconds
-from layerpipe.partition.split_stage import SplitStage, is_split, label, uncompiled
+from layerpipe.partition.split_stage import SplitStage, is_split, label, uncompiled, wrapped
 
 BALANCES = ("flops", "time", "params", "bytes")
 
@@ -24,8 +26,9 @@ BALANCES = ("flops", "time", "params", "bytes")
 def split(
     model: nn.Module,
     stages: int,
-    example_inputs: Sequence[Any] | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
     *,
+    example_kwargs: Mapping[str, Any] | None = None,
     balance: str = "flops",
     at: Sequence[str] | None = None,
     wrap: Callable[[nn.Module], Any] | None = None,
@@ -41,7 +44,9 @@ def split(
     Args:
         model: shared with the stages, not copied.
         stages: how many.
-        example_inputs: arguments of a forward, needed to balance by all but ``params``, and by ``torch.export``.
+        example_inputs: arguments of a forward, a tuple, or a dict by name; needed to balance by all but ``params``, and
+            by ``torch.export``. The first stage takes these arguments and no others.
+        example_kwargs: arguments by name besides a tuple.
         balance: ``"flops"`` (of the forward, activations counted in as memory traffic; the same on every machine),
             ``"time"`` (forward and backward, measured here with the threads that a stage's worker will have: of every
             layer, then of the whole stages of at most :func:`four cuts <layerpipe.partition.balance.refine>`, a second
@@ -56,33 +61,33 @@ def split(
             both sides of a cut; the message says what to do. Stages made by hand, a list of modules, need no ``split``.
         TypeError: ``example_inputs`` is a tensor.
     """
-    if isinstance(example_inputs, Tensor):
-        raise TypeError("example_inputs is a tensor; give a tuple of the forward's arguments: (x,)")
+    examples = Examples.of(example_inputs, example_kwargs)
     if stages < 1:
         raise ValueError(f"a pipeline has at least one stage, got {stages}")
     if balance not in BALANCES:
         raise ValueError(f"balance={balance!r} is unknown; there are: {', '.join(BALANCES)}")
-    if balance != "params" and example_inputs is None and at is None:
+    if balance != "params" and examples is None and at is None:
         raise ValueError(f"balance={balance!r} runs the model: give example_inputs, or use balance='params'")
     if at is not None and len(at) != stages - 1:
         raise ValueError(f"{stages} stages have {stages - 1} cuts between them, got at={list(at)}")
-    forward, inputs = trace(model, example_inputs), example_inputs or ()
+    forward = trace(model, examples)
     parts = pieces(forward)
     unseen = ""
-    if stages > len(parts) and example_inputs is not None:  # whole blocks are too few
+    if stages > len(parts) and examples is not None:  # whole blocks are too few
         try:
-            finer = trace(model, example_inputs, blocks=False)
+            finer = trace(model, examples, blocks=False)
             forward, parts = finer, pieces(finer)
         except ValueError as error:
             unseen = f"; looking into them: {error}"
     if stages > len(parts):
         raise ValueError(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(parts)} splittable layers "
-            f"({', '.join(label(SplitStage(forward.root, [p])) for p in parts)}){_hindrance(forward)}{unseen}"
+            f"({', '.join(label(SplitStage(forward, [p])) for p in parts)}){_hindrance(forward)}{_whole(model)}{unseen}"
         )
+    inputs = () if examples is None else in_order(forward.nodes, examples.by_name(model))
 
     def between(cuts: Sequence[int]) -> list[SplitStage]:
-        return [SplitStage(forward.root, parts[a:b]) for a, b in itertools.pairwise(cuts)]
+        return [SplitStage(forward, parts[a:b]) for a, b in itertools.pairwise(cuts)]
 
     rehearsals: dict[Cuts, Rehearsal] = {}
 
@@ -98,7 +103,8 @@ def split(
         cuts = [0, *find_cuts(forward, parts, at), len(parts)]
     else:
         units = between(range(len(parts) + 1))
-        with intraop_threads(max(1, torch.get_num_threads() // stages)):  # as a worker will have
+        threads = max(1, torch.get_num_threads() // stages)  # as a worker will have
+        with intraop_threads(threads), forward.fixed.reads.undone():
             costs = _costs(parts, units, inputs, balance)
             if balance == "time":
                 begin = _between_blocks(parts, costs, stages) if wrap is not None else None
@@ -114,7 +120,7 @@ def split(
         stage.meta["begins"] = names[first]
     for stage, cost in zip(made, taken or (), strict=False):
         stage.meta["cost"] = cost
-    return [wrap(stage) for stage in made] if wrap is not None else list(made)
+    return [wrapped(stage, wrap) for stage in made] if wrap is not None else list(made)
 
 
 def cut_at(stages: Sequence[nn.Module]) -> list[str]:
@@ -148,6 +154,12 @@ def _hindrance(forward: Forward) -> str:
     """The first cut that might have been, and why it cannot be."""
     found = next(iter(hindrances(forward).items()), None)
     return f"; no cut before {found[0]}, for example: {found[1]}" if found else ""
+
+
+def _whole(model: nn.Module) -> str:
+    """Modules that might be taken apart if nobody looked on."""
+    names = [name for name, module in model.named_modules() if hooked(module) and [*module.children()]]
+    return f"; {', '.join(names)} is not taken apart for its hooks" if names else ""
 
 
 def costs_by(layers: LayerGraph, balance: str) -> list[float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from layerpipe.partition.cuts import Piece, pieces, unique_names
+from layerpipe.partition.examples import Examples, in_order
 from layerpipe.partition.exported import quietly
 from layerpipe.partition.first_layer import without_past
 from layerpipe.partition.forward import trace
@@ -37,7 +39,9 @@ def intraop_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def profile(model: nn.Module, example_inputs: Sequence[Any], *, measure: bool = False) -> LayerGraph:
+def profile(
+    model: nn.Module, example_inputs: Examples | Sequence[Any] | Mapping[str, Any], *, measure: bool = False
+) -> LayerGraph:
     """The layers of a model and their costs.
 
     Everything but time is found with torch's fake tensors, which have shapes and no memory; the model may be on the
@@ -45,18 +49,20 @@ def profile(model: nn.Module, example_inputs: Sequence[Any], *, measure: bool = 
 
     Args:
         model: traced, see :func:`layerpipe.partition.forward.trace`.
-        example_inputs: arguments of a forward, one minibatch.
+        example_inputs: arguments of a forward, a tuple or a dict by name; one minibatch.
         measure: also time every layer here, forward and backward, with torch's current intra-op threads.
 
     Raises:
         ValueError: the model cannot be traced, or a layer's code depends on the values of its inputs.
     """
-    forward = trace(model, example_inputs)
+    examples = example_inputs if isinstance(example_inputs, Examples) else Examples.of(example_inputs)
+    assert examples is not None
+    forward = trace(model, examples)
+    inputs = in_order(forward.nodes, examples.by_name(model))
     parts = pieces(forward)
-    units = [SplitStage(forward.root, [piece]) for piece in parts]
-    return profile_units(
-        parts, units, example_inputs, measure=measure, no_past=without_past(SplitStage(forward.root, parts))
-    )
+    units = [SplitStage(forward, [piece]) for piece in parts]
+    with forward.fixed.reads.undone():
+        return profile_units(parts, units, inputs, measure=measure, no_past=without_past(SplitStage(forward, parts)))
 
 
 def profile_units(
@@ -70,7 +76,7 @@ def profile_units(
     """:func:`profile` of a model that is in pieces already. A first stage has no past of the weights ``no_past``."""
     measured = seconds([Rehearsal(units, example_inputs)])[0] if measure else []
     with FakeTensorMode():
-        return _profile(parts, units, tuple(fake(x) for x in example_inputs), measured, no_past)
+        return _profile(parts, units, pytree.tree_map(fake, tuple(example_inputs)), measured, no_past)
 
 
 def _profile(
@@ -252,7 +258,7 @@ def _seconds(unit: nn.Module, buffers: dict[str, Tensor], inputs: Tensors) -> tu
     start = _now(devices)
     out = torch.func.functional_call(unit, buffers, inputs)
     middle = _now(devices)
-    outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+    outputs = [y for y in pytree.tree_leaves(out) if isinstance(y, Tensor) and y.requires_grad]
     if outputs:
         torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs], allow_unused=True)
     return middle - start, _now(devices) - middle
@@ -274,7 +280,7 @@ def _split_backward(measured: tuple[float, float], layer: Layer) -> tuple[float,
 
 
 def _tensors(values: Tensors) -> Iterator[Tensor]:
-    return (x for x in values if isinstance(x, Tensor))
+    return (x for x in pytree.tree_leaves(values) if isinstance(x, Tensor))
 
 
 def _bytes(values: Tensors) -> int:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 from torch import Tensor, fx, nn
 
 from layerpipe.partition.cuts import Piece
 from layerpipe.partition.exported import Unflatten
-from layerpipe.partition.forward import ByMode
+from layerpipe.partition.forward import ByMode, Forward
+from layerpipe.partition.guard import Guard, guard_of
 from layerpipe.partition.received import made_again
 
 
@@ -17,11 +18,12 @@ class SplitStage(fx.GraphModule):
     """Consecutive pieces of a traced model as a module of its own, with the model's own parameter names.
 
     Args:
-        root: of the traced model, :class:`layerpipe.partition.forward.Forward`.
+        forward: of the whole model.
+        pieces: of it.
     """
 
-    def __init__(self, root: nn.Module, pieces: list[Piece]) -> None:
-        graph = fx.Graph()
+    def __init__(self, forward: Forward, pieces: list[Piece]) -> None:
+        root, graph = forward.root, fx.Graph()
         values = {node: graph.placeholder(node.name) for node in pieces[0].inputs}
         nodes = [node for piece in pieces for node in piece.nodes]
         received = [*pieces[0].inputs, *(node for node in nodes if node.op == "placeholder")]
@@ -42,11 +44,22 @@ class SplitStage(fx.GraphModule):
             if isinstance(node.type, str):  # annotations that are not evaluated; torch 2.11 cannot pickle them
                 node.type = None
         super().__init__(root, graph, class_name="Stage")
+        self._add_guard(forward.guard(nodes, pieces[0].inputs))
         _leave_out_of_the_state(self, root)
         # Copies and pickling make it a plain GraphModule; these keep what is in meta, those attributes.
         self.is_split = self.meta["is_split"] = True
         self.meta["aliases"] = _aliases(self, root)
         _give_all_names(self)
+
+    def _add_guard(self, guard: Guard) -> None:
+        name = "guard"
+        while hasattr(self, name):
+            name += "_"
+        self.add_module(name, guard)
+        given = self.graph.find_nodes(op="placeholder")
+        with self.graph.inserting_after(given[-1]):
+            self.graph.call_module(name, tuple(given))
+        self.recompile()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.GraphModule:
         copied = super().__deepcopy__(memo)
@@ -114,13 +127,22 @@ def uncompiled(stage: nn.Module) -> nn.Module:
     return original if isinstance(original, nn.Module) else stage
 
 
+def wrapped(stage: SplitStage, wrap: Callable[[nn.Module], Any]) -> Any:
+    """``wrap(stage)``; what is compiled is guarded before compiled code runs, which does not check."""
+    made = wrap(stage)
+    guard = guard_of(stage)
+    if made is not stage and isinstance(made, nn.Module) and uncompiled(made) is stage and guard is not None:
+        made.register_forward_pre_hook(guard.before)
+    return made
+
+
 def label(stage: nn.Module) -> str:
     """What a stage holds, for people: its first and last layer."""
     stage = uncompiled(stage)
     if not is_split(stage):
         return type(stage).__name__
     calls = [str(node.target) for node in stage.graph.nodes if node.op == "call_module"]
-    names = [name for name in calls if not isinstance(stage.get_submodule(name), ByMode | Unflatten)]
+    names = [name for name in calls if not isinstance(stage.get_submodule(name), ByMode | Guard | Unflatten)]
     if not names:
         return type(stage).__name__
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from layerpipe.partition import regions
-from layerpipe.partition.operations import run_without_data
 
 _SIZES = frozenset(("dim", "numel", "size"))
 #: Methods and functions that return several tensors. Those that do only with a ``dim``, such as ``max``, show it by
@@ -24,7 +23,7 @@ _FIELDS = ("values", "indices")
 
 
 def is_tensor(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a value is one tensor: by what :func:`note_tensors` saw, or as far as its making and its use show."""
+    """Whether a value is one tensor: by what :func:`noting` saw, or as far as its making and its use show."""
     if "val" in node.meta:  # of torch.export
         return regions.is_tensor(node)
     if "is_tensor" in node.meta:
@@ -45,9 +44,9 @@ def is_tensor(model: nn.Module, node: fx.Node) -> bool:
     return not _is_size(node)
 
 
-def note_tensors(root: nn.Module, nodes: Sequence[fx.Node], example_inputs: Sequence[Any]) -> list[str] | None:
-    """Note of every value whether it is a tensor, as far as the forward runs on fake ones; its operations."""
-    return run_without_data(_Noting(root, nodes[0].graph), example_inputs)
+def noting(root: nn.Module, nodes: Sequence[fx.Node]) -> nn.Module:
+    """A forward as a module that notes of every value, as far as it gets, whether it is a tensor."""
+    return _Noting(root, nodes[0].graph)
 
 
 class _Noting(nn.Module):

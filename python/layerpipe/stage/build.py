@@ -69,6 +69,7 @@ def build(
             advice=advice,
             random=random[i],
             owners=owners,
+            last=i == len(modules) - 1,
             **options,
         )
 

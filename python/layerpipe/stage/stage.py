@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerpipe.arguments import check_loss
+from layerpipe.inputs import call, checked, results
 from layerpipe.partition.first_layer import without_past
 from layerpipe.stage import autograd
 from layerpipe.stage.accumulation import Accumulation
@@ -63,6 +64,7 @@ class Stage:
         max_norm: clip the norm of this stage's gradient to this before each update.
         check_finite: look for NaN and infinity at the stage's boundaries.
         split_backward: leave weight gradients for :meth:`backward_weights`.
+        last: whether the loss follows, for which it may return any structure of tensors.
         random: what the layers and the loss draw from; torch's own generator by default.
         owners: which stage has which parameter, for messages.
     """
@@ -79,11 +81,12 @@ class Stage:
         max_norm: float | None = None,
         check_finite: bool = True,
         split_backward: bool = False,
+        last: bool = False,
         random: RandomNumbers | None = None,
         owners: Owners | None = None,
     ) -> None:
         self.module, self.optimizer, self.random = module, optimizer, random
-        self.index, self.name, self.accumulation = index, name, accumulation
+        self.index, self.name, self.accumulation, self.last = index, name, accumulation, last
         self.delay = delay = accumulation.delay  # the most updates between a forward and its backward
         self.n = 0  # updates between the forward and the backward of the minibatch that came back last
         self.max_norm = max_norm
@@ -177,29 +180,26 @@ class Stage:
             if hooked:
                 flight.saved = self._saved.begin()
                 with self._saved:
-                    outputs = self.module(*given)
+                    output = call(self.module, given)
                 self._saved.end(inputs)
                 if self._saved.unseen:
                     flight.left = AsLeft(self.module, self.params)
             else:
-                outputs = self.module(*given)
+                output = call(self.module, given)
         self.span(LAYERS, start)
-        flight.outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        for output in flight.outputs:
-            if not isinstance(output, Tensor):
-                raise TypeError(f"a stage returns a tensor or a tuple of tensors, got {type(output).__name__}")
-        self._foreign.check_forward(flight.outputs, flight.inputs, flight.saved)
+        flight.outputs = results(output)
+        tensors = checked(flight.outputs, last=self.last)
+        self._foreign.check_forward(tensors, flight.inputs, flight.saved)
         if self._divergence is not None:
-            what = f"the output of minibatch {minibatch}"
-            self._divergence.check(flight.outputs, what, self.version, infinities=True)
+            self._divergence.check(tensors, f"the output of minibatch {minibatch}", self.version, infinities=True)
         if self._look_for_copies:
             self._look_for_copies = False
-            warn_of_copies(self.name, self.module, flight.outputs)
+            warn_of_copies(self.name, self.module, tensors)
         if hooked:
             self._count(flight)
         if self.index:
             self._inputs.after(inputs, given)
-        return tuple([handed_on(y, given) for y in flight.outputs])
+        return tuple([handed_on(y, given) for y in tensors])
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
