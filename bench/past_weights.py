@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import math
 import statistics
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
@@ -198,6 +199,8 @@ def train(
             loss = next(losses)()
             loss.backward()
         trained.append(loss.item())
+        if not math.isfinite(trained[-1]):
+            raise RuntimeError(f"{network}, {optimizer}, {gradients_late} updates late: diverged after {step} steps")
         lr = rate(step, steps, peak)
         for group in lead.param_groups:
             group["lr"] = lr

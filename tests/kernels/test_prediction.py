@@ -12,15 +12,10 @@ from torch import Tensor
 
 import layerpipe_kernels as lk
 from tests.conftest import BACKENDS
+from tests.kernels.quadratics import SHAPES, give_gradients, gradient, parameters
 
 DELAY = 4
-SHAPES = ((3,), (5, 4))
 LRS = (0.1, 0.1, 0.07, 0.03, 0.03, 0.02, 0.02, 0.01)
-
-
-def gradient(weight: Tensor, t: int, scale: float) -> Tensor:
-    """Of a quadratic whose minimum moves."""
-    return scale * (weight - torch.sin(torch.arange(weight.numel(), dtype=weight.dtype).view_as(weight) + t))
 
 
 class Sgd:
@@ -53,16 +48,6 @@ RULES: dict[str, tuple[Callable[[], Any], Callable[..., Any]]] = {
     "dampened": (lambda: Sgd(0.8, 0.3), lambda p, **o: lk.SGD(p, 0.1, 0.8, 0.3, weight_decay=0.01, **o)),
     "adamw": (AdamW, lambda p, **o: lk.AdamW(p, lr=0.1, betas=(0.9, 0.99), weight_decay=0.1, **o)),
 }
-
-
-def parameters(dtype: torch.dtype = torch.float64, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, dtype=torch.float64, generator=generator).to(dtype).requires_grad_() for s in SHAPES]
-
-
-def give_gradients(params: list[Tensor], t: int, scale: float = 1.0) -> None:
-    for param in params:
-        param.grad = gradient(param.detach(), t, scale)
 
 
 def simulated(rule: str, c: float, h: float, staleness: list[float]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
@@ -276,86 +261,6 @@ def test_a_parameter_without_a_gradient_is_updated_by_zero(told: bool) -> None:
         torch.testing.assert_close(params[0].detach(), current)
         assert torch.equal(optimizer.current_weight(params[0]), params[0])
     assert not torch.equal(optimizer.current_weight(params[1]), params[1])
-
-
-@pytest.mark.parametrize(("past", "materialize"), [("blend", False), ("blend", True), ("ema", False), ("ema", True),
-                                                   ("stash", False)])  # fmt: skip
-@pytest.mark.parametrize("told", [False, True])
-@pytest.mark.parametrize("make", [lk.SGD, lk.AdamW])
-def test_past_weights_of_a_filling_delay_are_the_predicted_ones(
-    past: str, materialize: bool, told: bool, make: Any
-) -> None:
-    params = parameters()
-    options = {"momentum": 0.9} if make is lk.SGD else {}
-    optimizer = make(params, lr=0.05, delay=6, past=past, weight_prediction=1.0, materialize=materialize, **options)
-    first = [p.detach().clone() for p in params]
-    for t in range(6):
-        give_gradients(params, t)
-        if told:
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)
-        optimizer.step()
-        for param, want in zip(params, first, strict=True):
-            torch.testing.assert_close(optimizer.past_weight(param), want, rtol=1e-6, atol=1e-6)
-    optimizer.restart_history()
-    again = [p.detach().clone() for p in params]
-    assert all(torch.equal(optimizer.current_weight(p), p) for p in params)
-    give_gradients(params, 7)
-    optimizer.step()
-    for param, want in zip(params, again, strict=True):
-        torch.testing.assert_close(optimizer.past_weight(param), want, rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("make", [lk.SGD, lk.AdamW])
-@pytest.mark.parametrize("order", [1, 2, 3])
-@pytest.mark.parametrize("told", [False, True])
-def test_past_weights_of_steady_updates_are_exact(make: Any, order: int, told: bool) -> None:
-    """A constant gradient: all updates are alike, up to Adam's eps, and so is what is ahead of them."""
-    param = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    options = {"momentum": 0.5} if make is lk.SGD else {"weight_decay": 0.0}
-    optimizer = make([param], lr=0.1, delay=5, order=order, weight_prediction=1.0, spike_compensation=1.0, **options)
-    versions = []
-    for _ in range(200):
-        param.grad = torch.ones_like(param)
-        if told:
-            optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(0.0)
-        optimizer.step()
-        versions.append(param.detach().clone())
-    for n in (1, 3, 5):
-        torch.testing.assert_close(optimizer.past_weight(param, n), versions[-1 - n], rtol=1e-5, atol=1e-5)
-
-
-def test_around_torchs_sgd_the_knobs_are_those_of_our_own() -> None:
-    pair = [parameters(), parameters()]
-    options = {"delay": 3, "past": "stash", "spike_compensation": 1.0, "weight_prediction": 1.0}
-    ours = lk.SGD(pair[0], 0.05, 0.9, **options)
-    wrapped = lk.PastWeights(torch.optim.SGD(pair[1], 0.05, 0.9), **options)
-    for t in range(8):
-        for params, optimizer in zip(pair, (ours, wrapped), strict=True):
-            optimizer.set_staleness(2 if t in (3, 4) else None)
-            give_gradients(params, t)
-            optimizer.step()
-        for a, b in zip(*pair, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-            torch.testing.assert_close(ours.current_weight(a), wrapped.current_weight(b), rtol=1e-9, atol=1e-9)
-
-
-def test_a_wrapped_optimizer_steps_on_the_current_weights_and_its_closure_sees_the_predicted() -> None:
-    params = parameters()
-    inner, seen = torch.optim.SGD(params, lr=0.1, momentum=0.9), []
-    inner.register_step_pre_hook(lambda *_: seen.append(params[0].detach().clone()))
-    optimizer = lk.PastWeights(inner, delay=3, weight_prediction=1.0)
-    for t in range(3):
-        predicted = params[0].detach().clone()
-        current = optimizer.current_weight(params[0])
-
-        def closure(t: int = t, predicted: Tensor = predicted) -> float:
-            assert torch.equal(params[0], predicted)
-            give_gradients(params, t)
-            return 3.5
-
-        assert optimizer.step(closure) == 3.5
-        torch.testing.assert_close(seen[-1], current)
-    assert not torch.equal(seen[-1], predicted)
 
 
 def test_every_group_has_its_own_knobs() -> None:
