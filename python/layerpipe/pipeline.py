@@ -313,8 +313,6 @@ class Pipeline(Network):
     def train(self, mode: bool = True) -> Self:
         """Switch all stages between training and evaluation, once everything submitted is done: forwards from the next
         :meth:`step` on see it, and backwards have what their forwards saw."""
-        if self.tick:
-            self._executor.synchronize()
         super().train(mode)
         for stage in self.stages:
             stage.look_again()  # dropout that was off draws now

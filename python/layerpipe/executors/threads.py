@@ -88,6 +88,7 @@ class Threads(Executor):
         if self._closed:
             self._join()  # after an error too: the weights may still be read
             return
+        self.check_outside()
         self.check()
         idle: list[int] = []
         for commands in self._commands:
