@@ -152,10 +152,11 @@ def losses(graph: nx.DiGraph, layers: int, *, count: int = 30, slow: int = 1) ->
     return [y for y in out if y is not None]
 
 
-def delayed_descent(layers: int, delays: Mapping[int, int], count: int = 30) -> list[float]:
+def delayed_descent(layers: int, delays: Mapping[int, int], count: int = 30, accumulate: int = 1) -> list[float]:
     """Training with late gradients, written as a loop: weights as stashed, gradients wait in a list."""
     weights = [0.5 + 0.1 * i for i in range(layers)]
     waiting: list[list[float]] = []
+    added: list[list[float]] = [[] for _ in range(layers)]
     out = []
     for m in range(count):
         x, target = math.sin(1 + m), math.cos(2 * m)
@@ -170,7 +171,10 @@ def delayed_descent(layers: int, delays: Mapping[int, int], count: int = 30) -> 
         waiting.append(gradients)
         for i in range(layers):
             if m >= delays[i]:
-                weights[i] -= 0.05 * waiting[m - delays[i]][i]
+                added[i].append(waiting[m - delays[i]][i])
+                if len(added[i]) == accumulate:
+                    weights[i] -= 0.05 * (sum(added[i]) / accumulate)
+                    added[i] = []
     return out
 
 
@@ -184,6 +188,29 @@ def test_the_pipeline_is_gradient_descent_with_late_gradients(schedule: str, gro
     derivation = derive(4, grouping, schedule)
     expected = delayed_descent(4, derivation.layer_delays)
     assert losses(derivation.graph, 4, slow=derivation.clocking.slow) == expected
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "sequential"])
+@pytest.mark.parametrize("accumulate", [2, 3, 7])
+def test_with_accumulation_too(schedule: str, accumulate: int) -> None:
+    derivation = derive(4, singles(4), schedule, accumulate)
+    assert nx.utils.graphs_equal(derivation.steps[-1].graph, derivation.graph)
+    lags = derive(4, singles(4), schedule).layer_delays
+    assert derivation.layer_lags == lags
+    assert derivation.delays == [-(-lag // accumulate) for lag in lags.values()]
+    assert retiming.delays(4, schedule, accumulate) == derivation.delays
+    expected = delayed_descent(4, lags, accumulate=accumulate)
+    assert losses(derivation.graph, 4, slow=derivation.clocking.slow) == expected
+    assert expected != delayed_descent(4, lags)
+
+
+def test_accumulation_is_a_step_of_its_own() -> None:
+    text = str(derive(4, singles(4), "lockstep", 4))
+    assert "accumulation: each update loop makes one update in 4 minibatches, with the mean of their gradients" in text
+    assert "W0→B0 7: 6 minibatches, 1 or 2 updates old" in text
+    assert "W1→B1 5: 4 minibatches, 1 updates old" in text
+    with pytest.raises(ValueError, match="an update takes the gradients of at least 1 minibatch, got 0"):
+        derive(4, singles(4), "lockstep", 0)
 
 
 def test_retiming_changes_no_output() -> None:

@@ -5,17 +5,20 @@ A register on an edge is a delay of one tick. The derivation is LayerPipe2's (ar
 1. sequential training has one register, in every layer's update loop;
 2. registers at the network's input are pure latency, allowed: a feed-forward cutset;
 3. registers from a weight gradient to its update are delayed LMS, the one step that changes the algorithm;
-4. retiming (Leiserson and Saxe) moves registers until every stage boundary carries one in each direction.
+4. retiming (Leiserson and Saxe) moves registers until every stage boundary carries one in each direction;
+5. where gradients accumulate, updates are made once in several minibatches, and delays are as many times smaller.
 
 >>> print(derive(chain(4), [[0], [1], [2], [3]], "lockstep"))       # doctest: +SKIP
 """
 
+from layerpipe.retiming.accumulation import most_updates_between, updates_between
 from layerpipe.retiming.clocking import CLOCKINGS, Clocking, clocking
 from layerpipe.retiming.derive import Derivation, Step, delays, derive, lockstep_delays
 from layerpipe.retiming.evaluate import run
 from layerpipe.retiming.graph import Node, chain, latency, registers, training_graph
 from layerpipe.retiming.operations import (
     RetimingError,
+    accumulate_gradients,
     delay_gradients,
     insert_cutset,
     retime,
@@ -31,6 +34,7 @@ __all__ = [
     "Node",
     "RetimingError",
     "Step",
+    "accumulate_gradients",
     "chain",
     "clock_period",
     "clocking",
@@ -41,10 +45,12 @@ __all__ = [
     "latency",
     "lockstep_delays",
     "minimum_period",
+    "most_updates_between",
     "registers",
     "retime",
     "retime_cutset",
     "run",
     "slow_down",
     "training_graph",
+    "updates_between",
 ]

@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import networkx as nx
 
+from layerpipe.retiming.accumulation import most_updates_between
 from layerpipe.retiming.clocking import CLOCKINGS, Clocking, clocking
 from layerpipe.retiming.graph import INPUT, LOSS, OUTPUT, Node, registers, training_graph
 from layerpipe.retiming.operations import (
     RetimingError,
+    accumulate_gradients,
     delay_gradients,
     insert_cutset,
     retime,
@@ -51,14 +53,15 @@ class Derivation:
     input_delay: int  # registers inserted at the input
     gradient_delays: dict[Hashable, int]  # registers inserted for delayed LMS, in minibatches, per layer
     lags: dict[Node, int]
+    accumulate: int = 1  # minibatches per update
 
     @property
     def clocking(self) -> Clocking:
         return CLOCKINGS[self.schedule]
 
     @functools.cached_property
-    def layer_delays(self) -> dict[Hashable, int]:
-        """``n`` per layer: by how many of its updates the weights that its backward needs are older than the newest.
+    def layer_lags(self) -> dict[Hashable, int]:
+        """Per layer: by how many minibatches the weights that its backward needs are older than the newest.
 
         Read off the retimed graph: of the registers from a layer's update to its backward, one minibatch's worth is
         the newest weights; the rest is history.
@@ -71,8 +74,14 @@ class Derivation:
         return found
 
     @property
+    def layer_delays(self) -> dict[Hashable, int]:
+        """``n`` per layer: by how many of its updates those weights are older than the newest; where gradients
+        accumulate, at most."""
+        return {layer: most_updates_between(lag, self.accumulate) for layer, lag in self.layer_lags.items()}
+
+    @property
     def delays(self) -> list[int]:
-        """``n`` per stage; its layers share it."""
+        """``n`` per stage, which its layers share: see :attr:`layer_delays`."""
         return [max(self.layer_delays[layer] for layer in layers) for layers in self.stages]
 
     @property
@@ -117,21 +126,32 @@ class Derivation:
                 names = " ".join(str(node) for node in self.graph if node in inside)
                 add(f"cutset retiming, one register {way} through {{{names}}}",
                     retime_cutset(steps[-1].graph, inside, sign))  # fmt: skip
+        if self.accumulate > 1:
+            title = (
+                f"accumulation: each update loop makes one update in {self.accumulate} minibatches, with the mean of "
+                "their gradients"
+            )
+            steps.append(Step(title, accumulate_gradients(steps[-1].graph, self.accumulate), {}))
         return steps
 
     def __str__(self) -> str:
         lines = [f"{self.schedule}, {len(self.stages)} stages: {' | '.join(_names(s) for s in self.stages)}"]
         lines += [f"{i:>4}. {step}" for i, step in enumerate(self.steps)]
-        if len(self.steps) == 1:
+        if self.steps[-1].graph is self.sequential or (self.accumulate > 1 and len(self.steps) == 2):
             lines.append("      No stage boundary asks for a register: none is inserted, and nothing is late.")
         lines.append("Left on the weights that the backwards read:")
-        for layer, n in self.layer_delays.items():
+        for layer, lag in self.layer_lags.items():
             edge = Node("W", layer), Node("B", layer)
-            lines.append(f"      {edge[0]}→{edge[1]} {registers(self.graph, *edge)}: {n} updates old")
+            least, most = lag // self.accumulate, self.layer_delays[layer]
+            age = f"{most} updates old" if least == most else f"{least} or {most} updates old"
+            minibatches = f"{lag} minibatches, " if self.accumulate > 1 else ""
+            lines.append(f"      {edge[0]}→{edge[1]} {registers(self.graph, *edge)}: {minibatches}{age}")
         return "\n".join(lines)
 
 
-def derive(layers: nx.DiGraph | int, grouping: Sequence[Sequence[Hashable]], schedule: str = "lockstep") -> Derivation:
+def derive(
+    layers: nx.DiGraph | int, grouping: Sequence[Sequence[Hashable]], schedule: str = "lockstep", accumulate: int = 1
+) -> Derivation:
     """Pipeline a network's training.
 
     Only lower bounds go in: the registers that the schedule needs where stages meet, and that a forward finds its
@@ -142,10 +162,12 @@ def derive(layers: nx.DiGraph | int, grouping: Sequence[Sequence[Hashable]], sch
         layers: an acyclic graph of layers, or how many a chain has.
         grouping: the layers of each stage, from input to output.
         schedule: ``"sequential"``, which gets no registers, ``"lockstep"`` or ``"1f1b"``.
+        accumulate: minibatches per update, see :mod:`layerpipe.retiming.accumulation`. No register depends on it.
 
     Raises:
         RetimingError: a connection between layers runs against the stages' order; the message names it.
-        ValueError: a schedule without a derivation, or a grouping that leaves out, repeats or invents a layer.
+        ValueError: a schedule without a derivation, a grouping that leaves out, repeats or invents a layer, or less than
+            one minibatch per update.
     """
     slow, boundary, turn = clocking(schedule)
     sequential = training_graph(layers)
@@ -182,18 +204,20 @@ def derive(layers: nx.DiGraph | int, grouping: Sequence[Sequence[Hashable]], sch
     for a, b, data in graph.edges(data=True):
         if "W" not in (a.kind, b.kind) and data["registers"] < needed(a, b):
             raise RetimingError(f"no legal retiming: {a} -> {b} is left with {data['registers']} registers", (a, b))
-    return Derivation(stages, schedule, sequential, graph, input_delay, gradient_delays, lags)
+    if accumulate != 1:
+        graph = accumulate_gradients(graph, accumulate)
+    return Derivation(stages, schedule, sequential, graph, input_delay, gradient_delays, lags, accumulate)
 
 
-def delays(stages: int, schedule: str) -> list[int]:
-    """The delay of every stage of a chain.
+def delays(stages: int, schedule: str, accumulate: int = 1) -> list[int]:
+    """The delay of every stage of a chain, in updates; at most, where gradients accumulate.
 
     Raises:
         ValueError: no stages, or an unknown schedule.
     """
     if stages < 1:
         raise ValueError(f"a pipeline has at least one stage, got {stages}")
-    return derive(stages, [[s] for s in range(stages)], schedule).delays
+    return derive(stages, [[s] for s in range(stages)], schedule, accumulate).delays
 
 
 def lockstep_delays(stages: int) -> list[int]:

@@ -20,7 +20,8 @@ def run(
 ) -> list[Any]:
     """What ``Y`` puts out in each tick when ``X`` gets ``inputs``.
 
-    None is a bubble: a node with a bubble among its inputs rests and hands one on; an update keeps its weights.
+    None is a bubble: a node with a bubble among its inputs rests and hands one on; an update keeps its weights. So does
+    one that accumulates gradients, until it has as many as it wants; then it is given their mean.
 
     Args:
         graph: with registers on its edges.
@@ -33,6 +34,7 @@ def run(
     """
     order = combinational_order(graph)
     held = {(a, b): collections.deque([weights.get(a)] * data["registers"]) for a, b, data in graph.edges(data=True)}
+    waiting: dict[Node, list[Any]] = {node: [] for node in graph if node.kind == "W"}
     outputs = []
     for value in inputs:
         now: dict[Node, Any] = {}
@@ -41,7 +43,15 @@ def run(
                 now[node] = value
                 continue
             sources = {a: held[a, node][0] if held[a, node] else now[a] for a in graph.predecessors(node)}
-            if all(source is not None for source in sources.values()):
+            ready = all(source is not None for source in sources.values())
+            if ready and (every := graph.nodes[node].get("every", 1)) > 1:
+                (gradient,) = (a for a in sources if a != node)
+                waiting[node].append(sources[gradient])
+                ready = len(waiting[node]) == every
+                if ready:
+                    sources[gradient] = sum(waiting[node]) / every
+                    waiting[node] = []
+            if ready:
                 now[node] = operations[node](sources)
             else:
                 now[node] = sources[node] if node.kind == "W" else None

@@ -63,6 +63,24 @@ def delay_gradients(graph: nx.DiGraph, counts: Mapping[Hashable, int]) -> nx.DiG
     return out
 
 
+def accumulate_gradients(graph: nx.DiGraph, count: int) -> nx.DiGraph:
+    """Let every update add up the gradients of ``count`` minibatches and change the weights in the last of them only.
+
+    No register is moved or made; a register in an update loop then holds the same weights for ``count`` minibatches.
+    Like a larger minibatch this changes the algorithm. Nodes ``W`` of the result carry ``every``.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"an update takes the gradients of at least 1 minibatch, got {count}")
+    out = graph.copy()
+    for node, data in out.nodes(data=True):
+        if node.kind == "W":
+            data["every"] = count
+    return out
+
+
 def slow_down(graph: nx.DiGraph, factor: int) -> nx.DiGraph:
     """``factor`` ticks per minibatch instead of one: every register becomes ``factor`` (a C-slow graph).
 
