@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from layerpipe.current_weights import CurrentWeights
 from layerpipe.executors import placement
 from layerpipe.executors.channels import moved
 from layerpipe.executors.ranks import Ranks
@@ -33,6 +35,8 @@ class Network(abc.ABC):
         ValueError: a parameter is in two stages, or the devices are not one per stage.
     """
 
+    weights: CurrentWeights
+
     def __init__(self, stages: Sequence[nn.Module], devices: Sequence[Any] | None, ranks: Ranks) -> None:
         refuse_shared(stages)
         self.ranks = ranks
@@ -57,8 +61,9 @@ class Network(abc.ABC):
         Of several processes, the first one's inputs count; each gets the output, without a graph."""
         self._synchronize()
         values = self._evaluation.inputs(packed(args, kwargs))
-        for module, stage in zip(self.modules, self.ranks.own, strict=True):
-            values = results(call(module, moved(values, self._devices[stage]) if self._several else values))
+        with self.weights.during():
+            for module, stage in zip(self.modules, self.ranks.own, strict=True):
+                values = results(call(module, moved(values, self._devices[stage]) if self._several else values))
         values = self._evaluation.output(values)
         return values if len(values) > 1 else values[0]
 
@@ -69,9 +74,15 @@ class Network(abc.ABC):
         )
 
     def train(self, mode: bool = True) -> Self:
+        """Set the layers' mode. Where an optimizer keeps other weights in the parameters while it trains than those to
+        evaluate, such as predicted ones, :meth:`eval` brings the latter there until this or the next minibatch."""
         self._synchronize()
         for module in self.modules:
             module.train(mode)
+        if mode:
+            self.weights.hide()
+        else:
+            self.weights.show()
         return self
 
     def eval(self) -> Self:
@@ -88,13 +99,16 @@ class Network(abc.ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Weights and buffers under the model's own names where :func:`layerpipe.split` made the stages, and under
-        those of ``nn.Sequential(*stages)`` where they were given by hand. References, as in torch; of other
-        processes' stages, copies."""
+        those of ``nn.Sequential(*stages)`` where they were given by hand. References, as in torch; copies of other
+        processes' stages, and where weights are predicted and minibatches in the pipe."""
         self._synchronize()
         return {name: value for state in self.ranks.gather(self.own_state()) for name, value in state.items()}
 
     def own_state(self) -> dict[str, Any]:
         """:meth:`state_dict` of this process's stages."""
+        if self.weights.predicted:
+            with self.weights.during():
+                return copy.deepcopy(self.own_state())
         state: dict[str, Any] = {}
         for prefix, module in zip(self._prefixes, self._named, strict=True):
             state.update(module.state_dict(prefix=f"{prefix}." if prefix else ""))

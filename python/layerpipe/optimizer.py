@@ -11,6 +11,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from layerpipe.executors.ranks import Ranks
+from layerpipe.stage import Stage
 from layerpipe.stage.options import OWN, Options, StageOptions, frozen_options, holds_what_changes, on_host, same
 from layerpipe_kernels.optim.checkpoint import GROUP_STATE
 
@@ -220,11 +221,10 @@ class PipelineOptimizer(torch.optim.Optimizer):
 
 
 def common_optimizer(
-    stages: Sequence[StageOptions | None], synchronize: Callable[[], None], ranks: Ranks, *, replayed: bool
+    stages: Sequence[Stage], synchronize: Callable[[], None], ranks: Ranks, *, replayed: bool
 ) -> PipelineOptimizer:
-    """One view of the stages' optimizers in all processes, each of which gives its own stages, with ``None`` for those
-    without parameters."""
-    own = [stage for stage in stages if stage is not None]
+    """One view of the stages' optimizers in all processes, each of which gives its own stages."""
+    own = [stage.options for stage in stages if stage.options is not None]
     groups, rank = ranks.gather(options_of([stage.optimizer for stage in own])), ranks.rank
     return PipelineOptimizer(
         own,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from layerpipe import arguments, checkpoint, delays, executors
 from layerpipe import schedule as schedules
 from layerpipe.actions import Actions
+from layerpipe.current_weights import CurrentWeights
 from layerpipe.executors import ranks
 from layerpipe.executors.base import Tick
 from layerpipe.inputs import Intake, packed
@@ -38,8 +39,7 @@ class Pipeline(Network):
     """Trains a chain of stages; every stage does a forward and a backward in every tick.
 
     Args:
-        stages: modules, from input to output, each taking what the one before returns (a tensor or a tuple); from
-            :func:`layerpipe.split`, or made by hand.
+        stages: modules from :func:`layerpipe.split` or by hand, each taking what the one before returns.
         loss_fn: ``loss_fn(output, target)`` to a scalar, called in the last stage; ``loss_fn(*outputs, target)``
             where that returns a tuple; the last stage may return any structure. Of a module, the last stage's optimizer
             trains the parameters, too.
@@ -50,8 +50,7 @@ class Pipeline(Network):
         past: how past weights are had, ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``.
         order: number of EMAs of a blend.
         ema_decay: decay rule; by default what suits ``past``.
-        schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"``, or ``"auto"``, which chooses by the executor; see
-            :mod:`layerpipe.schedule`.
+        schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"`` or ``"auto"``; see :mod:`layerpipe.schedule`.
         executor: ``"serial"``, ``"threads"``, on CUDA devices ``"streams"`` or ``"graphs"``, or ``"distributed"``
             with the stages in several processes; see :mod:`layerpipe.executors`.
         devices: one per stage, which is moved there before its optimizer is made; by default the stages stay where they
@@ -74,8 +73,8 @@ class Pipeline(Network):
         TypeError: stages that are one module, a loss or an optimizer that is no function, or an optimizer that does
             not know its past weights where a delay needs them.
 
-    Where there are several processes, all of them make the same pipeline and call the same methods in the same order:
-    each trains its own :attr:`stages`, the first takes the inputs of :meth:`step`, the last the targets.
+    All processes, where there are several, make the same pipeline and call the same methods in the same order: each
+    trains its own :attr:`stages`, the first takes the inputs of :meth:`step`, the last the targets.
 
     Weights do not depend on the executor: a stage's work is done in the same order by the same kernels, and its random
     layers draw on the CPU from a generator of its own (:mod:`layerpipe.stage.random_numbers`), seeded from torch's. A
@@ -137,8 +136,8 @@ class Pipeline(Network):
             check_finite=check_finite,
             split_backward=split_backward,
         )
-        options = [stage.options for stage in self.stages]
-        self.optimizer = common_optimizer(options, self._synchronize, self.ranks, replayed=executor == "graphs")
+        self.weights = CurrentWeights([stage.optimizer for stage in self.stages], self._synchronize)
+        self.optimizer = common_optimizer(self.stages, self._synchronize, self.ranks, replayed=executor == "graphs")
         self._executor = executors.make(
             executor,
             self._actions.run,
@@ -182,6 +181,7 @@ class Pipeline(Network):
         arguments.check_fed(given)
         if self._intake is not None:
             self._intake.check(given)
+        self.weights.hide()
         if self.pacing.next() is self.synchronous:
             self._change_pace()
         self._submit((given, target))
@@ -199,6 +199,7 @@ class Pipeline(Network):
 
         Afterwards every stage has made one update per ``accumulate`` minibatches fed, and the delays fill up anew from
         0. Gradients of the :attr:`waiting` last ones stay in ``.grad`` for an update that the next ones complete.
+        Predicted weights become the weights themselves.
         """
         self._empty()
         left = self._executor.hand_over(self.losses)
@@ -210,6 +211,7 @@ class Pipeline(Network):
     def _empty(self) -> None:
         """Finish every minibatch in the pipe."""
         self._executor.check_outside()
+        self.weights.hide()
         if self.tick:
             self._executor.check()
         while self.tick < self._running.ticks(self.fed):
@@ -271,6 +273,7 @@ class Pipeline(Network):
         """The pipe is empty and begins to fill; losses may be there that :meth:`step` has still to return."""
         self._owed += self.fed
         self.tick = self.fed = 0
+        self.weights.training = False
         self.optimizer.refresh()
         for stage in self.stages:
             stage.restart()
@@ -282,6 +285,7 @@ class Pipeline(Network):
             if minibatch is not None:
                 self._actions.feed(*minibatch)
                 self.fed += 1
+                self.weights.training = True
             options = {s.index: next(by_stage) if s.optimizer is not None else [] for s in self.stages}
             tick = Tick(self.tick, self._running.tick(self.tick, self.fed), options)
             start = time.perf_counter()
@@ -296,9 +300,8 @@ class Pipeline(Network):
     def watch(self, trace: Trace | None) -> None:
         """Time what every stage does from now on; ``None`` or another trace ends that and fills the trace in.
 
-        ``"serial"`` and ``"threads"`` have the host's clock, which sees work on the CPU; ``"streams"`` and ``"graphs"``
-        have the devices', whose events cost the host a few microseconds each, and the host's for a row of its own. It
-        waits for the stages, and for the devices, here and in no tick.
+        ``"serial"`` and ``"threads"`` have the host's clock, ``"streams"`` and ``"graphs"`` the devices' and the host's
+        for a row of its own. It waits for the stages, and for the devices, here and in no tick.
         """
         self._executor.check_outside()
         self._executor.settle()

@@ -166,8 +166,8 @@ def derive(
 
     Raises:
         RetimingError: a connection between layers runs against the stages' order; the message names it.
-        ValueError: a schedule without a derivation, a grouping that leaves out, repeats or invents a layer, or less than
-            one minibatch per update.
+        ValueError: a schedule without a derivation, a grouping that leaves out, repeats or invents a layer, or less
+            than one minibatch per update.
     """
     slow, boundary, turn = clocking(schedule)
     sequential = training_graph(layers)
