@@ -255,3 +255,17 @@ def test_a_model_of_ones_own() -> None:
         catalog.load("no_such_package:f", batch=1, inputs=[InputShape((4,))])
     with pytest.raises(ValueError, match="not an nn"):
         catalog.load("builtins:dict", batch=1, inputs=[InputShape((4,))])
+
+
+@pytest.mark.parametrize("accumulate", [2, 4, 7])
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "sequential"])
+def test_accumulation_makes_delays_smaller_in_the_rule_and_in_the_simulator(schedule: str, accumulate: int) -> None:
+    found = plan(layers(), stages=4, schedule=schedule, accumulate=accumulate)
+    lags = [stage.delay for stage in plan(layers(), stages=4, schedule=schedule).stages]
+    assert [stage.delay for stage in found.stages] == [-(-lag // accumulate) for lag in lags]
+    assert found.reports[schedule].staleness == [stage.delay for stage in found.stages]
+    assert found.reports[schedule].in_flight == [stage.in_flight for stage in found.stages]
+    assert found.to_json()["accumulate"] == accumulate
+    assert [stage.memory["stash"].history for stage in found.stages[1:]] == [
+        stage.delay * stage.memory["stash"].weights for stage in found.stages[1:]
+    ]

@@ -73,6 +73,7 @@ def plan(
     microbatches: Annotated[
         int | None, _option("Parts of a minibatch under gpipe. Default: 8, if it has as many examples.", CUT, min=1)
     ] = None,
+    accumulate: Annotated[int, _option("Minibatches per update.", CUT, min=1, shown=True)] = 1,
     compute_rate: Annotated[str, _option("FLOP/s of a processor.", MACHINE, shown=True)] = "19.5T",
     memory_rate: Annotated[str, _option("Bytes/s of its memory.", MACHINE, shown=True)] = "1555G",
     link_rate: Annotated[str, _option("Bytes/s between two processors, each way.", MACHINE, shown=True)] = "32G",
@@ -108,7 +109,7 @@ def plan(
             stages=stages,
             memory_per_stage=memory,
             schedule=schedule, past=past, order=order, momentum=momentum, balance=balance, machine=machine,
-            microbatches=min(8, batch_size) if microbatches is None else microbatches,
+            microbatches=min(8, batch_size) if microbatches is None else microbatches, accumulate=accumulate,
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error

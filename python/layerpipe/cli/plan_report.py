@@ -40,7 +40,7 @@ def stage_table(plan: Plan) -> Table:
     table.caption = "n: delay in updates, from the retimed graph. Time: one minibatch forward, back, and the update."
     for i, stage in enumerate(plan.stages):
         table.add_row(
-            str(i), stage.label, count(stage.parameters), count(stage.flops), str(stage.delay),
+            str(i), stage.label, count(stage.parameters), count(stage.flops), _updates(plan, i),
             seconds(stage.cost.seconds), end_section=i == len(plan.stages) - 1,
         )  # fmt: skip
     table.add_row(
@@ -48,6 +48,12 @@ def stage_table(plan: Plan) -> Table:
         seconds(sum(s.cost.seconds for s in plan.stages)),
     )  # fmt: skip
     return table
+
+
+def _updates(plan: Plan, stage: int) -> str:
+    """A stage's delay; where gradients accumulate, minibatches differ in theirs."""
+    lag, every = max(plan.derivation.layer_lags[a] for a in plan.derivation.stages[stage]), plan.derivation.accumulate
+    return str(lag // every) if lag % every == 0 else f"{lag // every}–{lag // every + 1}"
 
 
 def memory_table(plan: Plan) -> Table:

@@ -27,7 +27,7 @@ SCHEDULES = (*BUILDERS, "layerpipe")
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """Consecutive layers. ``memory`` is per kind of past weights."""
+    """Consecutive layers. ``delay`` is in updates, at most; ``memory`` per kind of past weights."""
 
     layers: list[Layer]
     cost: StageCost
@@ -76,12 +76,15 @@ class Plan:
 
     def speedup(self, schedule: str) -> float:
         """Over one processor that does it all."""
-        return sum(stage.cost.seconds for stage in self.stages) / self.reports[schedule].period
+        saved = 1 - 1 / self.derivation.accumulate  # updates that are not made
+        alone = sum(stage.cost.seconds - saved * stage.cost.update for stage in self.stages)
+        return alone / self.reports[schedule].period
 
     def to_json(self) -> dict[str, Any]:
         """Everything that the tables show, in seconds, bytes and FLOPs."""
         return {
             "schedule": self.schedule,
+            "accumulate": self.derivation.accumulate,
             "at": self.at,
             "skips": self.skips,
             "stages": [
@@ -116,6 +119,7 @@ def plan(
     balance: str = "roofline",
     machine: Machine = A100,
     microbatches: int = 8,
+    accumulate: int = 1,
     simulate: Sequence[str] = SCHEDULES,
 ) -> Plan:
     """Cut a network into stages and predict what comes of it.
@@ -127,6 +131,7 @@ def plan(
         schedule: ``"lockstep"``, ``"1f1b"`` or ``"sequential"``.
         balance: ``"roofline"`` (this machine's seconds), or one of :data:`layerpipe.partition.BALANCES`.
         microbatches: parts of a minibatch under ``gpipe``.
+        accumulate: minibatches per update, under every schedule but ``layerpipe``.
         simulate: schedules to compare.
 
     Raises:
@@ -154,7 +159,7 @@ def plan(
         if memory_per_stage is None:
             return balanced(weights, count)
         # Delays depend on how many stages there are, not on what is in them.
-        found = retiming.derive(count, [[s] for s in range(count)], schedule)
+        found = retiming.derive(count, [[s] for s in range(count)], schedule, accumulate)
         memory = [
             np.where(parts.empty, np.inf, memory_of(s, ..., delay, in_flight, past).total)
             for s, (delay, in_flight) in enumerate(zip(found.delays, found.in_flight, strict=True))
@@ -173,7 +178,8 @@ def plan(
         cuts = _fewest(cut, len(layers))
     _refuse_tied(layers, cuts)
     names = [layer.name for layer in layers.layers]
-    derivation = retiming.derive(layers.graph(), [names[a:b] for a, b in itertools.pairwise(cuts)], schedule)
+    grouping = [names[a:b] for a, b in itertools.pairwise(cuts)]
+    derivation = retiming.derive(layers.graph(), grouping, schedule, accumulate)
 
     made = []
     for s, (a, b) in enumerate(itertools.pairwise(cuts)):
@@ -194,8 +200,8 @@ def plan(
                 costs, len(made), 64 + minibatches, [layer.weights for layer in layers.layers], machine.link
             )
         else:
-            count = minibatches if name in ("1f1b", "lockstep") else 6
-            tasks = BUILDERS[name]([stage.cost for stage in made], count, microbatches)
+            count = minibatches + 4 * (accumulate - 1) if name in ("1f1b", "lockstep") else 6 * accumulate
+            tasks = BUILDERS[name]([stage.cost for stage in made], count, microbatches, accumulate)
         timelines[name] = run(tasks, machine.link, len(made))
     reports = {name: report(timeline) for name, timeline in timelines.items()}
     return Plan(layers, schedule, made, derivation, timelines, reports)

@@ -47,39 +47,39 @@ def together(costs: Sequence[StageCost]) -> StageCost:
     )  # fmt: skip
 
 
-#: Stages, minibatches, parts of a minibatch -> tasks.
-Builder = Callable[[Sequence[StageCost], int, int], list[Task]]
+#: Stages, minibatches, parts of a minibatch, minibatches per update -> tasks.
+Builder = Callable[[Sequence[StageCost], int, int, int], list[Task]]
 
 
-def sequential(stages: Sequence[StageCost], minibatches: int, parts: int = 1) -> list[Task]:
+def sequential(stages: Sequence[StageCost], minibatches: int, parts: int = 1, accumulate: int = 1) -> list[Task]:
     """One minibatch at a time, through all stages and back: ordinary training of a model that is spread out."""
 
     def order(stage: int) -> Iterator[tuple[str, int]]:
         for m in range(minibatches):
             yield from (("F", m), ("B", m))
 
-    return _tasks(stages, order)
+    return _tasks(stages, order, accumulate)
 
 
-def one_f_one_b(stages: Sequence[StageCost], minibatches: int, parts: int = 1) -> list[Task]:
+def one_f_one_b(stages: Sequence[StageCost], minibatches: int, parts: int = 1, accumulate: int = 1) -> list[Task]:
     """As many forwards as stages follow, then one forward and one backward in turn (PipeDream)."""
 
     def order(stage: int) -> Iterator[tuple[str, int]]:
         return _alternate(len(stages) - 1 - stage, minibatches)
 
-    return _tasks(stages, order)
+    return _tasks(stages, order, accumulate)
 
 
-def lockstep(stages: Sequence[StageCost], minibatches: int, parts: int = 1) -> list[Task]:
+def lockstep(stages: Sequence[StageCost], minibatches: int, parts: int = 1, accumulate: int = 1) -> list[Task]:
     """A forward and a backward per tick, from the first tick that has both (LayerPipe2)."""
 
     def order(stage: int) -> Iterator[tuple[str, int]]:
         return _alternate(2 * (len(stages) - 1 - stage), minibatches)
 
-    return _tasks(stages, order)
+    return _tasks(stages, order, accumulate)
 
 
-def gpipe(stages: Sequence[StageCost], minibatches: int, parts: int = 1) -> list[Task]:
+def gpipe(stages: Sequence[StageCost], minibatches: int, parts: int = 1, accumulate: int = 1) -> list[Task]:
     """All parts of a minibatch forward, then all back, then the update: synchronous (Huang et al., 2019)."""
     costs = [stage.shared(parts) for stage in stages]
     tasks = []
@@ -87,7 +87,10 @@ def gpipe(stages: Sequence[StageCost], minibatches: int, parts: int = 1) -> list
         ordered: list[Task] = []
         for m in range(minibatches):
             ordered += [_forward(costs, Key("F", stage, m, part)) for part in range(parts)]
-            ordered += [_backward(costs, Key("B", stage, m, part), updates=not part) for part in reversed(range(parts))]
+            due = (m + 1) % accumulate == 0
+            ordered += [
+                _backward(costs, Key("B", stage, m, part), updates=due and not part) for part in reversed(range(parts))
+            ]
         tasks += in_order(ordered)
     return tasks
 
@@ -101,11 +104,17 @@ def _alternate(ahead: int, minibatches: int) -> Iterator[tuple[str, int]]:
             yield "B", tick - ahead
 
 
-def _tasks(stages: Sequence[StageCost], order: Callable[[int], Iterator[tuple[str, int]]]) -> list[Task]:
+def _tasks(
+    stages: Sequence[StageCost], order: Callable[[int], Iterator[tuple[str, int]]], accumulate: int
+) -> list[Task]:
+    def task(key: Key) -> Task:
+        if key.kind == "F":
+            return _forward(stages, key)
+        return _backward(stages, key, updates=(key.minibatch + 1) % accumulate == 0)
+
     tasks = []
     for stage in range(len(stages)):
-        keys = [Key(kind, stage, m) for kind, m in order(stage)]
-        tasks += in_order([_forward(stages, k) if k.kind == "F" else _backward(stages, k, updates=True) for k in keys])
+        tasks += in_order([task(Key(kind, stage, m)) for kind, m in order(stage)])
     return tasks
 
 
