@@ -14,6 +14,7 @@ from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_learning_rate, require_finite
 from layerpipe_kernels.optim.matrices import sides
 from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
+from layerpipe_kernels.optim.prediction import newest_share
 from layerpipe_kernels.optim.settings import past_given
 from layerpipe_kernels.optim.stacks import Array, Scratch, Stack
 from layerpipe_kernels.options import AdamOptions
@@ -37,8 +38,10 @@ class Muon(PreconditionedOptimizer):
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in torch.
         ns_dtype: of the Newton-Schulz steps; torch's is bfloat16.
         adamw_betas, adamw_eps, adamw_lr_ratio: of what steps with AdamW.
-        precondition, maximize, delay, past, order, ema_decay, ema_dtype, past_norm, materialize, master_weights, seed,
-            backend: as in :class:`layerpipe_kernels.SOAP`.
+        spike_compensation: ``c``. Where gradients are ``n`` updates late, the direction is made of ``a m + (1 - a) G``
+            with ``a = mu**(c n)``, ``mu**(c n + 1)`` with ``nesterov``.
+        precondition, maximize, delay, past, order, ema_decay, ema_dtype, past_norm, materialize, master_weights,
+            weight_prediction, seed, backend: as in :class:`layerpipe_kernels.SOAP`.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
@@ -72,6 +75,8 @@ class Muon(PreconditionedOptimizer):
         past_norm: str | None = None,
         materialize: bool = False,
         master_weights: bool = False,
+        spike_compensation: float = 0.0,
+        weight_prediction: float = 0.0,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -112,7 +117,11 @@ class Muon(PreconditionedOptimizer):
         if group["ns_dtype"] not in (torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"ns_dtype must be torch.bfloat16, float32 or float64, got {group['ns_dtype']}")
         require_finite(group, ("lr", "eps", "weight_decay"))
-        super()._check_group(group)
+        nesterov, group["nesterov"] = group["nesterov"], False  # which here goes together with spike compensation
+        try:
+            super()._check_group(group)
+        finally:
+            group["nesterov"] = nesterov
 
     def _settings(self, group: Group) -> history.Settings:
         # The momentum buffer is no update.
@@ -120,7 +129,8 @@ class Muon(PreconditionedOptimizer):
 
     def _adam(self, group: Group) -> AdamOptions:
         beta1, beta2 = map(float, group["adamw_betas"])
-        return AdamOptions(float(group["adamw_lr_ratio"]), beta1, beta2, float(group["adamw_eps"]))
+        share = newest_share(group, beta1)
+        return AdamOptions(float(group["adamw_lr_ratio"]), beta1, beta2, float(group["adamw_eps"]), newest_share=share)
 
     def _stack(self, group: Group, params: list[Tensor], states: list[State]) -> Stack:
         shape = sides(params[0])
@@ -137,7 +147,8 @@ class Muon(PreconditionedOptimizer):
     def _direct(self, group: Group, stack: Stack, grads: Tensor, out: Tensor, places: Sequence[float]) -> None:
         mu, (rows, cols) = float(group["momentum"]), out.shape[1:]
         buffer = stack["momentum_buffer"].lerp_(grads, 1 - mu)
-        blended = torch.lerp(grads, buffer, mu, out=out) if group["nesterov"] else buffer
+        of_buffer = (1 - newest_share(group, mu)) * (mu if group["nesterov"] else 1.0)
+        blended = buffer if of_buffer == 1.0 else torch.lerp(grads, buffer, of_buffer, out=out)
         wide = rows <= cols
         room = self._scratch("orthogonal", out, len(out), min(rows, cols), max(rows, cols), dtype=group["ns_dtype"])
         room.copy_(blended if wide else blended.mT)

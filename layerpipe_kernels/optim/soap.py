@@ -14,11 +14,14 @@ from layerpipe_kernels.optim.arguments import Group, check_adam_group
 from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
 from layerpipe_kernels.optim.matrices import sides
 from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
+from layerpipe_kernels.optim.prediction import newest_share
 from layerpipe_kernels.optim.settings import past_given
 from layerpipe_kernels.optim.stacks import Array, Stack
 from layerpipe_kernels.options import AdamOptions
 
 _GRAMS, _BASES = ("gram_left", "gram_right"), ("basis_left", "basis_right")
+#: From where on turning the longer side, too, costs as much as a small minibatch's forward and backward.
+_LONG = 512
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -44,14 +47,14 @@ class SOAP(PreconditionedOptimizer):
         shampoo_beta: ``b``; ``betas[1]`` where it is negative.
         precondition_frequency: steps from one refresh of a basis to the next.
         max_precond_dim: longer sides are not turned.
-        one_sided: turn the shorter side alone.
+        one_sided: turn the shorter side alone, or both; ``None`` turns both where neither is longer than 512.
         precondition: ``True`` for a group whose matrices are all preconditioned, ``False`` for one of which none is;
             ``None`` decides for each by its mark and its name.
         state_dtype: of the matrices ``L``, ``R`` and ``Q``: ``torch.bfloat16`` halves their bytes, and products with
             them are then made of bfloat16 factors; the parameter's own, at least float32, by default.
         maximize: as in torch.
-        delay, past, order, ema_decay, ema_dtype, past_norm, materialize, master_weights, seed, backend: as in
-            :class:`layerpipe_kernels.AdamW`.
+        delay, past, order, ema_decay, ema_dtype, past_norm, materialize, master_weights, spike_compensation,
+            weight_prediction, seed, backend: as in :class:`layerpipe_kernels.AdamW`.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
@@ -72,7 +75,7 @@ class SOAP(PreconditionedOptimizer):
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
         *,
-        one_sided: bool = False,
+        one_sided: bool | None = None,
         precondition: bool | None = None,
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
@@ -84,6 +87,8 @@ class SOAP(PreconditionedOptimizer):
         past_norm: str | None = None,
         materialize: bool = False,
         master_weights: bool = False,
+        spike_compensation: float = 0.0,
+        weight_prediction: float = 0.0,
         seed: int = 0,
         backend: str = "auto",
     ) -> None:
@@ -128,7 +133,7 @@ class SOAP(PreconditionedOptimizer):
 
     def _adam(self, group: Group) -> AdamOptions:
         beta1, beta2 = map(float, group["betas"])
-        return AdamOptions(1.0, beta1, beta2, float(group["eps"]))
+        return AdamOptions(1.0, beta1, beta2, float(group["eps"]), newest_share=newest_share(group, beta1))
 
     def _stack(self, group: Group, params: list[Tensor], states: list[State]) -> Stack:
         rows, cols = sides(params[0])
@@ -212,7 +217,8 @@ class SOAP(PreconditionedOptimizer):
 def _turned(group: Group, rows: int, cols: int) -> tuple[bool, bool]:
     """Whether the rows of a matrix are turned, and whether its columns are."""
     left, right = (n <= group["max_precond_dim"] for n in (rows, cols))
-    if group["one_sided"] and left and right:
+    one_sided = group["one_sided"]
+    if left and right and (max(rows, cols) > _LONG if one_sided is None else one_sided):
         return rows <= cols, rows > cols
     return left, right
 

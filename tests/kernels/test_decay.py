@@ -136,3 +136,14 @@ def test_one_update_late_needs_only_the_newest_update() -> None:
 def test_blend_refuses_by_name(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decay.blend(**arguments)  # type: ignore[arg-type]
+
+
+def test_gradients_are_averaged_the_longer_the_later_they_are() -> None:
+    decays = [decay.of_gradients(n) for n in (0, 0.5, 1, 7, 18)]
+    assert decays[:3] == [0.9, 0.9, 1 - 1 / 14]
+    assert decays == sorted(decays)
+    assert decay.of_gradients(18) == pytest.approx(1 - 1 / 252)
+    assert decay.of_gradients(7, least=0.999) == 0.999
+    for wrong in ((-1,), (2, 1.0)):
+        with pytest.raises(ValueError, match="at least 0"):
+            decay.of_gradients(*wrong)

@@ -42,6 +42,23 @@ def test_matrices_are_stepped_as_torch_does(options: dict[str, Any], dtype: torc
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_spike_compensation_gives_the_newest_gradient_more_weight(nesterov: bool) -> None:
+    param, options = torch.randn(4, 6, requires_grad=True), {"lr": 1.0, "weight_decay": 0.0, "nesterov": nesterov}
+    optimizer = lk.Muon([param], delay=4, spike_compensation=0.5, ns_dtype=torch.float32, **options)
+    average = torch.zeros(4, 6)
+    for _ in range(5):
+        before, param.grad = param.detach().clone(), torch.randn(4, 6)
+        average = 0.95 * average + 0.05 * param.grad
+        optimizer.step()
+        a = 0.95 ** (2 + nesterov)
+        once = lk.Muon([torch.zeros(4, 6, requires_grad=True)], ns_dtype=torch.float32, momentum=0.0, **options)
+        once.param_groups[0]["params"][0].grad = a * average + (1 - a) * param.grad
+        once.step()
+        expected = once.param_groups[0]["params"][0].detach()
+        torch.testing.assert_close(param.detach() - before, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_defaults_are_torchs() -> None:
     ours, theirs = lk.Muon(parameters()).defaults, torch.optim.Muon(parameters()).defaults
     assert {name: ours[name] for name in theirs} == theirs

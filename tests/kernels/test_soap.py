@@ -25,7 +25,9 @@ class Simulated:
         self.bases = [torch.eye(n, dtype=F64) for n in (self.rows, self.cols)]
         self.m, self.q = (torch.zeros(self.rows, self.cols, dtype=F64) for _ in range(2))
 
-    def step(self, grad: Tensor, lr: float, beta1: float, beta2: float, b: float, eps: float, wd: float) -> None:
+    def step(
+        self, grad: Tensor, lr: float, beta1: float, beta2: float, b: float, eps: float, wd: float, share: float = 0.0
+    ) -> None:
         g = grad.to(F64).reshape(self.rows, self.cols)
         self.grams[0] = b * self.grams[0] + (1 - b) * g @ g.T
         self.grams[1] = b * self.grams[1] + (1 - b) * g.T @ g
@@ -35,7 +37,7 @@ class Simulated:
             self.m = beta1 * self.m + (1 - beta1) * g
             turned = left.T @ g @ right
             self.q = beta2 * self.q + (1 - beta2) * turned * turned
-            mean = left.T @ self.m @ right / (1 - beta1**self.steps)
+            mean = left.T @ ((1 - share) * self.m / (1 - beta1**self.steps) + share * g) @ right
             direction = left @ (mean / ((self.q / (1 - beta2**self.steps)).sqrt() + eps)) @ right.T
         self.steps += 1
         w = self.weight
@@ -98,6 +100,7 @@ NUMBERS: list[dict[str, Any]] = [
     {},
     {"precondition_frequency": 3, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.1},
     {"precondition_frequency": 1, "shampoo_beta": 0.5, "weight_decay": 0.0},
+    {"precondition_frequency": 3, "delay": 3, "spike_compensation": 0.5, "weight_prediction": 0.5},
 ]
 
 
@@ -111,18 +114,32 @@ def test_it_is_the_published_algorithm(
     group = optimizer.param_groups[0]
     period, (beta1, beta2) = group["precondition_frequency"], group["betas"]
     b = beta2 if group["shampoo_beta"] < 0 else group["shampoo_beta"]
+    share = 1 - beta1 ** (group["spike_compensation"] * group["delay"])
+    ahead = group["weight_prediction"] * group["delay"]
     simulated = [Simulated(p, *sides) for p, sides in zip(params, turned, strict=True)]
     for t, grads in enumerate(gradients(params, 3 * period + 4)):
         follow(optimizer, params, [grads])
         for i, (matrix, grad) in enumerate(zip(simulated, grads, strict=True)):
-            matrix.step(grad, 0.02, beta1, beta2, b, group["eps"], group["weight_decay"])
+            before = matrix.weight
+            matrix.step(grad, 0.02, beta1, beta2, b, group["eps"], group["weight_decay"], share)
+            predicted = matrix.weight - ahead * (before - matrix.weight)
+            torch.testing.assert_close(params[i].detach(), predicted, rtol=1e-5, atol=1e-5)
             since = t - 1 - period * i // len(params)  # the refreshes of four matrices are spread over the period
             if t == 0:
                 matrix.begin(optimizer.state[params[i]])
             if since >= 0 and since % period == 0:
                 matrix.refresh()
         for param, matrix in zip(params, simulated, strict=True):
-            torch.testing.assert_close(param.detach(), matrix.weight, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(optimizer.current_weight(param), matrix.weight, rtol=1e-6, atol=1e-6)
+
+
+def test_of_long_matrices_only_the_shorter_side_is_turned() -> None:
+    params = [torch.randn(shape, requires_grad=True) for shape in ((2, 512), (2, 513), (513, 2))]
+    for one_sided, turned in ((None, ["lr", "l", "r"]), (True, ["l", "l", "r"]), (False, ["lr", "lr", "lr"])):
+        optimizer = lk.SOAP(params, one_sided=one_sided)
+        follow(optimizer, params, gradients(params, 1))
+        names = {"l": "basis_left", "r": "basis_right"}
+        assert ["".join(s for s in "lr" if names[s] in optimizer.state[p]) for p in params] == turned
 
 
 def test_float32_stays_near_float64() -> None:
