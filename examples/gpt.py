@@ -1,21 +1,21 @@
 """A small GPT learns Python from the sources of Python's own library, as a pipeline of two threads.
 
     python examples/gpt.py                      # a few minutes on two cores
+    python examples/gpt.py --accumulate 2       # minibatches in two parts: half the delay
     python examples/gpt.py --past stash         # the same with weights that are stored, not reconstructed
     python examples/gpt.py --stages 1           # ordinary training: one stage is bit for bit a plain loop
-    python examples/gpt.py --optimizer adamw    # what a delay costs without an optimizer that looks ahead
+    python examples/gpt.py --optimizer adamw    # what a delay costs without a preconditioner
 
-Delayed gradients slow a transformer down, with stored weights as much as with reconstructed ones. Nesterov's momentum
-of 0.99 makes up for some of it (Ajanthan et al., arXiv 2505.01099); docs/delay.md has numbers.
+Delayed gradients slow a transformer down, with stored weights as much as with reconstructed ones. SOAP bears them best,
+with an average of gradients that is the longer the later they are, spike compensation and weight prediction;
+docs/delay.md has numbers.
 """
 
 from __future__ import annotations
 
 import argparse
-import sysconfig
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,23 +24,17 @@ from torch import Tensor, nn
 
 import layerpipe
 import layerpipe_kernels as lk
+from layerpipe import data
 from layerpipe.models.gpt import GPT
 
 CONTEXT, BATCH = 128, 16
 
 
-def sources() -> tuple[Tensor, Tensor]:
-    """Bytes of the standard library's modules, a tenth of the files to test."""
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
-    parts: tuple[bytearray, bytearray] = (bytearray(), bytearray())
-    for i, file in enumerate(files):
-        parts[i % 10 == 9].extend(file.read_bytes())
-    train, test = (torch.frombuffer(part, dtype=torch.uint8).long() for part in parts)
-    return train, test
+sources = data.python_sources
 
 
-def minibatch(text: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    starts = torch.randint(len(text) - CONTEXT, (BATCH,), generator=generator)
+def minibatch(text: Tensor, generator: torch.Generator, size: int = BATCH) -> tuple[Tensor, Tensor]:
+    starts = torch.randint(len(text) - CONTEXT, (size,), generator=generator)
     windows = torch.stack([text[start : start + CONTEXT + 1] for start in starts.tolist()])
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
@@ -59,10 +53,18 @@ def adamw(params: list[Tensor], **past: Any) -> lk.AdamW:
     return lk.AdamW(params, lr=6e-4, betas=(0.9, 0.95), weight_decay=0.1, **past)
 
 
-OPTIMIZERS = {"nadam": nadam, "adamw": adamw}
+def soap(params: list[Tensor], **past: Any) -> lk.SOAP:
+    """The later its gradients are, the longer a stage averages them, and the further it trains ahead."""
+    betas = lk.decay.of_gradients(past["delay"]), 0.95
+    return lk.SOAP(params, lr=1e-3, betas=betas, spike_compensation=1.0, weight_prediction=0.5, **past)
 
 
-def pipeline(x: Tensor, stages: int, optimizer: str, past: str, schedule: str, executor: str) -> layerpipe.Pipeline:
+OPTIMIZERS = {"soap": soap, "nadam": nadam, "adamw": adamw}
+
+
+def pipeline(
+    x: Tensor, stages: int, optimizer: str, past: str, schedule: str, executor: str, accumulate: int = 1
+) -> layerpipe.Pipeline:
     model = GPT(layers=4, width=256, heads=4, context=CONTEXT, vocabulary=256)
     return layerpipe.Pipeline(
         layerpipe.split(model, stages, (x,)),
@@ -71,15 +73,17 @@ def pipeline(x: Tensor, stages: int, optimizer: str, past: str, schedule: str, e
         past=past,
         schedule=schedule,
         executor=executor,
+        accumulate=accumulate,
         max_norm=1.0,
     )
 
 
 def train(pipe: layerpipe.Pipeline, text: Tensor, steps: int, generator: torch.Generator) -> Iterator[float]:
-    """The loss of every minibatch, in the order in which they leave the pipe."""
-    warmup = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: min(1.0, (step + 1) / 100))
-    for _ in range(steps):
-        loss = pipe.step(*minibatch(text, generator))
+    """The loss of every minibatch, or of its parts, in the order in which they leave the pipe."""
+    parts = pipe.accumulate
+    warmup = torch.optim.lr_scheduler.LambdaLR(pipe.optimizer, lambda step: min(1.0, (step + 1) / (100 * parts)))
+    for _ in range(steps * parts):
+        loss = pipe.step(*minibatch(text, generator, BATCH // parts))
         warmup.step()
         if loss is not None:
             yield loss.item()
@@ -109,7 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, default=2)
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--optimizer", default="nadam", choices=OPTIMIZERS)
+    parser.add_argument("--optimizer", default="soap", choices=OPTIMIZERS)
+    parser.add_argument("--accumulate", type=int, default=1, choices=(1, 2, 4, 8), help="parts of a minibatch")
     parser.add_argument("--past", default="blend", help="blend, stash, ema, latest")
     parser.add_argument("--schedule", default="lockstep", help="lockstep, 1f1b, sequential, auto")
     parser.add_argument("--executor", default="threads", choices=("threads", "serial"))
@@ -121,10 +126,12 @@ def main() -> None:
     text, unseen = sources()
     generator = torch.Generator().manual_seed(options.seed)
     x, _ = minibatch(text, generator)
-    with pipeline(x, options.stages, options.optimizer, options.past, options.schedule, options.executor) as pipe:
+    with pipeline(
+        x, options.stages, options.optimizer, options.past, options.schedule, options.executor, options.accumulate
+    ) as pipe:
         begin = time.perf_counter()
         with Progress() as progress:
-            task = progress.add_task("training", total=options.steps)
+            task = progress.add_task("training", total=options.steps * options.accumulate)
             for loss in train(pipe, text, options.steps, generator):
                 progress.update(task, advance=1, description=f"loss {loss:.3f}")
         rate = options.steps * BATCH / (time.perf_counter() - begin)

@@ -1,8 +1,9 @@
-"""Small image data sets, whole in memory."""
+"""Small data sets, whole in memory: images, and one of text."""
 
 from __future__ import annotations
 
 import gzip
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,10 +16,15 @@ from layerpipe.errors import DataError
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+#: Tokens of an example of text, and examples that are tested with.
+CONTEXT, TEXT_TESTS = 64, 256
 
 
 class Images(NamedTuple):
-    """Normalised images ``(N, C, H, W)`` float32 and labels ``(N,)`` int64."""
+    """Normalised images ``(N, C, H, W)`` float32 and labels ``(N,)`` int64.
+
+    Of text: tokens ``(N, T)`` int64 and the tokens after them, ``(N, T)``.
+    """
 
     name: str
     train_x: Tensor
@@ -54,6 +60,8 @@ def load(name: str, root: Path) -> Images:
     if name not in LOADERS:
         raise DataError(f"data set {name!r} is unknown; there are: {', '.join(LOADERS)}")
     train_x, train_y, test_x, test_y = LOADERS[name](root)
+    if not train_x.is_floating_point():
+        return Images(name, train_x, train_y, test_x, test_y, 256)
     mean = train_x.mean((0, 2, 3), keepdim=True)
     std = train_x.std((0, 2, 3), keepdim=True)
     classes = int(train_y.max()) + 1
@@ -124,9 +132,37 @@ def _torchvision(kind: str, root: Path, hint: str = "") -> Splits:
     return parts[0], parts[1], parts[2], parts[3]
 
 
+def python_sources() -> tuple[Tensor, Tensor]:
+    """Bytes ``(N,)`` int64 of the modules of Python's own library, and those of every tenth of its files to test.
+
+    Raises:
+        DataError: this Python has no sources of its library.
+    """
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    if len(files) < 20:
+        raise DataError(f"Python's library has no sources in {sysconfig.get_path('stdlib')}")
+    parts: tuple[bytearray, bytearray] = (bytearray(), bytearray())
+    for i, file in enumerate(files):
+        parts[i % 10 == 9].extend(file.read_bytes())
+    train, test = (torch.frombuffer(part, dtype=torch.uint8).long() for part in parts)
+    return train, test
+
+
+def _python(root: Path) -> Splits:
+    """Texts of :func:`python_sources`, one after the other; of those to test, a few from everywhere."""
+    parts = []
+    for text in python_sources():
+        count = (len(text) - 1) // CONTEXT
+        parts += [text[i : i + count * CONTEXT].view(count, CONTEXT) for i in (0, 1)]
+    train_x, train_y, test_x, test_y = parts
+    chosen = torch.linspace(0, len(test_x) - 1, min(TEXT_TESTS, len(test_x))).long()
+    return train_x, train_y, test_x[chosen], test_y[chosen]
+
+
 LOADERS: dict[str, Callable[[Path], Splits]] = {
     "digits": _digits,
     "fashion-mnist": _fashion_mnist,
     "cifar10": lambda root: _torchvision("CIFAR10", root),
     "cifar100": lambda root: _torchvision("CIFAR100", root),
+    "python": _python,
 }

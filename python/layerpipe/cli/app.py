@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from layerpipe.cli import compare as comparison
+from layerpipe.cli import optimizers, plots, processes, report
 from layerpipe.cli import options as o
 from layerpipe.cli import plan as planning
-from layerpipe.cli import plots, processes, report
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory, default_path
 from layerpipe.cli.runs import INTERRUPTED, follow, prepare, run, sequential, settled
@@ -38,9 +38,9 @@ def _root() -> None:
 def train(
     context: typer.Context,
     model: o.Model = "resnet18",
-    data: o.Data = "digits",
+    data: o.Data = None,
     data_dir: o.DataDir = TrainConfig.data_dir,
-    width: o.Width = TrainConfig.width,
+    width: o.Width = None,
     channels_last: o.ChannelsLast = TrainConfig.channels_last,
     stages: o.Stages = TrainConfig.stages,
     balance: o.Balance = "flops",
@@ -51,13 +51,18 @@ def train(
     schedule: o.Schedule = "lockstep",
     executor: o.ExecutorName = "threads",
     split_backward: o.SplitBackward = TrainConfig.split_backward,
-    lr: o.Lr = TrainConfig.lr,
-    momentum: o.Momentum = TrainConfig.momentum,
-    weight_decay: o.WeightDecay = TrainConfig.weight_decay,
+    accumulate: o.Accumulate = TrainConfig.accumulate,
+    sync_steps: o.SyncSteps = TrainConfig.sync_steps,
+    optimizer: o.OptimizerName = None,
+    lr: o.Lr = None,
+    momentum: o.Momentum = None,
+    weight_decay: o.WeightDecay = None,
+    spike_compensation: o.SpikeCompensation = None,
+    weight_prediction: o.WeightPrediction = None,
     lr_schedule: o.LrSchedule = "cosine",
     warmup: o.Warmup = TrainConfig.warmup,
     max_norm: o.MaxNorm = None,
-    batch_size: o.BatchSize = TrainConfig.batch_size,
+    batch_size: o.BatchSize = None,
     epochs: o.Epochs = None,
     steps: o.Steps = None,
     seed: o.Seed = TrainConfig.seed,
@@ -72,15 +77,19 @@ def train(
     out: o.Out = None,
 ) -> int:
     """Train a network as an asynchronous pipeline, beside sequential training with the same seed."""
-    config = TrainConfig(
-        model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, past=past, order=order,
-        ema_decay=ema_decay, schedule=schedule, executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay,
-        lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps,
-        seed=seed, device=device, split_backward=split_backward, checkpoint_every=checkpoint_every,
-        past_norm=past_norm, channels_last=channels_last,
+    config = TrainConfig.of_model(
+        model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, past=past, order=order,
+        ema_decay=ema_decay, schedule=schedule, executor=executor, accumulate=accumulate, sync_steps=sync_steps,
+        optimizer=optimizer, lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size,
+        epochs=epochs, steps=steps, seed=seed, device=device, split_backward=split_backward,
+        checkpoint_every=checkpoint_every, past_norm=past_norm, channels_last=channels_last,
+    )  # fmt: skip
+    config = optimizers.with_defaults(
+        config, lr=lr, momentum=momentum, weight_decay=weight_decay, spike_compensation=spike_compensation,
+        weight_prediction=weight_prediction,
     )  # fmt: skip
     config.check_past()
-    path = resume or out or default_path(model, data, past)
+    path = resume or out or default_path(model, config.data, past)
     if processes.started() and (executor == "distributed" or resume is not None):
         with processes.joined(timeout) as reports:
             if resume is not None:  # the run is where the process that reports is, and may be nowhere else
@@ -116,9 +125,9 @@ def _train(
         if not resumed:
             directory.config(config, baseline=baseline)
         console.print(
-            f"{config.model} of width {config.width} on {config.data}: {config.stages} stages, {config.schedule}, past "
-            f"weights by {_kind(config)}, {config.executor}; {config.total_steps(len(images.train_x))} minibatches of "
-            f"{config.batch_size}. Writing {directory.path}/"
+            f"{config.model} of width {config.width} on {config.data} with {config.optimizer}: {config.stages} stages, "
+            f"{config.schedule}, past weights by {_kind(config)}, {config.executor}; "
+            f"{config.total_steps(len(images.train_x))} minibatches of {config.batch_size}. Writing {directory.path}/"
         )
         for name, each in runs.items():
             if name == "sequential":

@@ -9,8 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from layerpipe.cli import optimizers, plots, report
 from layerpipe.cli import options as o
-from layerpipe.cli import plots, report
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory, default_path
 from layerpipe.cli.runs import INTERRUPTED, prepare, run, sequential, settled
@@ -32,9 +32,17 @@ def compare(
         int, typer.Option(min=1, help="Seeds per kind: --seed, --seed + 1, ...", rich_help_panel=o.TRAINING)
     ] = 3,
     model: o.Model = "resnet18",
-    data: o.Data = "digits",
+    data: o.Data = None,
     data_dir: o.DataDir = TrainConfig.data_dir,
-    width: o.Width = 8,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels of the first layer. Default: 8, 128 for gpt.",
+            rich_help_panel=o.NETWORK,
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     channels_last: o.ChannelsLast = TrainConfig.channels_last,
     stages: o.Stages = TrainConfig.stages,
     balance: o.Balance = "flops",
@@ -55,13 +63,18 @@ def compare(
         ),
     ] = TrainConfig.schedule,
     executor: o.ExecutorName = "threads",
-    lr: o.Lr = TrainConfig.lr,
-    momentum: o.Momentum = TrainConfig.momentum,
-    weight_decay: o.WeightDecay = TrainConfig.weight_decay,
+    accumulate: o.Accumulate = TrainConfig.accumulate,
+    sync_steps: o.SyncSteps = TrainConfig.sync_steps,
+    optimizer: o.OptimizerName = None,
+    lr: o.Lr = None,
+    momentum: o.Momentum = None,
+    weight_decay: o.WeightDecay = None,
+    spike_compensation: o.SpikeCompensation = None,
+    weight_prediction: o.WeightPrediction = None,
     lr_schedule: o.LrSchedule = "cosine",
     warmup: o.Warmup = TrainConfig.warmup,
     max_norm: o.MaxNorm = None,
-    batch_size: o.BatchSize = TrainConfig.batch_size,
+    batch_size: o.BatchSize = None,
     epochs: o.Epochs = None,
     steps: o.Steps = None,
     seed: o.Seed = TrainConfig.seed,
@@ -72,11 +85,17 @@ def compare(
     """Train the same network under several kinds of past weights and seeds: one table, one plot."""
     if executor == "distributed":
         raise UsageError("compare trains in this process alone; leave --executor distributed to layerpipe train")
-    base = TrainConfig(
-        model=model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, order=order,
-        executor=executor, lr=lr, momentum=momentum, weight_decay=weight_decay, lr_schedule=lr_schedule, warmup=warmup,
-        max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
+    if width is None and model != "gpt":
+        width = 8
+    base = TrainConfig.of_model(
+        model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, order=order,
+        executor=executor, accumulate=accumulate, sync_steps=sync_steps, optimizer=optimizer, lr_schedule=lr_schedule,
+        warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
         past_norm=past_norm, channels_last=channels_last,
+    )  # fmt: skip
+    base = optimizers.with_defaults(
+        base, lr=lr, momentum=momentum, weight_decay=weight_decay, spike_compensation=spike_compensation,
+        weight_prediction=weight_prediction,
     )  # fmt: skip
     kinds = _kinds(base, past.split(","), schedule.split(","), ema_decay)
     if baseline:
@@ -87,7 +106,7 @@ def compare(
     base = settled(base, images)
     kinds = {name: dataclasses.replace(each, at=base.at if each.stages > 1 else None) for name, each in kinds.items()}
     results: dict[str, list[Result]] = {name: [] for name in kinds}
-    with RunDirectory(out or default_path("compare", model, data)) as directory:
+    with RunDirectory(out or default_path("compare", model, base.data)) as directory:
         directory.config(base, past=list(kinds), seeds=seeds)
         for number in range(seeds):
             for name, each in kinds.items():
@@ -103,7 +122,7 @@ def compare(
         console.print()
         console.print(report.comparison_table(finished))
         plots.comparison(
-            directory.path / "comparison.png", finished, f"{model} of width {width}, {data}, {stages} stages"
+            directory.path / "comparison.png", finished, f"{model} of width {base.width}, {base.data}, {stages} stages"
         )
         directory.summary(finished)
         console.print(f"Curves: {directory.path}/comparison.png; numbers: {directory.path}/summary.json")

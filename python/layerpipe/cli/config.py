@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from layerpipe.errors import UsageError
 
@@ -29,9 +29,14 @@ class TrainConfig:
     schedule: str = "lockstep"
     executor: str = "threads"
     split_backward: bool = False
+    optimizer: Literal["sgd", "adamw", "nadam", "muon", "soap"] = "sgd"
     lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    spike_compensation: float = 0.0
+    weight_prediction: float = 0.0
+    accumulate: int = 1
+    sync_steps: int = 0
     lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
     warmup: int = 50
     max_norm: float | None = None
@@ -43,8 +48,20 @@ class TrainConfig:
     data_dir: Path = Path("data")
     checkpoint_every: int | None = None
 
+    #: What ``layerpipe train`` takes for a model where nothing is said, and it is not the default above.
+    by_model: ClassVar[dict[str, dict[str, Any]]] = {
+        "gpt": {"data": "python", "width": 128, "batch_size": 16, "optimizer": "soap", "max_norm": 1.0}
+    }
+
     #: Steps where neither steps nor epochs are given.
     default_steps = 600
+
+    @classmethod
+    def of_model(cls, model: str, **options: Any) -> TrainConfig:
+        """A config of these options; one that is ``None`` is what goes with the model."""
+        own = cls.by_model.get(model, {})
+        given = {n: own.get(n, getattr(cls, n)) if value is None else value for n, value in options.items()}
+        return cls(model=model, **given)
 
     def total_steps(self, images: int) -> int:
         if self.steps is not None:

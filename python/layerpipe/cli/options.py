@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from layerpipe.cli.optimizers import described
+
 NETWORK, METHOD, TRAINING, RUN = "Network and data", "Pipeline", "Training", "Run"
 
 
@@ -37,19 +39,32 @@ def _seed(value: int) -> int:
 PastName = Literal["stash", "latest", "ema", "momentum", "blend"]
 
 Model = Annotated[
-    Literal["resnet18", "mlp"],
-    _option("resnet18: torchvision's, with the CIFAR stem. mlp: 12 fully connected layers.", NETWORK),
-]
-Data = Annotated[
-    Literal["digits", "fashion-mnist", "cifar10", "cifar100"],
+    Literal["resnet18", "mlp", "gpt"],
     _option(
-        "digits: scikit-learn's scans, needs no download. The others through torchvision; fashion-mnist is also found "
-        "where Debian's package dataset-fashion-mnist puts it.",
+        "resnet18: torchvision's, with the CIFAR stem. mlp: 12 fully connected layers. gpt: 8 transformer blocks.",
         NETWORK,
     ),
 ]
+Data = Annotated[
+    Literal["digits", "fashion-mnist", "cifar10", "cifar100", "python"] | None,
+    _option(
+        "digits: scikit-learn's scans, needs no download. python: for gpt, the sources of Python's own library. The "
+        "others through torchvision; fashion-mnist is also found where Debian's package dataset-fashion-mnist puts it. "
+        "Default: digits, python for gpt.",
+        NETWORK,
+        show_default=False,
+    ),
+]
 DataDir = Annotated[Path, _option("Where torchvision looks for data and downloads it to.", NETWORK)]
-Width = Annotated[int, _option("Channels of the first layer; 64 is ResNet-18 as published.", NETWORK, min=1)]
+Width = Annotated[
+    int | None,
+    _option(
+        "Channels of the first layer; 64 is ResNet-18 as published. Default: 32, 128 for gpt.",
+        NETWORK,
+        min=1,
+        show_default=False,
+    ),
+]
 ChannelsLast = Annotated[
     bool,
     _option(
@@ -104,10 +119,76 @@ ExecutorName = Annotated[
         METHOD,
     ),
 ]
-Lr = Annotated[float, _option("Learning rate after the warm-up.", TRAINING, min=0.0, callback=finite)]
-Momentum = Annotated[float, _option("SGD's momentum.", TRAINING, min=0.0, max=1.0)]
-WeightDecay = Annotated[float, _option("Weight decay.", TRAINING, min=0.0, callback=finite)]
-BatchSize = Annotated[int, _option("Images per minibatch.", TRAINING, min=1)]
+OptimizerName = Annotated[
+    Literal["sgd", "adamw", "nadam", "muon", "soap"] | None,
+    _option(
+        "sgd with momentum; adamw; nadam with a momentum of 0.99; muon; soap. The last two precondition matrices, and "
+        "bear delays best (docs/delay.md). Default: sgd, soap for gpt.",
+        TRAINING,
+        show_default=False,
+    ),
+]
+Lr = Annotated[
+    float | None,
+    _option(
+        f"Learning rate after the warm-up. Default for images: {described(lambda d: d.lr_images)}; for text: "
+        f"{described(lambda d: d.lr_text)}.",
+        TRAINING,
+        min=0.0,
+        callback=finite,
+        show_default=False,
+    ),
+]
+Momentum = Annotated[
+    float | None,
+    _option("Of sgd (default: 0.9) and muon (0.95).", TRAINING, min=0.0, max=1.0, show_default=False),
+]
+WeightDecay = Annotated[
+    float | None,
+    _option(
+        f"Weight decay. Default: {described(lambda d: d.weight_decay)}.",
+        TRAINING,
+        min=0.0,
+        callback=finite,
+        show_default=False,
+    ),
+]
+SpikeCompensation = Annotated[
+    float | None,
+    _option(
+        "How much more a late gradient weighs beside the average of gradients: 0 as ever, 1 fully. "
+        f"Default: {described(lambda d: d.spike_compensation)}.",
+        TRAINING,
+        min=0.0,
+        callback=finite,
+        show_default=False,
+    ),
+]
+WeightPrediction = Annotated[
+    float | None,
+    _option(
+        "By what part of its delay a stage trains ahead of its weights: 0 not at all, 1 all of it. "
+        f"Default: {described(lambda d: d.weight_prediction)}.",
+        TRAINING,
+        min=0.0,
+        callback=finite,
+        show_default=False,
+    ),
+]
+Accumulate = Annotated[
+    int,
+    _option(
+        "Update once in so many minibatches, by the mean of their gradients: as many times smaller a delay, from "
+        "minibatches that may be as many times smaller, too.",
+        METHOD,
+        min=1,
+    ),
+]
+SyncSteps = Annotated[int, _option("So many first minibatches one at a time, without a delay.", METHOD, min=0)]
+BatchSize = Annotated[
+    int | None,
+    _option("Images or texts per minibatch. Default: 64, 16 for gpt.", TRAINING, min=1, show_default=False),
+]
 Epochs = Annotated[
     float | None, _option("Passes over the training data; may be a fraction.", TRAINING, min=0.0, callback=positive)
 ]
@@ -119,7 +200,14 @@ LrSchedule = Annotated[
 ]
 Warmup = Annotated[int, _option("Steps over which the learning rate rises linearly.", TRAINING, min=0)]
 MaxNorm = Annotated[
-    float | None, _option("Clip the norm of each stage's gradient to this.", TRAINING, min=0.0, callback=positive)
+    float | None,
+    _option(
+        "Clip the norm of each stage's gradient to this. Default: no clipping, 1 for gpt.",
+        TRAINING,
+        min=0.0,
+        callback=positive,
+        show_default=False,
+    ),
 ]
 Seed = Annotated[int, _option("Of the initial weights and the order of the data.", TRAINING, callback=_seed)]
 Device = Annotated[str, _option("cpu, cuda, cuda:1, ...", RUN)]

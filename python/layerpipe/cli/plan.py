@@ -48,7 +48,7 @@ def plan(
             "--input",
         ),
     ] = None,
-    batch_size: o.BatchSize = 32,
+    batch_size: Annotated[int, _option("Examples per minibatch.", o.NETWORK, min=1, shown=True)] = 32,
     stages: Annotated[int | None, _option("Stages. Default: 4.", CUT, min=1)] = None,
     memory_per_stage: Annotated[
         str | None,
@@ -60,7 +60,7 @@ def plan(
     ] = "lockstep",
     past: o.Past = "blend",
     order: o.Order = 2,
-    momentum: o.Momentum = 0.9,
+    momentum: Annotated[float, _option("SGD's momentum.", CUT, min=0.0, max=1.0, shown=True)] = 0.9,
     balance: Annotated[
         Literal["roofline", "flops", "time", "params", "bytes"],
         _option(

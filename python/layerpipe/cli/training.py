@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import layerpipe_kernels
 from layerpipe import models
+from layerpipe.cli import optimizers
 from layerpipe.cli.config import TrainConfig
 from layerpipe.data import Images
 from layerpipe.errors import DivergenceError, UsageError
@@ -98,10 +98,10 @@ class _LossAndAccuracy:
         if self._hits is None or self._at is None:
             self._hits = torch.zeros(self._size, device=output.device)
             self._at = torch.zeros(1, dtype=torch.int64, device=output.device)
-        hits = (output.detach().argmax(1) == target).float().mean()
+        hits = (output.detach().argmax(-1) == target).float().mean()
         self._hits.index_copy_(0, self._at, hits.view(1))
         self._at.add_(1).remainder_(self._size)
-        return F.cross_entropy(output, target)
+        return F.cross_entropy(output.flatten(0, -2), target.flatten())
 
     def accuracy(self) -> float:
         """Of the next minibatch, whose loss is there; not known where another process computes it."""
@@ -119,7 +119,12 @@ def make_stages(config: TrainConfig, images: Images) -> list[nn.Module]:
         ValueError: more stages than the model can be cut into.
     """
     torch.manual_seed(config.seed)
-    _, channels, size, _ = images.train_x.shape
+    channels = images.train_x.shape[1] if images.train_x.ndim == 4 else 1
+    if (config.model == "gpt") != (images.train_x.ndim == 2):
+        raise UsageError(
+            f"--model {config.model} does not learn --data {config.data}; gpt learns python, others images"
+        )
+    size = images.train_x.shape[-1]
     model = models.make(config.model, width=config.width, channels=channels, size=size, classes=images.classes)
     device = _device(config.device)
     model.to(device)
@@ -137,25 +142,16 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
     Raises:
         ValueError: options that do not fit together or the model.
     """
+    optimizers.check(config)
     stages = make_stages(config, images)
-
-    def optimizer(params: list[Tensor], **past: object) -> layerpipe_kernels.SGD:
-        return layerpipe_kernels.SGD(
-            params,
-            lr=config.lr,
-            momentum=config.momentum,
-            capturable=config.executor == "graphs",
-            weight_decay=config.weight_decay,
-            past_norm=config.past_norm,
-            **past,  # type: ignore[arg-type]
-        )
-
     return Pipeline(
         stages,
         loss_fn,
-        optimizer,
+        optimizers.factory(config),
         schedule=config.schedule,
         executor=config.executor,
+        accumulate=config.accumulate,
+        sync_steps=config.sync_steps,
         max_norm=config.max_norm,
         split_backward=config.split_backward,
         **config.past_options(),
@@ -287,12 +283,13 @@ def train(
 
 
 @torch.no_grad()
-def accuracy(pipe: Pipeline, images: Images, device: torch.device, batch: int = 500) -> float:
-    """Test accuracy in percent, with the current weights; minibatches in the pipe are not disturbed."""
+def accuracy(pipe: Pipeline, images: Images, device: torch.device, batch: int = 256) -> float:
+    """Test accuracy in percent, of text that of its next bytes, with the current weights; minibatches in the pipe are
+    not disturbed."""
     pipe.eval()
     hits = 0.0
     for start in range(0, len(images.test_y), batch):
         x, y = images.test_x[start : start + batch], images.test_y[start : start + batch]
-        hits += float((pipe(x.to(device)).argmax(1) == y.to(device)).sum())
+        hits += float((pipe(x.to(device)).argmax(-1) == y.to(device)).sum())
     pipe.train()
-    return 100 * hits / len(images.test_y)
+    return 100 * hits / images.test_y.numel()
