@@ -1,12 +1,13 @@
 """What a delay costs each optimizer, and what gets it back: exact simulations of delayed training.
 
     python -m bench.staleness stages=8 optimizer=adam,soap schedule=sequential,1f1b --json staleness.json
-    python -m bench.staleness stages=8 spike_compensation=0,1 weight_prediction=0,1 seed=0,1,2 --json staleness.json
+    python -m bench.staleness seed=0,1,2 / schedule=sequential / spike_compensation=0,1 microbatches=1,4
 
-Every combination of the values is a run; names and defaults are those of ``Run`` and of ``Settings`` in
-``bench.delayed_optimizers``. *Worth* is how many minibatches without a delay end at the same quality, from sequential
-runs of several lengths (``schedule=sequential steps=400,600,900``), each with its own schedule of the learning rate and
-the best of the others' settings that were run; *extra* is how many times as many the delayed run took.
+Every combination of the values is a run, with slashes those of every part with the first one; names and defaults are
+those of ``Run`` and of ``Settings`` in ``bench.delayed_optimizers``. *Worth* is how many minibatches without a delay
+end at the same quality, from sequential runs of several lengths (``schedule=sequential steps=400,600,900``), each with
+its own schedule of the learning rate and the best of the others' settings that were run; *extra* is how many times as
+many the delayed run took.
 
 Runs are made ``--processes`` at a time, each with one thread. With ``--json`` every finished run is kept at once, and
 the same command goes on where it was interrupted.
@@ -117,6 +118,12 @@ def grid(arguments: Iterable[str]) -> list[Run]:
     return [Run.make(dict(zip(choices, values, strict=True))) for values in itertools.product(*choices.values())]
 
 
+def grids(arguments: Sequence[str]) -> list[Run]:
+    """Grids between slashes, each with the arguments before the first one: ``steps=9 / lr=0.1 / lr=0.2 seed=0,1``."""
+    common, *others = [list(part) for slash, part in itertools.groupby(arguments, "/".__eq__) if not slash] or [[]]
+    return [run for other in others for run in grid([*common, *other])] if others else grid(common)
+
+
 def worth(quality: float, lengths: Sequence[tuple[int, float]]) -> float:
     """The length at which ``(length, quality)`` pairs, interpolated over the length's logarithm, have this quality.
 
@@ -173,15 +180,17 @@ def varied(runs: Sequence[Run]) -> list[str]:
 
 def plot(path: Path, found: Results, runs: Sequence[Run]) -> None:
     """Training loss of every run, the mean of ``EVERY`` minibatches each."""
-    figure, axes = plots.new_figure(figsize=(8, 4.5))
+    figure, axes = plots.new_figure(figsize=(8, 6))
+    default = Run().flat()
     for run in runs:
         curve = found[run]["curve"]
         minibatches = [min(EVERY * (i + 1), run.steps) for i in range(len(curve))]
-        label = ", ".join(f"{name} {run.flat()[name]}" for name in varied(runs))
+        values = {name: value for name, value in run.flat().items() if name in varied(runs) and value != default[name]}
+        label = ", ".join(f"{name} {value}" for name, value in values.items()) or "defaults"
         axes.plot(minibatches[1:], curve[1:], label=label)
     axes.set(xlabel="minibatches", ylabel="training loss")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
     plots.save(figure, path)
 
 
@@ -193,7 +202,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the losses of these runs here")
     given = parser.parse_args()
     try:
-        runs = grid(given.options)
+        runs = grids(given.options)
     except ValueError as error:
         parser.error(str(error))
     found = load(given.json) if given.json else {}

@@ -141,6 +141,13 @@ def test_options_are_combined_and_unknown_ones_refused() -> None:
     runs = staleness.grid(["steps=5", "optimizer=adam,soap", "nesterov=true", "seed=0,1"])
     assert len(runs) == 4
     assert runs[0].settings.nesterov
+    runs = staleness.grids(["steps=5", "/", "schedule=sequential", "/", "microbatches=1,4"])
+    assert [(run.steps, run.schedule, run.microbatches) for run in runs] == [
+        (5, "sequential", 1),
+        (5, "1f1b", 1),
+        (5, "1f1b", 4),
+    ]
+    assert staleness.grids([]) == [staleness.Run()]
     with pytest.raises(ValueError, match="momentum"):
         staleness.grid(["momentum=0.9"])
     with pytest.raises(ValueError, match="lr is a float"):
