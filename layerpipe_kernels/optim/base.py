@@ -298,7 +298,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         self._weights_taken_over()
         for param, state in self.state.items():
             master = state.get("master")
-            if master is not None:
+            if master is not None and not (self._evaluates(param) and "previous_update" in state):
                 master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
 
     def history_bytes(self) -> int:

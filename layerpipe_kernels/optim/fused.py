@@ -82,7 +82,9 @@ class FusedOptimizer(PastOptimizer):
     def tables(self) -> list[object]:
         """What steps and past weights read besides weights and their state. A graph that captured them reads it at
         every replay and does not keep it; the optimizer may drop it when a group or a state changes."""
-        return [*self._ready_groups.values(), *self._clocks.values(), *self._norms.values(), *self._moved.values()]
+        horizons = [group["horizon_at"] for group in self.param_groups]
+        kept = (self._ready_groups, self._clocks, self._norms, self._moved)
+        return [*(table for tables in kept for table in tables.values()), *horizons]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the weights, and with them what their past is made of.

@@ -230,6 +230,9 @@ class PredictedWeights:
             else:
                 update.masked_fill_(found_inf.view(()) == 0, 0.0)
 
+    def _evaluates(self, param: Tensor) -> bool:
+        return not self._find(param)["train_mode"]
+
     def _refuse_evaluation(self, what: str) -> None:
         if not self.training:
             raise RuntimeError(f"{what} while the optimizer evaluates: call its train() before")

@@ -158,8 +158,10 @@ def test_a_step_or_a_past_in_evaluation_is_refused() -> None:
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
 @pytest.mark.parametrize("when", ["train", "eval"])
-def test_weights_that_somebody_loads_are_the_current_ones(options: dict[str, Any], when: str) -> None:
+@pytest.mark.parametrize("says_so", [False, True])
+def test_weights_that_somebody_loads_are_the_current_ones(options: dict[str, Any], when: str, says_so: bool) -> None:
     params, optimizer = trained(**options)
+    predicted = params[1].detach().clone()
     if when == "eval":
         optimizer.eval()
     with torch.no_grad():
@@ -167,9 +169,12 @@ def test_weights_that_somebody_loads_are_the_current_ones(options: dict[str, Any
     if when == "train":  # nobody can tell them from the predicted ones
         optimizer.weights_loaded()
     else:
+        if says_so:
+            optimizer.weights_loaded()
         kept = optimizer.state[params[1]]["previous_update"].clone()
         optimizer.train()
         assert torch.equal(optimizer.state[params[1]]["previous_update"], kept)
+        assert torch.equal(params[1], predicted)
     assert torch.equal(params[0], torch.full_like(params[0], 2.0))
     assert torch.equal(optimizer.current_weight(params[0]), params[0])
 
