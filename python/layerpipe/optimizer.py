@@ -200,14 +200,15 @@ class PipelineOptimizer(torch.optim.Optimizer):
             ValueError: another number of stages or groups, other optimizers, or other past weights.
         """
         stages, options = state_dict["stages"], state_dict["options"]
+        kinds = [_kind(optimizer) for optimizer in self._optimizers]
+        theirs = state_dict.get("kinds", kinds)
+        if len(theirs) == len(kinds) and theirs != kinds:
+            raise ValueError(f"the state is of {theirs}, this pipeline trains with {kinds}")
         if len(stages) != len(self._optimizers) or len(options) != len(self.param_groups):
             raise ValueError(
                 f"the state is of {len(stages)} stages with {len(options)} groups, this pipeline has "
                 f"{len(self._optimizers)} with {len(self.param_groups)}"
             )
-        kinds = [_kind(optimizer) for optimizer in self._optimizers]
-        if state_dict.get("kinds", kinds) != kinds:
-            raise ValueError(f"the state is of {state_dict['kinds']}, this pipeline trains with {kinds}")
         for i in self.own:
             group, values = self.param_groups[i], options[i]
             for key in _PAST:
