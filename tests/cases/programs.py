@@ -18,6 +18,14 @@ def weights(module: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in module.parameters()]
 
 
+def plain_sgd(params: Any) -> lk.SGD:
+    return lk.SGD(params, lr=0.05, momentum=0.9)
+
+
+def all_equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
 class Counting(torch.optim.Optimizer):
     """Adam with its step count in the group, made with it, as several published optimizers have it."""
 
