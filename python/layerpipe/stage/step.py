@@ -120,7 +120,7 @@ class WatchedStep:
         ):
             raise RuntimeError(
                 f"{self._name}.step() left all weights as they were, and it is not known whether their gradients are "
-                "to be added to those of the next minibatch or dropped; accumulate with layerpipe.Pipeline(accumulate=), "
+                "to be added to those of the next minibatch or dropped; accumulate with Pipeline(accumulate=m), "
                 "or give the optimizer a zero_grad() of its own, which is called before every backward and keeps or "
                 "clears them"
             )
