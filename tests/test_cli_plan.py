@@ -64,7 +64,7 @@ def test_plots_and_trace(stages: int, drawn: set[str], tmp_path: Path) -> None:
         ([*SMALL, "--memory-per-stage", "1"], "kB would do"),
         ([*SMALL, "--memory-per-stage", ""], "--memory-per-stage '' is not a positive number"),
         ([*SMALL, "--link-latency", "inf"], "'--link-latency': inf is not a finite number"),
-        (["plan", "mlp", "--set", "width=-1"], "mlp cannot be made with width=-1: Trying to create tensor with"),
+        (["plan", "mlp", "--set", "width=-1"], "mlp cannot be made with width=-1, which is not more than 0"),
         (["plan", "mlp", "--set", "width=wide"], "mlp cannot be made with width='wide': "),
         (["plan", ":build"], "model ':build' is unknown"),
         ([*SMALL, "--set", "depth"], "--set 'depth' is not name=value"),

@@ -74,7 +74,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
         file.write('{"run": "pipeline", "ev')  # killed while it wrote
     asked = json.loads((tmp_path / "resumed" / "config.json").read_text())
-    for option in ("past_norm", "split_backward", "channels_last"):  # begun by a version that did not have them
+    for option in ("past_norm", "split_backward", "channels_last", "checksum"):  # begun by a version without them
         del asked[option]
     (tmp_path / "resumed" / "config.json").write_text(json.dumps(asked))
     assert run("train", "--resume", str(tmp_path / "resumed")) == 0
@@ -154,6 +154,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, capsy
     assert run("train", *SMALL, *CHECKPOINTED, "--no-baseline", "--out", str(path)) == 0
     before = (path / "metrics.jsonl").read_bytes()
     config = json.loads((path / "config.json").read_text())
+    del config["checksum"]
     (path / "config.json").write_text(json.dumps({**config, "past": "stash"}))
     capsys.readouterr()
     assert run("train", "--resume", str(path)) == 2

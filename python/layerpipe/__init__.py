@@ -12,11 +12,20 @@ pipe.drain()
 """
 
 from layerpipe import delays
-from layerpipe.errors import CheckpointError, DivergenceError, StageError
+from layerpipe.errors import CheckpointError, DivergenceError, StageError, StageInterrupted
 from layerpipe.measured import StageMemory
 from layerpipe.partition import split
 from layerpipe.pipeline import Pipeline
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "DivergenceError", "Pipeline", "StageError", "StageMemory", "delays", "split"]
+__all__ = [
+    "CheckpointError",
+    "DivergenceError",
+    "Pipeline",
+    "StageError",
+    "StageInterrupted",
+    "StageMemory",
+    "delays",
+    "split",
+]

@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "random_state", "read", "save", "set_random_state", "write"]
 
-_PARTS = {
+_PARTS: dict[str, Any] = {
     "schedule": str, "model": dict, "optimizer": dict, "versions": list, "measured": list, "random": dict, "extra": dict
 }  # fmt: skip
+
+_OF_STAGES: dict[str, Any] = {
+    "versions": int, "measured": dict, "stages": list, "accumulated": tuple | list,
+    "random_of_stages": torch.Tensor | None,
+}  # fmt: skip
+_OF_OPTIMIZERS: dict[str, Any] = {"stages": dict, "options": dict, "kinds": str}
 
 
 def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
@@ -133,9 +139,7 @@ def _check(
     own: range,
 ) -> None:
     """Refuse, with nothing loaded, what is of another pipeline or holds what no checkpoint does."""
-    for name, kind in _PARTS.items():
-        if not isinstance(content.get(name), kind):
-            raise ValueError(f"its {name!r} is missing or no {kind.__name__}")
+    check_whole(content)
     theirs, ours = (content["schedule"], len(content["versions"])), (pipe.schedule.name, len(pipe.delays))
     if theirs != ours:
         raise ValueError(
@@ -159,15 +163,38 @@ def _check(
                 f"of the same model, cut elsewhere: stage {i} has {_shown(has)} there, here {_shown(wants)}; cut at "
                 "the same layers, layerpipe.split takes at="
             )
-    for name, values in (("measured", content["measured"]), ("random_of_stages", content.get("random_of_stages", []))):
-        if len(values) not in (0, len(pipe.delays)):
-            raise ValueError(f"its {name!r} are of {len(values)} stages")
-    for state in (content["random"], *content.get("random_of_ranks", [])):
-        check_random_state(state)
-    for state in content.get("random_of_stages", []):
-        if state is not None:
-            torch.Generator().set_state(state)
     pipe.optimizer.check(part(content["optimizer"], own))
+
+
+def check_whole(content: dict[str, Any]) -> None:
+    """Refuse a file's content that no pipeline wrote, whichever it is of.
+
+    Raises:
+        ValueError: something is missing, or of another kind.
+    """
+    for name, kind in _PARTS.items():
+        if not isinstance(content.get(name), kind):
+            raise ValueError(f"its {name!r} is missing or no {kind.__name__}")
+    for name, kind in _OF_STAGES.items():
+        values = content.get(name, content["versions"])
+        if not isinstance(values, list) or len(values) != len(content["versions"]):
+            raise ValueError(f"its {name!r} are not of {len(content['versions'])} stages")
+        if name in content and not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"its {name!r} are no {kind}")
+    for name, kind in _OF_OPTIMIZERS.items():
+        values = content["optimizer"].get(name, [] if name == "kinds" else None)  # older files have none
+        if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"its optimizer's {name!r} are missing or no {kind.__name__}")
+    if not all(isinstance(one, tuple | list) and len(one) == 2 for one in content.get("accumulated", [])):
+        raise ValueError("its 'accumulated' are no gradients")
+    try:
+        for state in (content["random"], *content.get("random_of_ranks", [])):
+            check_random_state(state)
+        for state in content.get("random_of_stages", []):
+            if state is not None:
+                torch.Generator().set_state(state)
+    except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"it holds no state of random numbers: {type(error).__name__} {error}") from error
 
 
 def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import sysconfig
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from layerpipe.errors import DataError
+from layerpipe.models import factory
 
 #: Where Debian's package dataset-fashion-mnist puts its files.
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -21,7 +24,7 @@ CONTEXT, TEXT_TESTS = 64, 256
 
 
 class Images(NamedTuple):
-    """Normalised images ``(N, C, H, W)`` float32 and labels ``(N,)`` int64.
+    """Normalised images ``(N, C, H, W)`` float32 and labels ``(N,)`` int64, or what a function of the user's returns.
 
     Of text: tokens ``(N, T)`` int64 and the tokens after them, ``(N, T)``.
     """
@@ -32,6 +35,12 @@ class Images(NamedTuple):
     test_x: Tensor
     test_y: Tensor
     classes: int
+
+    def checksum(self) -> str:
+        """Of all examples and labels: the SHA-256 of their CRC-32s."""
+        parts = (self.train_x, self.train_y, self.test_x, self.test_y)
+        sums = [zlib.crc32(part.contiguous().reshape(-1).view(torch.uint8).numpy().data) for part in parts]
+        return hashlib.sha256(repr((sums, [tuple(part.shape) for part in parts])).encode()).hexdigest()
 
     def batches(self, size: int, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Shuffled training minibatches from the ``start``-th on, without end; the order depends on the seed alone.
@@ -54,11 +63,19 @@ class Images(NamedTuple):
 def load(name: str, root: Path) -> Images:
     """A data set by name; what torchvision downloads, or has downloaded, lies in ``root``.
 
+    Args:
+        name: one of :data:`LOADERS`; or ``package.module:function``, which returns training examples, their labels,
+            test examples and theirs, four tensors that are taken as they are. It is given ``root`` if it has a
+            parameter of that name, and draws the same random numbers in every run.
+
     Raises:
-        DataError: an unknown name, a missing library, or data that is not here and cannot be fetched.
+        DataError: an unknown name, a missing library, data that is not here and cannot be fetched, or a function that
+            returns something else.
     """
+    if factory.is_name(name):
+        return _own(name, root)
     if name not in LOADERS:
-        raise DataError(f"data set {name!r} is unknown; there are: {', '.join(LOADERS)}")
+        raise DataError(f"data set {name!r} is unknown; there are: {', '.join(LOADERS)}, or package.module:function")
     train_x, train_y, test_x, test_y = LOADERS[name](root)
     if not train_x.is_floating_point():
         return Images(name, train_x, train_y, test_x, test_y, 256)
@@ -66,6 +83,28 @@ def load(name: str, root: Path) -> Images:
     std = train_x.std((0, 2, 3), keepdim=True)
     classes = int(train_y.max()) + 1
     return Images(name, (train_x - mean) / std, train_y, (test_x - mean) / std, test_y, classes)
+
+
+def _own(name: str, root: Path) -> Images:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            made = factory.call(name, {"root": root})
+    except (ImportError, ValueError) as error:
+        raise DataError(str(error)) from error
+    parts = tuple(made) if isinstance(made, tuple | list) else ()
+    if len(parts) != 4 or not all(isinstance(part, Tensor) for part in parts):
+        raise DataError(f"{name} must return four tensors: training examples, their labels, test examples and theirs")
+    for kind, x, y in (("training", *parts[:2]), ("test", *parts[2:])):
+        if not x.dim() or not y.dim() or not len(x) or len(x) != len(y):
+            raise DataError(f"{name} returned {kind} examples {tuple(x.shape)} with labels {tuple(y.shape)}")
+        if y.dtype.is_floating_point or y.dtype.is_complex or int(y.min()) < 0:
+            raise DataError(f"{name} returned {kind} labels that are no numbers of classes: {y.dtype}")
+    train_x, train_y, test_x, test_y = parts
+    if train_x.shape[1:] != test_x.shape[1:] or train_x.dtype != test_x.dtype:
+        raise DataError(f"{name} returned test examples unlike the training examples")
+    classes = 1 + max(int(train_y.max()), int(test_y.max()))
+    return Images(name, train_x, train_y.long(), test_x, test_y.long(), classes)
 
 
 Splits = tuple[Tensor, Tensor, Tensor, Tensor]

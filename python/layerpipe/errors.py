@@ -19,6 +19,10 @@ class DivergenceError(StageError):
     """A stage met NaN or infinity, in what crosses its boundaries or, when the pipe is empty, in its weights."""
 
 
+class StageInterrupted(StageError):
+    """Another process of the pipeline was interrupted, by Ctrl-C or a signal that its program treats so."""
+
+
 class SpecializationError(RuntimeError):
     """A stage that :func:`layerpipe.split` made got inputs, or found its model changed, as it was not traced for."""
 

@@ -16,7 +16,7 @@ from layerpipe import arguments, checkpoint, delays, executors
 from layerpipe import schedule as schedules
 from layerpipe.actions import Actions
 from layerpipe.current_weights import CurrentWeights
-from layerpipe.executors import ranks
+from layerpipe.executors import agreement, ranks
 from layerpipe.executors.base import Tick
 from layerpipe.inputs import Intake, packed
 from layerpipe.loss import LossWeights
@@ -113,7 +113,12 @@ class Pipeline(Network):
         self._accumulations = [Accumulation(lag, accumulate) for lag in self.schedule.delays()]
         self.delays = [accumulation.delay for accumulation in self._accumulations]
         super().__init__(stages, devices, ranks.make(executor, len(stages)))
-        self.ranks.check_same(stages)
+        agreement.check_same(
+            self.ranks, stages,
+            {"past": past, "order": order, "ema_decay": ema_decay, "schedule": self.schedule.name,
+             "max_norm": max_norm, "split_backward": split_backward, "check_finite": check_finite,
+             "accumulate": accumulate, "sync_steps": sync_steps, "delay_policy": type(delay_policy).__name__},
+        )  # fmt: skip
         self.ranks.check_trained(stages)
         self.loss_fn, self.loss_weights = loss_fn, LossWeights(loss_fn, loss_params, stages)
         self.loss_weights.move(self._devices[-1] if devices is not None else None)

@@ -3,9 +3,16 @@ there."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -93,3 +100,106 @@ def test_a_pipeline_closed_inside_one_process_ends_in_all(three: Processes, stag
         assert said[stage // 2] == "RuntimeError: the pipeline is closed"
         for rank in {0, 1, 2} - {stage // 2}:
             assert "closed its pipeline" in said[rank] or "the pipeline is closed" in said[rank], said
+
+
+# -- the command line ------------------------------------------------------------------------------------------------
+
+RUN = [
+    "train",
+    "--model",
+    "mlp",
+    "--width",
+    "2",
+    "--steps",
+    "60",
+    "--warmup",
+    "5",
+    "--batch-size",
+    "16",
+    "--stages",
+    "2",
+]
+
+
+def interrupted_run(out: Path, number: int, at: int, where: str, executor: str) -> tuple[int, list[dict[str, Any]]]:
+    """``layerpipe train``, sent a signal inside its own writing; its status, and its metrics."""
+    from layerpipe.cli import main
+    from layerpipe.cli.board import Board
+    from layerpipe.cli.output import RunDirectory
+    from layerpipe.cli.progress import TrainingBar
+
+    kind, name = {
+        "bar": (TrainingBar, "step"), "metrics": (RunDirectory, "write"), "board": (Board, "scalar"),
+        "flush": (Board, "flush"), "checkpoint": (RunDirectory, "metrics_so_far"),
+    }[where]  # fmt: skip
+    inner, calls = getattr(kind, name), 0
+
+    def sent(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            os.kill(os.getpid(), number)
+        return inner(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(kind, name, sent)
+        main([*RUN, "--executor", executor, "--checkpoint-every", "10", "--out", str(out)])
+    assert calls >= at
+    return end.value.code, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: signal.Signals(n).name)
+@pytest.mark.parametrize(("where", "at"), [("bar", 3), ("metrics", 7), ("board", 20), ("flush", 11), ("checkpoint", 2)])
+@pytest.mark.parametrize("executor", EXECUTORS)
+def test_a_signal_inside_what_a_run_writes_leaves_a_report_and_whole_files(
+    where: str, at: int, number: int, executor: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in ("typer", "sklearn", "matplotlib", "tensorboard"):
+        pytest.importorskip(module)
+    handler = signal.getsignal(number)
+    status, lines = interrupted_run(tmp_path / "run", number, at, where, executor)
+    assert status == 128 + number
+    assert signal.getsignal(number) == handler
+    printed = capsys.readouterr()
+    assert "Interrupted; what was measured until then is written." in printed.out
+    assert "Traceback" not in printed.err
+    assert lines[-1]["event"] == "end"
+    assert lines[-1]["interrupted"] is True
+    steps = [line["step"] for line in lines if line["event"] == "step"]
+    assert steps == list(range(1, lines[-1]["minibatches"] + 1))
+    for name in ("loss.png", "past_weights.png", "timeline.png"):
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
+    assert not list((tmp_path / "run").glob("*.partial"))
+    (events,) = (tmp_path / "run").glob("events.out.tfevents.*")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(events))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/pipeline")] == steps
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: signal.Signals(n).name)
+def test_a_signal_to_processes_leaves_the_same_report(number: int, tmp_path: Path) -> None:
+    for module in ("typer", "sklearn", "matplotlib", "tensorboard"):
+        pytest.importorskip(module)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "layerpipe", *RUN, "--steps", "1000000", "--executor", "distributed"]
+    process = subprocess.Popen(
+        [*command, "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 240
+        while not (out / "metrics.jsonl").exists() or len((out / "metrics.jsonl").read_text().splitlines()) < 20:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        printed, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in error
+    assert printed.count("Interrupted; what was measured until then is written.") == 1
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["interrupted"] is True
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")

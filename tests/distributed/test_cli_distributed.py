@@ -40,21 +40,20 @@ def in_processes(*arguments: str) -> str:
 
 
 def in_those(two: Processes, monkeypatch: pytest.MonkeyPatch, directory: Path, *arguments: str) -> str:
-    """The same with processes that are there already: they run what torchrun is told to."""
-    told: list[str] = []
+    """The same with processes that are there already: they run what the launcher is told to."""
+    told: list[Any] = []
 
-    def execv(program: str, command: list[str]) -> None:
-        told.extend(command)
-        sys.exit()
+    def launch(config: Any, entrypoint: str) -> Any:
+        told.extend((config.nproc_per_node, entrypoint))
+        return lambda *command: told.extend(command)
 
     with monkeypatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.delenv("RANK", raising=False)
-        patch.setattr(os, "execv", execv)
+        patch.setattr("torch.distributed.launcher.api.elastic_launch", launch)
         with pytest.raises(SystemExit):
             main(["train", *arguments])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    assert told == [*torchrun, "-m", "layerpipe.cli", "train", *arguments]
+    assert told == [2, sys.executable, "-m", "layerpipe.cli", "train", *arguments]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     found = two.all(programs.command, 2, ("127.0.0.1", store.port), str(directory), ["train", *arguments], True)
     assert [status for status, _, _ in found] == [0, 0], found

@@ -174,7 +174,7 @@ def test_ctrl_c_in_one_process_stops_all(three: Processes) -> None:
     results = three.run(programs.interrupted, 1)
     failed(results[1], "KeyboardInterrupt")
     for other in (0, 2):
-        failed(results[other], "StageError", "KeyboardInterrupt")
+        failed(results[other], "StageInterrupted", "KeyboardInterrupt")
 
 
 def test_a_pipeline_closed_in_one_process_stops_the_other(two: Processes) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
+from layerpipe import __version__
 from layerpipe.cli import compare as comparison
-from layerpipe.cli import optimizers, plots, processes, report
 from layerpipe.cli import options as o
 from layerpipe.cli import plan as planning
-from layerpipe.cli.config import TrainConfig
+from layerpipe.cli import plots, processes, report
+from layerpipe.cli.config import TrainConfig, with_options_of
 from layerpipe.cli.output import RunDirectory, default_path
-from layerpipe.cli.runs import INTERRUPTED, follow, prepare, run, sequential, settled
+from layerpipe.cli.resumed import read, read_config
+from layerpipe.cli.runs import follow, prepare, run, sequential, settled
+from layerpipe.cli.signals import exit_status
 from layerpipe.cli.training import Result
 from layerpipe.data import Images
 from layerpipe.errors import UsageError
@@ -29,97 +33,85 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"layerpipe {__version__}, torch {torch.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.", callback=_version)] = False,
+) -> None:
     pass
 
 
 @app.command()
+@with_options_of(TrainConfig)
 def train(
+    config: TrainConfig,
     context: typer.Context,
-    model: o.Model = "resnet18",
-    data: o.Data = None,
-    data_dir: o.DataDir = TrainConfig.data_dir,
-    width: o.Width = None,
-    channels_last: o.ChannelsLast = TrainConfig.channels_last,
-    stages: o.Stages = TrainConfig.stages,
-    balance: o.Balance = "flops",
-    past: o.Past = "blend",
-    order: o.Order = TrainConfig.order,
-    ema_decay: o.EmaDecay = None,
-    past_norm: o.PastNorm = None,
-    schedule: o.Schedule = "lockstep",
-    executor: o.ExecutorName = "threads",
-    split_backward: o.SplitBackward = TrainConfig.split_backward,
-    accumulate: o.Accumulate = TrainConfig.accumulate,
-    sync_steps: o.SyncSteps = TrainConfig.sync_steps,
-    optimizer: o.OptimizerName = None,
-    lr: o.Lr = None,
-    momentum: o.Momentum = None,
-    weight_decay: o.WeightDecay = None,
-    spike_compensation: o.SpikeCompensation = None,
-    weight_prediction: o.WeightPrediction = None,
-    lr_schedule: o.LrSchedule = "cosine",
-    warmup: o.Warmup = TrainConfig.warmup,
-    max_norm: o.MaxNorm = None,
-    batch_size: o.BatchSize = None,
-    epochs: o.Epochs = None,
-    steps: o.Steps = None,
-    seed: o.Seed = TrainConfig.seed,
-    device: o.Device = TrainConfig.device,
     baseline: Annotated[
         bool, typer.Option(help="Also train sequentially, with the same seed.", rich_help_panel=o.RUN)
     ] = True,
     profile: o.Profile = False,
-    checkpoint_every: o.CheckpointEvery = None,
     resume: o.Resume = None,
     timeout: o.Timeout = 600,
     out: o.Out = None,
 ) -> int:
     """Train a network as an asynchronous pipeline, beside sequential training with the same seed."""
-    config = TrainConfig.of_model(
-        model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, past=past, order=order,
-        ema_decay=ema_decay, schedule=schedule, executor=executor, accumulate=accumulate, sync_steps=sync_steps,
-        optimizer=optimizer, lr_schedule=lr_schedule, warmup=warmup, max_norm=max_norm, batch_size=batch_size,
-        epochs=epochs, steps=steps, seed=seed, device=device, split_backward=split_backward,
-        checkpoint_every=checkpoint_every, past_norm=past_norm, channels_last=channels_last,
-    )  # fmt: skip
-    config = optimizers.with_defaults(
-        config, lr=lr, momentum=momentum, weight_decay=weight_decay, spike_compensation=spike_compensation,
-        weight_prediction=weight_prediction,
-    )  # fmt: skip
-    config.check_past()
-    path = resume or out or default_path(model, config.data, past)
-    if processes.started() and (executor == "distributed" or resume is not None):
+    config.check()
+    path = resume or out or default_path(config.model, config.data, config.past)
+
+    def directory(config: TrainConfig, images: Images) -> RunDirectory:
+        if resume is None:
+            return RunDirectory(path)
+        return RunDirectory(path, read(path, _runs(config, baseline), len(images.train_x), images.checksum()))
+
+    if processes.started(config.executor == "distributed" or resume is not None):
         with processes.joined(timeout) as reports:
+            processes.check_same({"resume": resume is not None, **config.of_all_processes(), "profile": profile})
             if resume is not None:  # the run is where the process that reports is, and may be nowhere else
                 found = processes.agreed("distributed", lambda: _of_run(context, path) if reports else None)
                 config, baseline = processes.told("distributed", found or (config, baseline))
             processes.check(config.executor, config.stages)
             images = processes.agreed_on_each_host(lambda: prepare(config))
+            processes.check_same({"data": images.checksum()})
+            if resume is None:
+                config.check_length(len(images.train_x))
             config = settled(config, images, reports=reports)
-            directory = processes.agreed(
-                config.executor, lambda: RunDirectory(path, resume=resume is not None) if reports else None
-            )
-            if directory is None:
-                return _status(Console(quiet=True), [follow(config, images, profile=profile)])
-            return _train(config, images, directory, baseline, resume is not None, profile)
+            ours = processes.agreed(config.executor, lambda: directory(config, images) if reports else None)
+            if ours is None:
+                status = _status(Console(quiet=True), [follow(config, images, profile=profile)])
+            else:
+                status = _train(config, images, ours, baseline, resume is not None, profile)
+            if status >= exit_status(0):
+                sys.exit(status)  # the others may be anywhere: a group that they leave one by one says they are lost
+            return status
     if resume is not None:
         config, baseline = _of_run(context, resume)
     images = prepare(config)
+    if resume is None:  # earlier versions took any
+        config.check_length(len(images.train_x))
     if config.executor == "distributed":
-        processes.start(config.stages, context.obj)
+        return processes.start(config.stages, context.obj)
     config = settled(config, images)
-    return _train(config, images, RunDirectory(path, resume=resume is not None), baseline, resume is not None, profile)
+    return _train(config, images, directory(config, images), baseline, resume is not None, profile)
+
+
+def _runs(config: TrainConfig, baseline: bool) -> dict[str, TrainConfig]:
+    """By name: what a command trains."""
+    runs = {"pipeline": config}
+    if baseline and (config.stages > 1 or config.schedule != "sequential"):
+        runs["sequential"] = sequential(config)
+    return runs
 
 
 def _train(
     config: TrainConfig, images: Images, directory: RunDirectory, baseline: bool, resumed: bool, profile: bool
 ) -> int:
     console = Console()
-    runs = {"pipeline": config}
-    if baseline and (config.stages > 1 or config.schedule != "sequential"):
-        runs["sequential"] = sequential(config)
+    runs = _runs(config, baseline)
     results: dict[str, Result] = {}
     with directory:
         if not resumed:
@@ -138,8 +130,11 @@ def _train(
         _write_plots(directory.path, results, config)
         console.print()
         console.print(report.accuracy_table(results))
-        console.print(report.stage_table(results["pipeline"]))
-        console.print(report.memory_table(results["pipeline"]))
+        if results["pipeline"].stages:
+            console.print(report.stage_table(results["pipeline"]))
+            console.print(report.memory_table(results["pipeline"]))
+        else:
+            console.print("What the stages measured is not known: not every process has said it.")
         if trace := results["pipeline"].profile:
             trace.write(directory.path / "trace.json")
             console.print(report.profile_table(trace))
@@ -162,20 +157,7 @@ def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
     ]
     if given:
         raise UsageError(f"--resume goes on with the run's own options; leave out --{', --'.join(given)}")
-    try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--resume {path}: its config.json cannot be read ({error})") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"--resume {path}: its config.json holds no options")
-    if "seeds" in values:
-        raise UsageError(f"--resume {path}: a run of layerpipe compare, which cannot go on")
-    baseline = bool(values.pop("baseline", True))
-    values.pop("environment", None)
-    config = TrainConfig.from_json(values)
-    if config.checkpoint_every is None:
-        raise UsageError(f"--resume {path}: the run wrote no checkpoints; it was started without --checkpoint-every")
-    return config, baseline
+    return read_config(path)
 
 
 def _kind(config: TrainConfig) -> str:
@@ -187,13 +169,14 @@ def _write_plots(path: Path, results: dict[str, Result], config: TrainConfig) ->
     pipeline = results["pipeline"]
     plots.loss(path / "loss.png", results)
     plots.reconstruction(path / "past_weights.png", pipeline, config.past)
-    plots.timeline(path / "timeline.png", pipeline.trace, [s.layers for s in pipeline.stages])
+    if pipeline.stages:
+        plots.timeline(path / "timeline.png", pipeline.trace, [s.layers for s in pipeline.stages])
 
 
 def _status(console: Console, found: Collection[Result]) -> int:
     if any(r.interrupted for r in found):
         console.print("Interrupted; what was measured until then is written.")
-        return INTERRUPTED
+        return exit_status(max(r.signal for r in found if r.signal is not None))
     return 1 if any(r.diverged for r in found) else 0
 
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
 
-from layerpipe.cli import optimizers, plots, report
 from layerpipe.cli import options as o
-from layerpipe.cli.config import TrainConfig
+from layerpipe.cli import plots, report
+from layerpipe.cli.config import TrainConfig, with_options_of
 from layerpipe.cli.output import RunDirectory, default_path
-from layerpipe.cli.runs import INTERRUPTED, prepare, run, sequential, settled
+from layerpipe.cli.runs import prepare, run, sequential, settled
+from layerpipe.cli.signals import exit_status
 from layerpipe.cli.training import Result
 from layerpipe.errors import UsageError
 from layerpipe.schedule import NAMES
 
 
+@with_options_of(TrainConfig, without=("past", "ema_decay", "schedule", "split_backward", "checkpoint_every"), width=8)
 def compare(
+    base: TrainConfig,
     past: Annotated[
         str,
         typer.Option(
@@ -31,22 +34,6 @@ def compare(
     seeds: Annotated[
         int, typer.Option(min=1, help="Seeds per kind: --seed, --seed + 1, ...", rich_help_panel=o.TRAINING)
     ] = 3,
-    model: o.Model = "resnet18",
-    data: o.Data = None,
-    data_dir: o.DataDir = TrainConfig.data_dir,
-    width: Annotated[
-        int | None,
-        typer.Option(
-            help="Channels of the first layer. Default: 8, 128 for gpt.",
-            rich_help_panel=o.NETWORK,
-            min=1,
-            show_default=False,
-        ),
-    ] = None,
-    channels_last: o.ChannelsLast = TrainConfig.channels_last,
-    stages: o.Stages = TrainConfig.stages,
-    balance: o.Balance = "flops",
-    order: o.Order = TrainConfig.order,
     ema_decay: Annotated[
         str | None,
         typer.Option(
@@ -55,64 +42,38 @@ def compare(
             show_default=False,
         ),
     ] = None,
-    past_norm: o.PastNorm = None,
     schedule: Annotated[
         str,
         typer.Option(
             help="Schedules to compare, with commas: lockstep, 1f1b, sequential, auto.", rich_help_panel=o.METHOD
         ),
     ] = TrainConfig.schedule,
-    executor: o.ExecutorName = "threads",
-    accumulate: o.Accumulate = TrainConfig.accumulate,
-    sync_steps: o.SyncSteps = TrainConfig.sync_steps,
-    optimizer: o.OptimizerName = None,
-    lr: o.Lr = None,
-    momentum: o.Momentum = None,
-    weight_decay: o.WeightDecay = None,
-    spike_compensation: o.SpikeCompensation = None,
-    weight_prediction: o.WeightPrediction = None,
-    lr_schedule: o.LrSchedule = "cosine",
-    warmup: o.Warmup = TrainConfig.warmup,
-    max_norm: o.MaxNorm = None,
-    batch_size: o.BatchSize = None,
-    epochs: o.Epochs = None,
-    steps: o.Steps = None,
-    seed: o.Seed = TrainConfig.seed,
-    device: o.Device = TrainConfig.device,
     baseline: Annotated[bool, typer.Option(help="Also train sequentially.", rich_help_panel=o.RUN)] = True,
     out: o.Out = None,
 ) -> int:
     """Train the same network under several kinds of past weights and seeds: one table, one plot."""
-    if executor == "distributed":
+    if base.executor == "distributed":
         raise UsageError("compare trains in this process alone; leave --executor distributed to layerpipe train")
-    if width is None and model != "gpt":
-        width = 8
-    base = TrainConfig.of_model(
-        model, data=data, data_dir=data_dir, width=width, stages=stages, balance=balance, order=order,
-        executor=executor, accumulate=accumulate, sync_steps=sync_steps, optimizer=optimizer, lr_schedule=lr_schedule,
-        warmup=warmup, max_norm=max_norm, batch_size=batch_size, epochs=epochs, steps=steps, seed=seed, device=device,
-        past_norm=past_norm, channels_last=channels_last,
-    )  # fmt: skip
-    base = optimizers.with_defaults(
-        base, lr=lr, momentum=momentum, weight_decay=weight_decay, spike_compensation=spike_compensation,
-        weight_prediction=weight_prediction,
-    )  # fmt: skip
+    base.check()
     kinds = _kinds(base, past.split(","), schedule.split(","), ema_decay)
     if baseline:
         kinds = {"sequential": sequential(base), **kinds}
     console = Console()
     for each in kinds.values():
         images = prepare(each)
+    base.check_length(len(images.train_x))
     base = settled(base, images)
     kinds = {name: dataclasses.replace(each, at=base.at if each.stages > 1 else None) for name, each in kinds.items()}
     results: dict[str, list[Result]] = {name: [] for name in kinds}
-    with RunDirectory(out or default_path("compare", model, base.data)) as directory:
+    ended_by: int | None = None
+    with RunDirectory(out or default_path("compare", base.model, base.data)) as directory:
         directory.config(base, past=list(kinds), seeds=seeds)
         for number in range(seeds):
             for name, each in kinds.items():
-                once = dataclasses.replace(each, seed=seed + number)
+                once = dataclasses.replace(each, seed=base.seed + number)
                 result = run(console, directory, f"{name}/seed{once.seed}", once, images)
                 if result.interrupted:
+                    ended_by = result.signal
                     break
                 results[name].append(result)
             else:
@@ -121,12 +82,11 @@ def compare(
         finished = {name: found for name, found in results.items() if found}
         console.print()
         console.print(report.comparison_table(finished))
-        plots.comparison(
-            directory.path / "comparison.png", finished, f"{model} of width {base.width}, {base.data}, {stages} stages"
-        )
+        title = f"{base.model} of width {base.width}, {base.data}, {base.stages} stages"
+        plots.comparison(directory.path / "comparison.png", finished, title)
         directory.summary(finished)
         console.print(f"Curves: {directory.path}/comparison.png; numbers: {directory.path}/summary.json")
-    return 0 if all(len(found) == seeds for found in results.values()) else INTERRUPTED
+    return 0 if ended_by is None else exit_status(ended_by)
 
 
 def _kinds(
@@ -140,7 +100,7 @@ def _kinds(
             raise UsageError(f"--schedule {schedule!r} is unknown; there are: {', '.join(NAMES)}")
     return {
         name if len(schedules) == 1 else f"{name} {schedule}": dataclasses.replace(
-            _of_kind(base, name, ema_decay), schedule=schedule
+            _of_kind(base, name, ema_decay), schedule=cast(Any, schedule)
         )
         for name in names
         for schedule in schedules
@@ -161,7 +121,7 @@ def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig
         )
     return dataclasses.replace(
         base,
-        past=kind,
+        past=cast(Any, kind),
         order=int(order) if order else base.order,
         ema_decay=COUPLED if COUPLED in more else ema_decay if kind == "ema" else None,
         past_norm="match" if "match" in more else base.past_norm,

@@ -1,13 +1,19 @@
-"""One training run, as it is asked for."""
+"""One training run, as it is asked for: the record from which commands and ``config.json`` take their options."""
 
 from __future__ import annotations
 
+import inspect
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+import typer
+
+from layerpipe.cli import optimizers
+from layerpipe.cli import options as o
 from layerpipe.errors import UsageError
 
 
@@ -15,53 +21,67 @@ from layerpipe.errors import UsageError
 class TrainConfig:
     """The defaults are those of ``layerpipe train``. One that is added does by default what was done without it."""
 
-    model: str = "resnet18"
-    data: str = "digits"
-    width: int = 32
-    channels_last: bool = False
-    stages: int = 4
-    balance: str = "flops"
+    model: o.Model = "resnet18"
+    data: o.Data = "digits"
+    data_dir: o.DataDir = Path("data")
+    width: o.Width = 32
+    channels_last: o.ChannelsLast = False
+    stages: o.Stages = 4
+    balance: o.Balance = "flops"
     at: tuple[str, ...] | None = None  # where the model was cut, once that has been measured
-    past: str = "blend"
-    order: int = 2
-    ema_decay: str | None = None
-    past_norm: str | None = None
-    schedule: str = "lockstep"
-    executor: str = "threads"
-    split_backward: bool = False
-    optimizer: Literal["sgd", "adamw", "nadam", "muon", "soap"] = "sgd"
-    lr: float = 0.02
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    spike_compensation: float = 0.0
-    weight_prediction: float = 0.0
-    accumulate: int = 1
-    sync_steps: int = 0
-    lr_schedule: Literal["constant", "cosine", "linear"] = "cosine"
-    warmup: int = 50
-    max_norm: float | None = None
-    batch_size: int = 64
-    epochs: float | None = None
-    steps: int | None = None
-    seed: int = 0
-    device: str = "cpu"
-    data_dir: Path = Path("data")
-    checkpoint_every: int | None = None
+    past: o.Past = "blend"
+    order: o.Order = 2
+    ema_decay: o.EmaDecay = None
+    past_norm: o.PastNorm = None
+    schedule: o.Schedule = "lockstep"
+    executor: o.ExecutorName = "threads"
+    split_backward: o.SplitBackward = False
+    accumulate: o.Accumulate = 1
+    sync_steps: o.SyncSteps = 0
+    optimizer: o.OptimizerName = "sgd"
+    lr: o.Lr = 0.02
+    momentum: o.Momentum = 0.9
+    weight_decay: o.WeightDecay = 5e-4
+    spike_compensation: o.SpikeCompensation = 0.0
+    weight_prediction: o.WeightPrediction = 0.0
+    lr_schedule: o.LrSchedule = "cosine"
+    warmup: o.Warmup = None
+    max_norm: o.MaxNorm = None
+    batch_size: o.BatchSize = 64
+    epochs: o.Epochs = None
+    steps: o.Steps = None
+    seed: o.Seed = 0
+    device: o.Device = "cpu"
+    checkpoint_every: o.CheckpointEvery = None
 
     #: What ``layerpipe train`` takes for a model where nothing is said, and it is not the default above.
     by_model: ClassVar[dict[str, dict[str, Any]]] = {
         "gpt": {"data": "python", "width": 128, "batch_size": 16, "optimizer": "soap", "max_norm": 1.0}
     }
 
+    #: Options whose default hangs on the model or the optimizer.
+    by_others: ClassVar[tuple[str, ...]] = (
+        "data", "width", "optimizer", "lr", "momentum", "weight_decay", "spike_compensation", "weight_prediction",
+        "max_norm", "batch_size",
+    )  # fmt: skip
+
     #: Steps where neither steps nor epochs are given.
     default_steps = 600
 
     @classmethod
-    def of_model(cls, model: str, **options: Any) -> TrainConfig:
-        """A config of these options; one that is ``None`` is what goes with the model."""
-        own = cls.by_model.get(model, {})
+    def asked(cls, model: str, otherwise: Mapping[str, Any], **options: Any) -> TrainConfig:
+        """A config of these options; one that is ``None`` is what goes with the model and the optimizer.
+
+        Args:
+            otherwise: what goes with models that have no values of their own.
+
+        Raises:
+            UsageError: a momentum for an optimizer without one.
+        """
+        own = {**otherwise, **cls.by_model.get(model, {})}
         given = {n: own.get(n, getattr(cls, n)) if value is None else value for n, value in options.items()}
-        return cls(model=model, **given)
+        config = cls(model=model, **given)
+        return optimizers.with_defaults(config, **{name: options[name] for name in optimizers.OPTIONS})
 
     def total_steps(self, images: int) -> int:
         if self.steps is not None:
@@ -70,16 +90,32 @@ class TrainConfig:
             return max(1, round(self.epochs * (images // self.batch_size)))
         return self.default_steps
 
-    def check_past(self) -> None:
-        """Refuse options that this kind of past weights has no use for.
+    def check(self) -> None:
+        """Refuse options that contradict each other, or that this kind of past weights has no use for.
 
         Raises:
-            UsageError: there is one.
+            UsageError: there are some.
         """
+        if self.steps is not None and self.epochs is not None:
+            raise UsageError(f"--steps {self.steps} and --epochs {self.epochs:g} both say how long; leave one out")
         if self.order != type(self).order and self.past != "blend":
             raise UsageError(f"--order {self.order} is a blend's; --past {self.past} has none")
         if self.ema_decay is not None and self.past not in ("ema", "blend"):
             raise UsageError(f"--ema-decay {self.ema_decay} is that of averages; --past {self.past} keeps none")
+
+    def check_length(self, images: int) -> None:
+        """Refuse a run on so many images that would end before its learning rate has risen.
+
+        Raises:
+            UsageError: it is.
+        """
+        total = self.total_steps(images)
+        if self.warmup is not None and self.warmup > total:
+            raise UsageError(f"--warmup {self.warmup} is longer than the run, which has {total} minibatches")
+
+    def of_all_processes(self) -> dict[str, Any]:
+        """The options that all processes of a run must have alike."""
+        return {name: value for name, value in self.to_json().items() if name not in ("data_dir", "device")}
 
     def past_options(self) -> dict[str, Any]:
         """``past``, ``order`` and the decay as the library takes them.
@@ -91,9 +127,10 @@ class TrainConfig:
 
     def lr_factor(self, step: int, steps: int) -> float:
         """What the learning rate is multiplied with in a step: a linear warm-up, then the schedule."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = (step - self.warmup) / max(1, steps - self.warmup)
+        warmup = min(50, steps // 2) if self.warmup is None else self.warmup
+        if step < warmup:
+            return (step + 1) / warmup
+        done = (step - warmup) / max(1, steps - warmup)
         if self.lr_schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
         if self.lr_schedule == "linear":
@@ -105,22 +142,88 @@ class TrainConfig:
         """What :meth:`to_json` gave. An option that is newer than the file takes its default.
 
         Raises:
-            UsageError: an option that this version does not have, or a value that none could have.
+            UsageError: an option that this version does not have, or a value that the command line would refuse.
         """
         unknown = sorted(values.keys() - {field.name for field in fields(cls)})
         if unknown:
             raise UsageError(f"the run's config.json has {', '.join(unknown)}, which this version does not know")
-        kinds = get_type_hints(cls)
+        kinds, infos = get_type_hints(cls), option_infos(cls)
         for name, value in values.items():
-            if not _is(value, kinds[name]):
-                raise UsageError(f"the run's config.json has {name}={value!r}, which cannot be")
+            reason = None if _is(value, kinds[name]) else "which cannot be"
+            if reason is None and value is not None and name in infos:
+                reason = _refusal(infos[name], value)
+            if reason is not None:
+                raise UsageError(f"the run's config.json has {name}={value!r}, {reason}")
         options: dict[str, Any] = {**values, "data_dir": Path(values.get("data_dir", cls.data_dir))}
         if options.get("at") is not None:
             options["at"] = tuple(options["at"])
-        return cls(**options)
+        config = cls(**options)
+        try:
+            config.check()
+        except UsageError as error:
+            raise UsageError(f"the run's config.json does not fit together: {error}") from error
+        return config
 
     def to_json(self) -> dict[str, Any]:
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+
+def option_infos(record: type) -> dict[str, Any]:
+    """The record's fields that are options, with what typer shall know of each."""
+    found = {}
+    for name, hint in get_type_hints(record, include_extras=True).items():
+        for extra in getattr(hint, "__metadata__", ()):
+            if isinstance(extra, typer.models.OptionInfo):
+                found[name] = extra
+    return found
+
+
+def with_options_of(
+    record: type[TrainConfig], *, without: tuple[str, ...] = (), **otherwise: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A command that takes a record's options besides those of its own, and is called with the record first.
+
+    Args:
+        without: options that the command does not take; the record then has its own values.
+        otherwise: what goes with models that have no values of their own.
+    """
+    hints = get_type_hints(record, include_extras=True)
+    taken = [name for name in option_infos(record) if name not in without]
+
+    def parameter(name: str) -> inspect.Parameter:
+        hint, default = hints[name], getattr(record, name)
+        if name in record.by_others:
+            hint, default = Annotated[(hint.__origin__ | None, *hint.__metadata__)], None
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        _, *own = inspect.signature(function, eval_str=True).parameters.values()
+
+        def command(**given: Any) -> Any:
+            rest = {parameter.name: given[parameter.name] for parameter in own}
+            return function(record.asked(otherwise=otherwise, **{name: given[name] for name in taken}), **rest)
+
+        parameters = [*map(parameter, taken), *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {each.name: each.annotation for each in parameters}
+        command.__name__, command.__doc__ = function.__name__, function.__doc__
+        return command
+
+    return decorate
+
+
+def _refusal(info: Any, value: Any) -> str | None:
+    """What the command line would say of an option's value; ``None`` if it takes it."""
+    if info.min is not None and value < info.min:
+        return f"which is less than {info.min}"
+    if info.max is not None and value > info.max:
+        return f"which is more than {info.max}"
+    if info.callback is not None:
+        try:
+            info.callback(value)
+        except typer.BadParameter as error:
+            return f"which is refused: {error.message}"
+    return None
 
 
 def _is(value: Any, kind: Any) -> bool:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import layerpipe_kernels as lk
-from layerpipe.cli.config import TrainConfig
 from layerpipe.errors import UsageError
+
+if TYPE_CHECKING:
+    from layerpipe.cli.config import TrainConfig
 
 
 class Defaults(NamedTuple):
@@ -19,7 +21,7 @@ class Defaults(NamedTuple):
     lr_images: float
     lr_text: float
     weight_decay: float
-    momentum: float = TrainConfig.momentum  # of those that have one
+    momentum: float = 0.9  # of those that have one
     spike_compensation: float = 0.0
     weight_prediction: float = 0.0
 
@@ -34,6 +36,9 @@ DEFAULTS = {
     "muon": Defaults(0.02, 0.01, 0.01, 0.95, 1.0, 1.0),
     "soap": Defaults(3e-3, 1e-3, 0.01, spike_compensation=1.0, weight_prediction=0.5),
 }
+
+#: Options whose defaults are the optimizer's.
+OPTIONS = ("lr", "momentum", "weight_decay", "spike_compensation", "weight_prediction")
 
 #: Muon's steps are larger than those of the AdamW that it takes for embeddings, output layers and vectors.
 _MUON_ADAMW = 0.1

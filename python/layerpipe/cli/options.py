@@ -1,14 +1,18 @@
-"""The options that ``train`` and ``compare`` share, each written once."""
+"""The options that ``train`` and ``compare`` share, each written once: what it is called, takes and means."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from layerpipe.cli.optimizers import described
+from layerpipe.data import LOADERS
+from layerpipe.models import MODELS
+from layerpipe.models.factory import is_name
 
 NETWORK, METHOD, TRAINING, RUN = "Network and data", "Pipeline", "Training", "Run"
 
@@ -29,6 +33,12 @@ def positive(value: float | None) -> float | None:
     return finite(value)
 
 
+def _epochs(value: float | None) -> float | None:
+    if positive(value) is not None and value is not None and value > 1e6:
+        raise typer.BadParameter(f"{value:g} is more than a million")
+    return value
+
+
 def _seed(value: int) -> int:
     """torch takes 64 bits, ``compare`` counts up from here."""
     if not -(2**63) <= value < 2**63:
@@ -36,28 +46,43 @@ def _seed(value: int) -> int:
     return value
 
 
+def _known(*names: str) -> Callable[[str | None], str | None]:
+    """One of these, or a function of the user's."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names and not is_name(value):
+            raise typer.BadParameter(f"{value!r} is unknown; there are: {', '.join(names)}, or package.module:function")
+        return value
+
+    return check
+
+
 PastName = Literal["stash", "latest", "ema", "momentum", "blend"]
 
 Model = Annotated[
-    Literal["resnet18", "mlp", "gpt"],
+    str,
     _option(
-        "resnet18: torchvision's, with the CIFAR stem. mlp: 12 fully connected layers. gpt: 8 transformer blocks.",
+        "resnet18: torchvision's, with the CIFAR stem. mlp: 12 fully connected layers. gpt: 8 transformer blocks. "
+        "package.module:function: what a function of yours returns.",
         NETWORK,
+        callback=_known(*MODELS),
     ),
 ]
 Data = Annotated[
-    Literal["digits", "fashion-mnist", "cifar10", "cifar100", "python"] | None,
+    str,
     _option(
-        "digits: scikit-learn's scans, needs no download. python: for gpt, the sources of Python's own library. The "
-        "others through torchvision; fashion-mnist is also found where Debian's package dataset-fashion-mnist puts it. "
-        "Default: digits, python for gpt.",
+        "digits: scikit-learn's scans, needs no download. python: for gpt, the sources of Python's own library. "
+        "fashion-mnist, cifar10, cifar100: through torchvision; the first is also found where Debian's package "
+        "dataset-fashion-mnist puts it. package.module:function: what a function of yours returns. Default: digits, "
+        "python for gpt.",
         NETWORK,
+        callback=_known(*LOADERS),
         show_default=False,
     ),
 ]
 DataDir = Annotated[Path, _option("Where torchvision looks for data and downloads it to.", NETWORK)]
 Width = Annotated[
-    int | None,
+    int,
     _option(
         "Channels of the first layer; 64 is ResNet-18 as published. Default: 32, 128 for gpt.",
         NETWORK,
@@ -120,7 +145,7 @@ ExecutorName = Annotated[
     ),
 ]
 OptimizerName = Annotated[
-    Literal["sgd", "adamw", "nadam", "muon", "soap"] | None,
+    Literal["sgd", "adamw", "nadam", "muon", "soap"],
     _option(
         "sgd with momentum; adamw; nadam with a momentum of 0.99; muon; soap. The last two precondition matrices, and "
         "bear delays best (docs/delay.md). Default: sgd, soap for gpt.",
@@ -129,7 +154,7 @@ OptimizerName = Annotated[
     ),
 ]
 Lr = Annotated[
-    float | None,
+    float,
     _option(
         f"Learning rate after the warm-up. Default for images: {described(lambda d: d.lr_images)}; for text: "
         f"{described(lambda d: d.lr_text)}.",
@@ -140,11 +165,11 @@ Lr = Annotated[
     ),
 ]
 Momentum = Annotated[
-    float | None,
-    _option("Of sgd (default: 0.9) and muon (0.95).", TRAINING, min=0.0, max=1.0, show_default=False),
+    float,
+    _option("Of sgd (default: 0.9) and muon (0.95).", TRAINING, min=0.0, max=1.0, callback=finite, show_default=False),
 ]
 WeightDecay = Annotated[
-    float | None,
+    float,
     _option(
         f"Weight decay. Default: {described(lambda d: d.weight_decay)}.",
         TRAINING,
@@ -154,7 +179,7 @@ WeightDecay = Annotated[
     ),
 ]
 SpikeCompensation = Annotated[
-    float | None,
+    float,
     _option(
         "How much more a late gradient weighs beside the average of gradients: 0 as ever, 1 fully. "
         f"Default: {described(lambda d: d.spike_compensation)}.",
@@ -165,7 +190,7 @@ SpikeCompensation = Annotated[
     ),
 ]
 WeightPrediction = Annotated[
-    float | None,
+    float,
     _option(
         "By what part of its delay a stage trains ahead of its weights: 0 not at all, 1 all of it. "
         f"Default: {described(lambda d: d.weight_prediction)}.",
@@ -186,19 +211,31 @@ Accumulate = Annotated[
 ]
 SyncSteps = Annotated[int, _option("So many first minibatches one at a time, without a delay.", METHOD, min=0)]
 BatchSize = Annotated[
-    int | None,
+    int,
     _option("Images or texts per minibatch. Default: 64, 16 for gpt.", TRAINING, min=1, show_default=False),
 ]
 Epochs = Annotated[
-    float | None, _option("Passes over the training data; may be a fraction.", TRAINING, min=0.0, callback=positive)
+    float | None,
+    _option(
+        "Passes over the training data, instead of --steps; may be a fraction.",
+        TRAINING,
+        min=0.0,
+        callback=_epochs,
+    ),
 ]
-Steps = Annotated[
-    int | None, _option("Minibatches; goes before --epochs. Default: 600.", TRAINING, min=1, show_default=False)
-]
+Steps = Annotated[int | None, _option("Minibatches. Default: 600.", TRAINING, min=1, max=10**9, show_default=False)]
 LrSchedule = Annotated[
     Literal["constant", "cosine", "linear"], _option("After the warm-up: stay, or go down to 0.", TRAINING)
 ]
-Warmup = Annotated[int, _option("Steps over which the learning rate rises linearly.", TRAINING, min=0)]
+Warmup = Annotated[
+    int | None,
+    _option(
+        "Steps over which the learning rate rises linearly. Default: 50, or half of a run of fewer than 100.",
+        TRAINING,
+        min=0,
+        show_default=False,
+    ),
+]
 MaxNorm = Annotated[
     float | None,
     _option(

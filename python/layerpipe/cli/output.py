@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import layerpipe_kernels
-from layerpipe import checkpoint as checkpoints
+from layerpipe.cli.board import Board
 from layerpipe.cli.config import TrainConfig
-from layerpipe.cli.training import Earlier, Result, Step
+from layerpipe.cli.resumed import KEPT, Left, Tally, sign
+from layerpipe.cli.training import Earlier, Result
 from layerpipe.errors import UsageError
 from layerpipe.machine import processor
 
@@ -30,44 +31,41 @@ class RunDirectory:
     resumed run does again is taken out when it writes its first line: one that is refused leaves all as it was.
 
     Args:
-        path: made new, or with ``resume`` the directory of an interrupted run.
+        path: made new, or the directory of an interrupted run.
+        left: what that left, of each of its runs that came to a checkpoint.
 
     Raises:
-        UsageError: the directory holds another run, or none to resume, or cannot be written.
+        UsageError: the directory holds another run, or cannot be written.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False) -> None:
+    def __init__(self, path: Path, left: Mapping[str, Left] | None = None) -> None:
         self.path = path
-        self._earlier: list[dict[str, Any]] = []
-        self._shortened = not resume
+        self._left = dict(left or {})
+        self._tallies = {name: Tally(one.lines) for name, one in self._left.items()}
         if path.exists() and not path.is_dir():
             raise UsageError(f"--out {path} is not a directory")
         metrics = path / "metrics.jsonl"
-        if metrics.exists() != resume:
-            why = "already holds a run; choose another directory or remove it" if not resume else "holds no run"
-            raise UsageError(f"{path} {why}")
+        if metrics.exists() and left is None:
+            raise UsageError(f"{path} already holds a run; choose another directory or remove it")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            if resume:
-                self._earlier = _up_to_checkpoints(path)
-            self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
+            self._metrics = metrics.open("ab", buffering=0)
         except OSError as error:
             raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board: Any = SummaryWriter(str(path))
+        self._shortened = left is None
+        self._board = Board(path)
 
     def checkpoint(self, run: str) -> Path:
         return self.path / f"{run}.checkpoint"
 
-    def earlier(self, run: str, total: int) -> Earlier | None:
+    def earlier(self, run: str) -> Earlier | None:
         """What an interrupted run of this name left, if it came to a checkpoint."""
-        if not self.checkpoint(run).exists():
-            return None
-        mine = [line for line in self._earlier if line["run"] == run]
-        steps = [Step(*(line[name] for name in Step._fields)) for line in mine if line["event"] == "step"]
-        tests = [(line["step"], line["accuracy"]) for line in mine if line["event"] == "test" and line["step"] < total]
-        return Earlier(self.checkpoint(run), steps, tests)
+        left = self._left.get(run)
+        return None if left is None else left.earlier
+
+    def metrics_so_far(self, run: str) -> dict[str, Any]:
+        """What a checkpoint says of the metrics that were written before it, see :mod:`layerpipe.cli.resumed`."""
+        return self._tallies.setdefault(run, Tally()).to_json()
 
     def config(self, config: TrainConfig, **more: Any) -> None:
         """What was asked for, and on what it ran."""
@@ -79,8 +77,10 @@ class RunDirectory:
             "kernels": layerpipe_kernels.build_info(),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
-        text = json.dumps({**config.to_json(), **more, "environment": machine}, indent=2)
-        (self.path / "config.json").write_text(text + "\n", encoding="utf-8")
+        text = json.dumps(sign({**config.to_json(), **more, "environment": machine}), indent=2)
+        partial = self.path / "config.json.partial"
+        partial.write_text(text + "\n", encoding="utf-8")
+        os.replace(partial, self.path / "config.json")
 
     def summary(self, results: Mapping[str, Sequence[Result]]) -> None:
         """What the table shows, for machines, with the spread and the errors of every stage: ``summary.json``."""
@@ -102,19 +102,28 @@ class RunDirectory:
     def write(self, run: str, event: str, **values: Any) -> None:
         if not self._shortened:
             self._shorten()
-        self._metrics.write(json.dumps({"run": run, "event": event, **values}) + "\n")
+        line = json.dumps({"run": run, "event": event, **values}).encode()
+        self._append(line)
+        if event in KEPT:
+            self._tallies.setdefault(run, Tally()).add(line)
+
+    def _append(self, line: bytes) -> None:
+        left = line + b"\n"
+        while left:  # a disk that is nearly full takes a part
+            left = left[self._metrics.write(left) :]
 
     def _shorten(self) -> None:
         metrics, partial = self.path / "metrics.jsonl", self.path / "metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in self._earlier), encoding="utf-8")
+        partial.write_bytes(b"".join(line + b"\n" for left in self._left.values() for line in left.lines))
         self._metrics.close()
         os.replace(partial, metrics)
-        self._metrics = metrics.open("a", encoding="utf-8", buffering=1)
+        self._metrics = metrics.open("ab", buffering=0)
         self._shortened = True
 
     def scalars(self, run: str, step: int, **values: float) -> None:
         for name, value in values.items():
-            self._board.add_scalar(f"{name}/{run}", value, step)
+            self._board.scalar(f"{name}/{run}", value, step)
+        self._board.flush()
 
     def __enter__(self) -> RunDirectory:
         return self
@@ -126,25 +135,9 @@ class RunDirectory:
         self._board.close()
 
 
-def _up_to_checkpoints(path: Path) -> list[dict[str, Any]]:
-    """What the metrics say of each run up to its last checkpoint; what came after will be written again."""
-    last = {file.stem: checkpoints.read(file)["extra"]["step"] for file in path.glob("*.checkpoint")}
-    found = []
-    for line in (path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            said = json.loads(line)
-        except ValueError:
-            continue  # the last line of a run that was killed
-        if not isinstance(said, dict) or not said.keys() >= {"run", "event"}:
-            raise UsageError(f"{path}/metrics.jsonl has lines that are not of a run")
-        if said["event"] in ("step", "test") and said["step"] <= last.get(said["run"], 0):
-            found.append(said)
-    return found
-
-
 def default_path(*parts: str) -> Path:
     """``runs/<parts>-<date>``, not there yet."""
-    base = "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")])
+    base = "-".join([*parts, time.strftime("%Y%m%d-%H%M%S")]).replace(":", ".")
     path, count = Path("runs") / base, 1
     while path.exists():
         count += 1

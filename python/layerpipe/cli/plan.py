@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +13,7 @@ from rich.console import Console
 
 from layerpipe.cli import options as o
 from layerpipe.cli import plan_plots, plan_report
+from layerpipe.cli.runs import import_from_here
 from layerpipe.errors import UsageError
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
@@ -177,9 +176,3 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
-
-
-def import_from_here() -> None:
-    """``package.module:factory`` may be a file in the current directory, as with ``python -m``."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())

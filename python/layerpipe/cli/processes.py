@@ -2,39 +2,76 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import fcntl
+import logging
 import os
+import pickle
 import socket
 import struct
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from layerpipe.cli.signals import exit_status
 from layerpipe.errors import UsageError
 from layerpipe.executors.ranks import Ranks, reached
 
 T = TypeVar("T")
+#: Where processes leave their last words, once they have joined.
+_store: Any = None
+_PATIENCE = 10.0  # seconds
 
 
-def started() -> bool:
-    """Whether torchrun has started this process, beside others."""
-    return "RANK" in os.environ
+def started(alone: bool) -> bool:
+    """Whether torchrun has started this process beside others, or ``alone`` where that matters, too."""
+    return "RANK" in os.environ and (alone or int(os.environ.get("WORLD_SIZE", "1")) > 1)
 
 
-def start(stages: int, arguments: list[str]) -> NoReturn:
-    """Run this command in one process per stage, in place of this process."""
+def start(stages: int, arguments: list[str]) -> int:
+    """Run this command in one process per stage, as torchrun would; the exit status of the first that failed.
+
+    A signal that ends this process is handed on to those, which have half a minute to write their report.
+    """
     if not dist.is_available():
         raise UsageError("--executor distributed needs a torch that was built with torch.distributed")
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // stages)))  # torchrun would give each one
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={stages}"]
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [*torchrun, "-m", "layerpipe.cli", *arguments])
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # each process has said what there is to say
+    for name in [*logging.root.manager.loggerDict]:
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=stages,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        run_id=str(uuid.uuid4()),
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "layerpipe.cli", *arguments)
+    except SignalException as error:
+        return exit_status(error.sigval)
+    except ChildFailedError as error:
+        status = error.get_first_failure()[1].exitcode
+        return status if status > 0 else exit_status(-status)
+    return 0
 
 
 @contextmanager
@@ -48,9 +85,64 @@ def joined(timeout: float) -> Iterator[bool]:
     """
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
-    reached("another stage", lambda: dist.init_process_group("gloo", timeout=timedelta(seconds=timeout)))
+    from torch.distributed.rendezvous import rendezvous
+
+    limit = timedelta(seconds=timeout)
+
+    def join() -> Any:
+        store, rank, size = next(rendezvous("env://", timeout=limit))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
+        return store
+
+    global _store
+    _store = reached("another stage", join)
     yield dist.get_rank() == dist.get_world_size() - 1
     dist.destroy_process_group()
+
+
+def last_words(value: T) -> list[T | None]:
+    """What each process has, in the one that reports; ``None`` of those that did not say it within seconds.
+
+    For processes that were interrupted, each wherever it was: what they tell each other otherwise may be half said.
+    """
+    assert _store is not None
+    rank, size = dist.get_rank(), dist.get_world_size()
+    words: Any = dist.PrefixStore("last words", _store)  # type: ignore[attr-defined]
+    found: list[T | None] = [None] * size
+    found[rank] = value
+
+    def said(key: str, limit: float) -> bool:
+        while not words.check([key]):
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.05)
+        return True
+
+    with contextlib.suppress(RuntimeError):  # the process that holds the store is gone
+        end = time.monotonic() + _PATIENCE
+        if rank == size - 1:
+            for other in range(size - 1):
+                if said(str(other), end):
+                    found[other] = pickle.loads(base64.b64decode(words.get(str(other))))
+            words.set("heard", "")
+        else:
+            words.set(str(rank), base64.b64encode(pickle.dumps(value)))
+            said("heard", end + 2)  # the store may be this process's
+    return found
+
+
+def check_same(options: dict[str, Any]) -> None:
+    """Refuse processes that were started with other options, in all of them alike.
+
+    Raises:
+        UsageError: names the first option that differs, and the process.
+    """
+    first, *others = _all_of("distributed").gather(options)
+    for rank, other in enumerate(others, start=1):
+        for name, value in first.items():
+            if other[name] != value:
+                said = f"--{name.replace('_', '-')} is {other[name]!r} in process {rank} and {value!r} in process 0"
+                raise UsageError(f"{said}; start all processes with the same options")
 
 
 def check(executor: str, stages: int) -> None:
@@ -60,7 +152,7 @@ def check(executor: str, stages: int) -> None:
         UsageError: it is for one process, or has fewer stages.
     """
     if executor != "distributed":
-        raise UsageError(f"a run with --executor {executor} is in one process: resume it without torchrun")
+        raise UsageError(f"a run with --executor {executor} is in one process: start it without torchrun")
     if stages < (size := dist.get_world_size()):
         raise UsageError(f"--stages {stages}: {size} processes need at least as many stages")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 
 from rich.console import Console
 
@@ -16,7 +18,11 @@ from layerpipe.data import Images
 from layerpipe.errors import UsageError
 from layerpipe.partition import cut_at
 
-INTERRUPTED = 130  # the exit status
+
+def import_from_here() -> None:
+    """``package.module:function`` may be a file in the current directory, as with ``python -m``."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
 
 
 def sequential(config: TrainConfig) -> TrainConfig:
@@ -26,6 +32,7 @@ def sequential(config: TrainConfig) -> TrainConfig:
 
 def prepare(config: TrainConfig) -> Images:
     """The data, once everything that could be wrong with the options has been found out."""
+    import_from_here()
     images = datasets.load(config.data, config.data_dir)
     next(images.batches(config.batch_size, config.seed))
     alone = config.executor in ("threads", "distributed")
@@ -74,11 +81,12 @@ def run(
             directory.scalars(name, step, test_accuracy=accuracy)
 
         checkpoint = directory.checkpoint(name) if config.checkpoint_every else None
-        earlier = directory.earlier(name, config.total_steps(len(images.train_x)))
+        earlier = directory.earlier(name)
         told(config.executor, earlier is not None)
         result = train(
             config, images, on_step=on_step, on_test=on_test,
             checkpoint=checkpoint, resume=earlier, profile=profile,
+            noted=lambda: {"metrics": directory.metrics_so_far(name), "data": images.checksum()},
         )  # fmt: skip
     for i, stage in enumerate(result.stages):
         for reading in stage.readings:

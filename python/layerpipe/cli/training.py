@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,12 @@ from torch.nn import functional as F
 from layerpipe import models
 from layerpipe.cli import optimizers
 from layerpipe.cli.config import TrainConfig
+from layerpipe.cli.processes import last_words
+from layerpipe.cli.signals import number_of
 from layerpipe.data import Images
-from layerpipe.errors import DivergenceError, UsageError
-from layerpipe.measured import Event, StageMemory
+from layerpipe.errors import DivergenceError, StageInterrupted, UsageError
+from layerpipe.executors.interrupts import Held
+from layerpipe.measured import Event, StageMemory, stage_memory
 from layerpipe.partition import split
 from layerpipe.pipeline import Pipeline
 from layerpipe.stage.probe import Reading, ReconstructionProbe
@@ -63,12 +66,16 @@ class Result:
 
     steps: list[Step]
     tests: list[tuple[int, float]]  # (step, test accuracy)
-    stages: list[StageResult]
+    stages: list[StageResult]  # empty where another process was interrupted and did not answer
     trace: list[Event]
     seconds: float
     profile: Trace | None = None
     diverged: str | None = None
-    interrupted: bool = False
+    signal: int | None = None  # that ended it
+
+    @property
+    def interrupted(self) -> bool:
+        return self.signal is not None
 
     @property
     def test_accuracy(self) -> float | None:
@@ -119,13 +126,7 @@ def make_stages(config: TrainConfig, images: Images) -> list[nn.Module]:
         ValueError: more stages than the model can be cut into.
     """
     torch.manual_seed(config.seed)
-    channels = images.train_x.shape[1] if images.train_x.ndim == 4 else 1
-    if (config.model == "gpt") != (images.train_x.ndim == 2):
-        raise UsageError(
-            f"--model {config.model} does not learn --data {config.data}; gpt learns python, others images"
-        )
-    size = images.train_x.shape[-1]
-    model = models.make(config.model, width=config.width, channels=channels, size=size, classes=images.classes)
+    model = models.make_for(images.train_x[0], config.model, width=config.width, classes=images.classes)
     device = _device(config.device)
     model.to(device)
     if config.channels_last:
@@ -175,13 +176,15 @@ def train(
     on_test: Callable[[int, float], None] = lambda step, accuracy: None,
     tests: int = 10,
     checkpoint: Path | None = None,
+    noted: Callable[[], dict[str, Any]] = dict,
     resume: Earlier | None = None,
     profile: bool = False,
 ) -> Result:
     """Train as configured. ``on_step`` is called with each loss as it comes, ``on_test`` with ``tests`` evaluations.
 
     A diverging run and Ctrl-C end it early; the result says so. With ``config.checkpoint_every`` the pipe is drained
-    that often and written to ``checkpoint``, by the process that gives one; ``resume`` goes on from there.
+    that often and written to ``checkpoint``, by the process that gives one, with what is ``noted`` then; ``resume``
+    goes on from there. A Ctrl-C waits until what has been measured is written.
     With ``profile`` the result holds a trace of ``PROFILED`` ticks of the full pipe.
 
     Raises:
@@ -215,12 +218,15 @@ def train(
             number = len(result.steps) + 1
             rate = number * config.batch_size / (time.perf_counter() - start - paused)
             step = Step(number, loss.item(), loss_fn.accuracy(), lrs.popleft(), rate, phase)
-            result.steps.append(step)
-            on_step(step)
+            with Held():
+                result.steps.append(step)
+                on_step(step)
 
         def test(step: int) -> None:
-            result.tests.append((step, accuracy(pipe, images, device)))
-            on_test(*result.tests[-1])
+            found = step, accuracy(pipe, images, device)
+            with Held():
+                result.tests.append(found)
+                on_test(*found)
 
         def save(step: int) -> None:
             for loss in pipe.drain():
@@ -228,57 +234,64 @@ def train(
             pipe.checkpoint(
                 checkpoint, step=step, seconds=time.perf_counter() - start - paused, scheduler=scheduler.state_dict(),
                 readings=pipe.ranks.by_stage([[tuple(r) for r in p.readings] if p else [] for p in probes]),
+                config=config.to_json(), **noted(),
             )  # fmt: skip
 
         try:
-            for step in range(done + 1, total + 1):
-                if profile and step == first:
-                    result.profile = Trace(pipe.names)
-                    pipe.watch(result.profile)
-                elif profile and step == first + PROFILED:
-                    pipe.watch(None)
-                lrs.append(float(scheduler.get_last_lr()[0]))
-                loss = pipe.step(*(tensor.to(device) for tensor in minibatch))
-                if step < total:
-                    scheduler.step()
-                if loss is not None:
-                    report(loss, pipe.phase)
-                minibatch = next(batches)
-                if step < total and step % max(1, total // tests) == 0:
-                    watched = result.profile if step < first + PROFILED else None
-                    if watched:
+            with pipe:  # tells other processes why, if it is an error
+                for step in range(done + 1, total + 1):
+                    if profile and step == first:
+                        result.profile = Trace(pipe.names)
+                        pipe.watch(result.profile)
+                    elif profile and step == first + PROFILED:
                         pipe.watch(None)
-                    before = time.perf_counter()
-                    test(step)
-                    paused += time.perf_counter() - before
-                    if watched:
-                        pipe.watch(watched)
-                if config.checkpoint_every and step % config.checkpoint_every == 0:
-                    save(step)
-            for loss in pipe.drain():
-                report(loss, "drain")
-            result.seconds = time.perf_counter() - start - paused
-            test(total)
+                    lrs.append(float(scheduler.get_last_lr()[0]))
+                    loss = pipe.step(*(tensor.to(device) for tensor in minibatch))
+                    if step < total:
+                        scheduler.step()
+                    if loss is not None:
+                        report(loss, pipe.phase)
+                    minibatch = next(batches)
+                    if step < total and step % max(1, total // tests) == 0:
+                        watched = result.profile if step < first + PROFILED else None
+                        if watched:
+                            pipe.watch(None)
+                        before = time.perf_counter()
+                        test(step)
+                        paused += time.perf_counter() - before
+                        if watched:
+                            pipe.watch(watched)
+                    if config.checkpoint_every and step % config.checkpoint_every == 0:
+                        save(step)
+                for loss in pipe.drain():
+                    report(loss, "drain")
+                result.seconds = time.perf_counter() - start - paused
+                test(total)
         except DivergenceError as error:
             result.diverged = str(error)
-        except KeyboardInterrupt:
-            if pipe.ranks.size > 1:
-                raise  # the other processes have no part left in what follows
-            result.interrupted = True
+        except (KeyboardInterrupt, StageInterrupted) as interrupt:
+            result.signal = number_of(interrupt)
         result.seconds = result.seconds or time.perf_counter() - start - paused
-        if result.profile:
+        apart = result.interrupted and pipe.ranks.size > 1  # the processes may be anywhere
+        if apart:
+            result.profile = None
+        elif result.profile:
             pipe.watch(None)
-        pipe.close()
-        result.trace = [event for events in pipe.ranks.gather(pipe.trace) for event in events]
-        found = pipe.ranks.by_stage(
-            [(p.relative_error(), p.readings) if p else (None, list[Reading]()) for p in probes]
-        )
-        result.stages = [
-            StageResult(name, delay, measured, error, readings, memory)
-            for name, delay, measured, (error, readings), memory in zip(
-                pipe.names, pipe.delays, pipe.measured_delays(), found, pipe.memory(), strict=True
+        own = [
+            StageResult(
+                pipe.names[stage.index],
+                stage.delay,
+                dict(stage.measured),
+                probe.relative_error() if probe else None,
+                probe.readings if probe else [],
+                stage_memory(stage),
             )
+            for stage, probe in zip(pipe.stages, probes, strict=True)
         ]
+        parts = last_words((pipe.trace, own)) if apart else pipe.ranks.gather((pipe.trace, own))
+        result.trace = [event for part in parts if part is not None for event in part[0]]
+        if None not in parts:
+            result.stages = [stage for part in parts if part is not None for stage in part[1]]
     return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import itertools
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -51,23 +50,6 @@ class Ranks:
             if not any(p.requires_grad for stage in held for p in stages[stage].parameters()):
                 where = f" in process {rank}: its stages are {held.start} to {held.stop - 1}" if self.size > 1 else ""
                 raise ValueError(f"no stage has parameters to train{where}")
-
-    def check_same(self, stages: Sequence[nn.Module]) -> None:
-        """Refuse processes that have cut their model differently, in all processes alike.
-
-        Raises:
-            ValueError: a stage has other parameters in one process than in the first.
-        """
-        own = [[(name, tuple(p.shape)) for name, p in stage.named_parameters()] for stage in stages]
-        first, *others = self.gather(own)
-        for rank, other in enumerate(others, start=1):
-            differs = [s for s, pair in enumerate(itertools.zip_longest(first, other)) if pair[0] != pair[1]]
-            if differs:
-                raise ValueError(
-                    f"stage {differs[0]} has other parameters in process {rank} than in process 0: cut the model at "
-                    "the same layers in all, and where that is measured (balance='time'), in one: "
-                    "layerpipe.partition.cut_at(stages) is what the others' layerpipe.split takes as at="
-                )
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in their order."""

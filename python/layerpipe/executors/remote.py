@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from layerpipe.errors import DivergenceError, StageError
+from layerpipe.errors import DivergenceError, StageError, StageInterrupted
 from layerpipe.executors.channels import Channel, ChannelClosed, moved
 from layerpipe.executors.ranks import Ranks, reached
 from layerpipe_kernels.layout import distinct, fill, order
@@ -30,6 +30,10 @@ _HEADER = 4096  # bytes: what follows, a number that depends on it, and room for
 _TENSORS, _LAYOUT, _EMPTY, _END = range(4)
 _UNSENT = 4  # messages that may be on their way at once
 _LAST_WORDS = datetime.timedelta(seconds=5)  # for a message that nobody may be there to take
+
+
+#: What one process's error is in the others, the most special first.
+_KINDS: tuple[type[StageError], ...] = (DivergenceError, StageInterrupted, StageError)
 
 
 class _Kind(NamedTuple):
@@ -159,14 +163,21 @@ class Outgoing(_End):
         else:
             stage, message = "", "closed its pipeline" if error is None else f"{type(error).__name__}: {error}"
         # A character is 6 bytes of JSON at worst.
-        content = {"diverged": isinstance(error, DivergenceError), "stage": stage[:150], "message": message[:500]}
+        kind = next((i for i, known in enumerate(_KINDS) if isinstance(error, known)), len(_KINDS) - 1)
+        if isinstance(error, KeyboardInterrupt):
+            kind = _KINDS.index(StageInterrupted)
+        content = {"kind": kind, "stage": stage[:150], "message": message[:500]}
         text = json.dumps(content).encode()
         buffer = self._buffer(_END, len(text), wait=False)
         buffer[16 : 16 + len(text)] = _bytes(text)
         with contextlib.suppress(StageError):
             self._send(buffer)
+            interrupted = isinstance(
+                error, KeyboardInterrupt | StageInterrupted
+            )  # as others are, who take nothing more
+            limit = _LAST_WORDS / 5 if interrupted else _LAST_WORDS
             for work, _ in self._unsent if error is not None else ():
-                reached(self.peer.name, functools.partial(work.wait, _LAST_WORDS))
+                reached(self.peer.name, functools.partial(work.wait, limit))
 
     def _buffer(self, kind: int, number: int = 0, *, wait: bool = True) -> Tensor:
         buffer = None
@@ -245,7 +256,7 @@ class Incoming(_End):
 
     def _ended(self, content: dict[str, Any]) -> StageError:
         self.ended = True
-        kind = DivergenceError if content["diverged"] else StageError
+        kind: type[StageError] = _KINDS[content["kind"]]
         return kind(content["stage"] or self.peer.name, content["message"])
 
     def _wait(self) -> None:

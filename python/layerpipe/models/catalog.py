@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from layerpipe.models.factory import find, is_name
 from layerpipe.models.gpt import GPT
 from layerpipe.models.mlp import mlp
 from layerpipe.models.resnet import resnet18
@@ -78,8 +78,8 @@ def load(
     if name in CATALOG:
         entry = CATALOG[name]
         factory, shapes = entry.factory, list(inputs) or entry.inputs(options)
-    elif name.find(":") > 0:
-        factory, shapes = _find(name), list(inputs)
+    elif is_name(name):
+        factory, shapes = find(name), list(inputs)
         if not shapes:
             raise ValueError(f"{name} needs the shape of its input, e.g. --input 3,224,224 or --input 1024:int64")
     else:
@@ -89,6 +89,10 @@ def load(
             inspect.signature(factory).bind_partial(**options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name} does not take these options: {error}") from error
+    if name in CATALOG:
+        for option, value in options.items():
+            if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
+                raise ValueError(f"{name} cannot be made with {option}={value!r}, which is not more than 0")
     with torch.device(device):
         try:
             model = factory(**options)
@@ -103,15 +107,3 @@ def load(
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}, not an nn.Module")
     return model, examples
-
-
-def _find(name: str) -> Callable[..., Any]:
-    path, _, attribute = name.partition(":")
-    try:
-        module = importlib.import_module(path)
-    except ImportError as error:
-        raise ImportError(f"{name}: {error}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        raise ValueError(f"{name}: {path} has no function or class {attribute!r}")
-    return factory  # type: ignore[no-any-return]

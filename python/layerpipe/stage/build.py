@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from layerpipe.errors import divergence_advice
+from layerpipe.executors.agreement import check_same_optimizers
 from layerpipe.executors.ranks import Ranks
 from layerpipe.loss import LossWeights
 from layerpipe.stage.accumulation import Accumulation
@@ -44,18 +45,22 @@ def build(
     Raises:
         ValueError: an optimizer holds other parameters than its stage's.
         Exception: what a factory raised in this process; a RuntimeError where it was another one.
+        ValueError: the factory gives one stage's optimizer other options in another process.
     """
     advice = divergence_advice(past["past"], past["order"], max(a.delay for a in accumulations))
 
     owners = Owners(modules, names)
 
-    def make(i: int) -> Stage:
+    def make_optimizer(i: int) -> torch.optim.Optimizer | None:
         params = [p for p in modules[i].parameters() if p.requires_grad]
-        last = i == len(modules) - 1
-        if last and not params:
+        if i == len(modules) - 1 and not params:
             params = [*loss.trained.values()]
+        return optimizer(params, delay=accumulations[i].delay, **past) if params else None
+
+    def make(i: int) -> Stage:
+        last = i == len(modules) - 1
         mark_embeddings_and_output(modules[i], output=last)
-        stepping = optimizer(params, delay=accumulations[i].delay, **past) if params else None
+        stepping = make_optimizer(i)
         if stepping is not None:
             if last:
                 loss.train_with(stepping)
@@ -80,4 +85,5 @@ def build(
     except Exception as caught:
         error = caught
     ranks.agree(error, RuntimeError)
+    check_same_optimizers(ranks, [s.optimizer for s in made if s.optimizer is not None], modules, make_optimizer)
     return made
