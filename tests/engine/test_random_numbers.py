@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import layerpipe
 from layerpipe.stage import random_numbers
+from layerpipe.stage.other_generators import Watch
 from layerpipe.stage.random_numbers import seed
 from tests.engine.models import chain, minibatches
 from tests.engine.pipelines import sgd
@@ -148,7 +149,10 @@ def test_only_what_draws_is_watched() -> None:
         assert [stage.random is not None and stage.random.draws for stage in pipe.stages] == [False, False, True]
         assert pipe.stages[2].random is not None
         assert pipe.stages[0].random is not None
-        assert pipe.stages[0].random.during("forward") is pipe.stages[2].random.during("loss")  # nothing to do
+        for stage, what in ((0, "forward"), (2, "loss")):  # but for generators that are not torch's
+            random = pipe.stages[stage].random
+            assert random is not None
+            assert isinstance(random.during(what), Watch)
 
 
 @pytest.mark.parametrize("drained", [False, True])

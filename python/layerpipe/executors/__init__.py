@@ -16,6 +16,7 @@ from layerpipe.executors.streams import Streams
 from layerpipe.executors.threads import Threads
 from layerpipe.partition.split_stage import uncompiled
 from layerpipe.stage import Stage
+from layerpipe.stage.other_generators import OtherGenerators, check_not_shared
 from layerpipe.stage.random_numbers import HandedIn, RandomNumbers, Swapped, seed
 
 NAMES = ("serial", "threads", "streams", "graphs", "distributed")
@@ -50,8 +51,12 @@ def random_numbers(name: str, stages: Sequence[nn.Module], ranks: Ranks) -> list
     common = ranks.gather(seed())[0]
     if len(stages) == 1 or name == "graphs":
         return [None] * len(stages)
+    if name in ("threads", "distributed"):
+        check_not_shared(stages, [f"stage {i} ({type(stage).__name__})" for i, stage in enumerate(stages)])
     if name == "threads":
-        return [HandedIn(common, i) if uncompiled(stage) is stage else None for i, stage in enumerate(stages)]
+        drawn = [i for i, stage in enumerate(stages) if uncompiled(stage) is stage]
+        others = OtherGenerators(drawn)
+        return [HandedIn(common, i, others) if i in drawn else None for i in range(len(stages))]
     return [Swapped(common, i) for i in range(len(stages))]
 
 
@@ -86,6 +91,7 @@ def make(
         return (Streams if name == "streams" else Graphs)(names, run, stages, devices)
     if name == "threads":
         executor = Threads(names, run, close_channels=close_channels, threads_per_stage=threads_per_stage)
+        executor.others = next((s.random.others for s in stages if isinstance(s.random, HandedIn)), None)
     elif name == "distributed":
         executor = Distributed(names, run, ranks=ranks, losses=losses)
     else:

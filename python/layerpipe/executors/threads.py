@@ -14,6 +14,7 @@ import torch
 from layerpipe.executors.base import Executor, Run, Tick
 from layerpipe.executors.channels import ChannelClosed
 from layerpipe.schedule import Action
+from layerpipe.stage.other_generators import OtherGenerators
 from layerpipe.stage.random_numbers import share_torchs_generator
 
 
@@ -40,6 +41,7 @@ class Threads(Executor):
         super().__init__(names, run)
         share_torchs_generator()
         self._close_channels = close_channels
+        self.others: OtherGenerators | None = None
         self._process = os.getpid()
         _RUNNING.add(self)
         self._commands: list[Commands] = [queue.SimpleQueue() for _ in names]
@@ -70,11 +72,18 @@ class Threads(Executor):
     def submit(self, tick: Tick) -> None:
         self.check()
         self._take_events(block=False)
+        looking = self.others is not None and self.others.wanted
+        if self.others is not None and looking:  # nobody else may draw random numbers for as long as this tick takes
+            self.synchronize()
+            self.others.looking = True
         by_stage: list[list[Action]] = [[] for _ in self._commands]
         for action in tick.actions:
             by_stage[action.stage].append(action)
         for commands, actions in zip(self._commands, by_stage, strict=True):
             commands.put((tick, actions))
+        if self.others is not None and looking:
+            self.synchronize()
+            self.others.done()
 
     def wait(self, done: Callable[[], bool]) -> None:
         self.check()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import CheckpointFunction
 
 _C: Any = torch._C._autograd
 _running = threading.local()  # .stage: whose forward this thread runs
@@ -42,7 +43,8 @@ def _told() -> Watched | None:
 
 @functools.cache
 def tell_of_other_hooks() -> None:
-    """Let torch tell a running stage of hooks within its forward, and take its own away where none are allowed.
+    """Let torch tell a running stage of hooks and reentrant checkpoints within its forward, and take its own hooks away
+    where none are allowed.
 
     Outside a stage's forward everything is as it was.
     """
@@ -75,5 +77,15 @@ def tell_of_other_hooks() -> None:
             stage.lifted = False
             stage.push()
 
+    recomputed: Any = CheckpointFunction.forward
+
+    @functools.wraps(recomputed)
+    def told_forward(*args: Any, **kwargs: Any) -> Any:
+        stage = _told()
+        if stage is not None:
+            stage.unseen = True
+        return recomputed(*args, **kwargs)
+
+    CheckpointFunction.forward = staticmethod(told_forward)  # type: ignore[method-assign]
     saved_tensors_hooks.__enter__ = told_enter  # type: ignore[method-assign]
     _C._saved_tensors_hooks_disable, _C._saved_tensors_hooks_enable = told_disable, told_enable

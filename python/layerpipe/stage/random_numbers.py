@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from layerpipe.stage.other_generators import OtherGenerators
+
 _NOTHING = nullcontext()
 
 
@@ -103,8 +105,14 @@ class RandomNumbers(ABC):
     def lend(self) -> AbstractContextManager[object]:
         """Let torch draw from :attr:`generator` in this thread."""
 
-    def recomputing(self) -> AbstractContextManager[object]:
-        """Around a backward, which may call layers again and then needs the numbers of their forward."""
+    @property
+    def refuses_recomputation(self) -> bool:
+        """Whether the layers draw and must not be called again in a backward."""
+        return False
+
+    def recomputing(self, known: bool) -> AbstractContextManager[object]:
+        """Around a backward, which may call layers again and then needs the numbers of their forward; ``known``
+        whether its forward has shown that it will."""
         return _NOTHING
 
 
@@ -129,23 +137,47 @@ class Swapped(RandomNumbers):
 class HandedIn(RandomNumbers):
     """For stages in threads of their own: every random operator is handed the stage's generator.
 
+    Draws from Python's and NumPy's generators are refused.
+
     What torch compiles makes its own random operators, which cannot be reached: a compiled stage draws from torch's.
     """
 
-    def __init__(self, seed: int, stage: int) -> None:
+    def __init__(self, seed: int, stage: int, others: OtherGenerators) -> None:
         super().__init__(seed, stage)
+        self.others, self._stage = others, stage
         self._looked = False  # whether a backward has come since
+
+    @property
+    def refuses_recomputation(self) -> bool:
+        return self.draws
 
     def look_again(self) -> None:
         super().look_again()
+        self.others.look_again(self._stage)
         self._looked = False
+
+    @contextmanager
+    def _first(self, what: str) -> Iterator[None]:
+        with self.others.forward(self._stage, torchs=False), super()._first(what):
+            yield
+
+    def during(self, what: str) -> AbstractContextManager[object]:
+        draws = self._draws.get(what)
+        if draws is None:
+            return self._first(what)
+        return self._watched() if draws else self.others.forward(self._stage, torchs=True)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        with self.others.forward(self._stage, torchs=False), self.lend():
+            yield
 
     def lend(self) -> AbstractContextManager[object]:
         return _Handing(self.generator)
 
-    def recomputing(self) -> AbstractContextManager[object]:
+    def recomputing(self, known: bool) -> AbstractContextManager[object]:
         first, self._looked = not self._looked, True
-        return _Refusing() if first and self.draws else _NOTHING  # type: ignore[no-untyped-call]
+        return _Refusing() if (first or known) and self.draws else _NOTHING  # type: ignore[no-untyped-call]
 
 
 class _Handing(TorchDispatchMode):

@@ -58,15 +58,12 @@ class SplitBackward:
     Args:
         outputs: of the stage, those that need gradients.
         inputs: of the stage, leaves that gradients are wanted of.
-
-    Attributes:
-        possible: whether the graph may be walked for some of its leaves only, which a reentrant checkpoint refuses.
     """
 
     def __init__(self, outputs: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
         self._outputs, self._inputs = outputs, inputs
         wanted = set(inputs)
-        leaves, self._layers, self.possible = _separate(outputs, wanted)
+        leaves, self._layers = _separate(outputs, wanted)
         waiting = {p for layer in self._layers for p in layer.params}
         self._now = [*inputs, *(leaf for leaf in leaves if leaf not in waiting and leaf not in wanted)]
 
@@ -86,11 +83,9 @@ class SplitBackward:
         self._layers = []
 
 
-def _separate(outputs: Sequence[Tensor], inputs: set[Tensor]) -> tuple[list[Tensor], list[_Layer], bool]:
-    """All leaves of the graph, and the nodes whose weights can wait, from the outputs down to the inputs; and whether
-    no node is a reentrant checkpoint's."""
+def _separate(outputs: Sequence[Tensor], inputs: set[Tensor]) -> tuple[list[Tensor], list[_Layer]]:
+    """All leaves of the graph, and the nodes whose weights can wait, from the outputs down to the inputs."""
     leaves: list[Tensor] = []
-    possible = True
     uses: dict[Any, int] = {}
     found: list[tuple[Any, list[Any]]] = []
     roots = [get_gradient_edge(y).node for y in outputs]
@@ -108,9 +103,7 @@ def _separate(outputs: Sequence[Tensor], inputs: set[Tensor]) -> tuple[list[Tens
             if child not in seen:
                 seen.add(child)
                 todo.append(child)
-        name = node.name()
-        possible = possible and name != "CheckpointFunctionBackward"
-        if name.startswith(_SEPARABLE):
+        if node.name().startswith(_SEPARABLE):
             chains = [chain for child in following if (chain := _to_weight(child, inputs))]
             if chains and len(chains) < len(following):  # and a gradient goes on to what came before
                 found.append((node, chains))
@@ -118,7 +111,7 @@ def _separate(outputs: Sequence[Tensor], inputs: set[Tensor]) -> tuple[list[Tens
     for node, chains in found:
         if all(uses[step] == 1 for chain in chains for step in chain):
             layers.append(_Layer(node, [chain[-1].variable for chain in chains], _Arrived()))
-    return leaves, layers, possible
+    return leaves, layers
 
 
 def _to_weight(node: Any, inputs: set[Tensor]) -> list[Any]:

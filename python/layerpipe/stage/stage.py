@@ -175,6 +175,7 @@ class Stage:
         given = self._inputs.given(inputs) if self.index else inputs
         # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
         hooked = self.accumulation.late or self.version == self.base or self._split_backward
+        hooked = hooked or (self.random is not None and self.random.refuses_recomputation)
         start = self.mark()
         with self._drawing("forward"):
             if hooked:
@@ -268,7 +269,7 @@ class Stage:
         if wanted:
             start = self.mark()
             seen = self._arrival.watch(flight.inputs if self.index else ())
-            with _NOTHING if self.random is None else self.random.recomputing():
+            with _NOTHING if self.random is None else self.random.recomputing(flight.left is not None):
                 self._differentiate(flight, [y for y, _ in wanted], [g for _, g in wanted])
             self.span(LAYERS, start)
         if not self.index:
@@ -281,16 +282,14 @@ class Stage:
         return upstream
 
     def _differentiate(self, flight: _Flight, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
-        rest = None
-        if self._split_backward and flight.left is None and (leaves := [x for x in flight.inputs if x.requires_grad]):
-            rest = SplitBackward(outputs, leaves)
         late = self.accumulation.late
         try:
             if late:
                 self.in_place.begin(flight.left)
-            if rest is not None and rest.possible:
-                rest.activations(grads)
-                self._rest = rest
+            split = self._split_backward and flight.left is None  # what recomputes wants its graph walked at once
+            if split and (leaves := [x for x in flight.inputs if x.requires_grad]):
+                self._rest = SplitBackward(outputs, leaves)
+                self._rest.activations(grads)
             else:
                 autograd.backward(outputs, grads)
         finally:
