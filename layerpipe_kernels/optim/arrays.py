@@ -58,9 +58,9 @@ def complete(
         if state.get(name) is None:
             state[name] = _zeros_apart(param, full, 1 + kept.states.index(name))
             fresh.add(param)
-    if kept.emas and ("ema" not in state or len(state["ema"]) != kept.emas):
+    if kept.emas and (state.get("ema") is None or len(state["ema"]) != kept.emas):
         state["ema"] = _zeros_apart(param, ema_dtype or full, 4, kept.emas)
-    if kept.past and "past" not in state:
+    if kept.past and state.get("past") is None:
         state["past"] = _zeros_apart(param, param.dtype, 5).copy_(param)
     if not kept.previous:
         state.pop("previous_update", None)  # nothing is predicted
@@ -68,7 +68,7 @@ def complete(
         state["previous_update"] = _zeros_apart(param, full, 7)
     if not kept.master:
         state.pop("master", None)  # the next step would leave it behind
-    elif "master" not in state:
+    elif state.get("master") is None:
         state["master"] = _zeros_apart(param, torch.float32, 6).copy_(param)
     return state
 

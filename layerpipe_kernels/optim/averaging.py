@@ -79,8 +79,10 @@ class AveragingOptimizer(PastOptimizer):
     def _emas(param: Tensor, state: dict[str, Any], count: int, dtype: torch.dtype | None) -> list[Tensor]:
         if not count:
             return []
-        if "ema" not in state or len(state["ema"]) != count:
-            dtype = dtype or reference.state_dtype(param.dtype)
+        full, ema = reference.state_dtype(param.dtype), state.get("ema")
+        kept = isinstance(ema, Tensor) and ema.shape == (count, *param.shape) and ema.dtype in (full, torch.bfloat16)
+        if not kept:
+            dtype = dtype or full
             memory = torch.zeros(count * param.numel(), dtype=dtype, device=param.device)
             state["ema"] = layout.arrange(memory, param, count)
         return list(state["ema"].unbind(0))

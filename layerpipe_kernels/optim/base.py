@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +13,13 @@ from layerpipe_kernels import history, layout
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
-from layerpipe_kernels.optim.checkpoint import GROUP_STATE, HISTORY_KEYS
+from layerpipe_kernels.optim.checkpoint import CLOCK, GROUP_STATE, HISTORY_KEYS
 from layerpipe_kernels.optim.prediction import PredictedWeights, check_prediction
 from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, settings_of
 from layerpipe_kernels.optim.still import StillParameters
+
+#: What may be different in every step, or is a group's clock.
+_OF_EVERY_STEP = ("params", "lr", *GROUP_STATE)
 
 
 class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
@@ -39,6 +44,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         self._reset_caches()
 
     def _reset_caches(self) -> None:
+        self._checked: dict[int, Group] = {}  # per group: the options that were checked last
         self._histories: dict[int, tuple[Any, history.History]] = {}
         self._places: dict[Tensor, tuple[int, int]] = {}  # of a parameter: its group, and its place there
         # Per group: what its past weights are made with after the update that the clock shows.
@@ -77,6 +83,28 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         check_prediction(group)
         if group["delay"]:
             history.make(group["past"], self._settings(group))
+
+    def _check_changed(self) -> None:
+        """Check the groups whose options are not those that were checked last: before a step writes anything.
+
+        Raises:
+            KeyError: an option is gone.
+            ValueError: as when the group was made; so does a TypeError.
+        """
+        for index, group in enumerate(self.param_groups):
+            options = {name: value for name, value in group.items() if name not in _OF_EVERY_STEP}
+            with contextlib.suppress(Exception):  # whatever cannot be compared, has changed
+                if self._checked[index] == options:
+                    continue
+            if gone := [name for name in self._needed if name not in group]:
+                raise KeyError(f"param_groups[{index}] has no {gone[0]!r} any more")
+            self._check_group(group)
+            self._checked[index] = options
+
+    @property
+    def _needed(self) -> Iterable[str]:
+        """Options that a group must have; torch adds one to the defaults when a state is loaded."""
+        return [*(name for name in self.defaults if name != "differentiable"), *CLOCK]
 
     def _settings(self, group: Group) -> history.Settings:
         return settings_of(group)
@@ -135,9 +163,10 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         finally:
             last.remove()
         state_dict = taken
-        self._still = {p for p, state in self.state.items() if state.pop(checkpoint.STILL, False)}
+        states = checkpoint.by_parameter(self.state)
+        self._still = {param for param, state in states if state.pop(checkpoint.STILL, False)}
         checkpoint.restore_precision(self.param_groups, self.state, state_dict)
-        for param in self.state:
+        for param, _ in states:
             self._aligned_state(param)
         checkpoint.restart_where_lost(self, self.state, state_dict)
         for group in self.param_groups:
@@ -296,20 +325,20 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         taken for the weights themselves, from which the next update predicts anew.
         """
         self._weights_taken_over()
-        for param, state in self.state.items():
+        for param, state in checkpoint.by_parameter(self.state):
             master = state.get("master")
             if master is not None and not (self._evaluates(param) and "previous_update" in state):
                 master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
 
     def history_bytes(self) -> int:
         """Bytes kept for past weights, the weights themselves and the optimizer's own state not counted."""
-        return sum(s[k].nbytes for s in self.state.values() for k in HISTORY_KEYS if k in s)
+        return sum(s[k].nbytes for _, s in checkpoint.by_parameter(self.state) for k in HISTORY_KEYS if k in s)
 
     def optimizer_bytes(self) -> int:
         """Bytes of the optimizer's own state."""
         return sum(
             v.nbytes
-            for s in self.state.values()
+            for _, s in checkpoint.by_parameter(self.state)
             for k, v in s.items()
             if k not in HISTORY_KEYS and isinstance(v, Tensor)
         )

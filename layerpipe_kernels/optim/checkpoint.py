@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +48,16 @@ GROUP_STATE: dict[str, Any] = {**CLOCK, "staleness": None, "horizon": 0.0, "hori
 
 #: In a checkpoint: the last update did not reach this parameter, so its momentum buffer is not the newest update.
 STILL = "still"
+
+
+def by_parameter(state: Mapping[Any, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+    """The parameters' entries of an optimizer's state, which may have others, as torch allows."""
+    return [(param, entry) for param, entry in state.items() if isinstance(param, Tensor)]
+
+
+def without(names: Collection[str], entry: Any) -> Any:
+    """A parameter's entry of an optimizer's state without these arrays; another entry as it is."""
+    return {k: v for k, v in entry.items() if k not in names} if isinstance(entry, dict) else entry
 
 
 def without_unmoved(packed: StateDict, keeps_state: list[bool]) -> StateDict:

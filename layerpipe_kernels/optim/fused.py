@@ -126,6 +126,7 @@ class FusedOptimizer(PastOptimizer):
             return loss
         self._refuse_evaluation("a step")
         # All groups are looked at before any weight is written.
+        self._check_changed()
         options = [self._options(group) for group in self.param_groups]
         before = [group["horizon"] for group in self.param_groups]
         try:

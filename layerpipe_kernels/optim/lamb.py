@@ -83,13 +83,12 @@ class Lamb(AveragingOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_evaluation("a step")
+        self._check_changed()
         for group in self.param_groups:
             require_finite(group, ("lr", "eps", "weight_decay"))
             for i, param in enumerate(group["params"]):
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise TypeError(
-                        f"the gradient of {self.name(group, i)} is {param.grad.layout}; only dense ones are"
-                    )
+                if param.grad is not None:
+                    self._check_arrays(self.name(group, i), param, param.grad)
         for group in self.param_groups:
             self._before_step(group)
             made = iter(self._update(group, [p for p in group["params"] if p.grad is not None]))
@@ -130,6 +129,21 @@ class Lamb(AveragingOptimizer):
         for param, weight, update in zip(params, weights, updates, strict=True):
             param.copy_(weight - update) if weight.dtype != param.dtype else param.sub_(update)
         return list(updates)
+
+    def _check_arrays(self, name: str, param: Tensor, grad: Tensor) -> None:
+        """Refuse a gradient or a state that does not fit, before anything is written."""
+        if grad.layout != torch.strided:
+            raise TypeError(f"the gradient of {name} is {grad.layout}; only dense ones are supported")
+        full, state = reference.state_dtype(param.dtype), self.state.get(param) or {}
+        if grad.shape != param.shape:
+            raise ValueError(f"the gradient of {name} is of shape {tuple(grad.shape)}, not {tuple(param.shape)}")
+        for key in ("exp_avg", "exp_avg_sq") if "step" in state else ():
+            value = state.get(key)
+            if not isinstance(value, Tensor) or value.shape != param.shape or value.dtype != full:
+                shown = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                raise ValueError(f"state {key!r} of {name} must be {tuple(param.shape)} {full}, got {shown}")
+        if not isinstance(state.get("step", grad), Tensor):
+            raise ValueError(f"state 'step' of {name} must be a tensor, got {state['step']!r}")
 
     def _state(self, param: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]

@@ -26,6 +26,8 @@ PAST_DEFAULTS: dict[str, Any] = {
     "weight_prediction": 0.0,
 }
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 #: The options that decide how a group has its past weights.
 DESIGNED_BY = (
     *("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov"),
@@ -49,15 +51,18 @@ def check_past(group: Group, names: Sequence[str]) -> None:
                 f"parameter {names[i]} is a DTensor, which is not supported; use torch.optim's "
                 "optimizer for sharded parameters"
             )
-        if not param.dtype.is_floating_point:
+        if param.dtype not in _DTYPES:
             raise TypeError(
-                f"parameter {names[i]} of dtype {param.dtype} is not supported; only real floating-point parameters are"
+                f"parameter {names[i]} of dtype {param.dtype} is not supported; only real floating-point parameters of "
+                "16, 32 or 64 bits are"
             )
         if param.dtype == torch.float64 and delay and group["ema_dtype"] is not None:
             raise ValueError(
                 f"parameter {names[i]} of dtype torch.float64 has averages of the same dtype; leave out "
                 f"ema_dtype={group['ema_dtype']}"
             )
+    if not isinstance(group["seed"], int):
+        raise ValueError(f"seed must be a whole number, got {group['seed']!r}")
     if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16):
         raise ValueError(f"ema_dtype must be torch.float32 or torch.bfloat16, got {group['ema_dtype']}")
     if group["past"] not in history.KINDS:

@@ -111,8 +111,8 @@ class SGD(FusedOptimizer):
             group["momentum"],
             group["dampening"],
             float(group["weight_decay"]),
-            group["nesterov"],
-            group["maximize"],
+            bool(group["nesterov"]),
+            bool(group["maximize"]),
             newest_share(group, float(group["momentum"])) if group["momentum"] else 0.0,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
 from layerpipe_kernels.optim.base import PastOptimizer
-from layerpipe_kernels.optim.checkpoint import GROUP_STATE, HISTORY_KEYS, PREDICTION_KEYS
+from layerpipe_kernels.optim.checkpoint import CLOCK, GROUP_STATE, HISTORY_KEYS, PREDICTION_KEYS
 from layerpipe_kernels.optim.prediction import horizon_of, newest_share, predicts
-from layerpipe_kernels.optim.settings import past_given
+from layerpipe_kernels.optim.settings import PAST_DEFAULTS, past_given
 
 #: What this optimizer keeps in a parameter's state, beside the wrapped one's.
 _OWN = (*HISTORY_KEYS, *PREDICTION_KEYS)
@@ -77,6 +77,12 @@ class PastWeights(AveragingOptimizer):
                     f"this {type(optimizer).__name__} has a past of its own already (delay={group.get('delay')}): wrap "
                     "an optimizer once, and load a checkpoint into the PastWeights that wraps it"
                 )
+        if taken := sorted({*PAST_DEFAULTS, *CLOCK} & optimizer.defaults.keys()):
+            raise ValueError(
+                f"{type(optimizer).__name__} has an option {taken[0]!r} of its own, and PastWeights keeps one of that "
+                "name in the same parameter groups: each would take the other's. Wrap a subclass that calls its option "
+                "something else"
+            )
         self.optimizer = optimizer
         self._options = past_given(locals())
         self._complete = False
@@ -138,6 +144,10 @@ class PastWeights(AveragingOptimizer):
             )
         super()._check_group(group)
 
+    @property
+    def _needed(self) -> Iterable[str]:
+        return (*PAST_DEFAULTS, *CLOCK)
+
     def _settings(self, group: Group) -> history.Settings:
         known = super()._settings(group)
         correlation = min(max(known.correlation, 0.0), 0.99)
@@ -149,13 +159,14 @@ class PastWeights(AveragingOptimizer):
         for group in self.param_groups:
             if "updates" not in group:  # added, or loaded from a checkpoint, behind our back
                 self._adopt(group)
+        self._check_changed()
         self._refuse_evaluation("a step")
         loss = None
         if closure is not None and any(map(predicts, self.param_groups)):
             with torch.enable_grad():
                 loss, closure = closure(), None
         before: list[list[Tensor | None]] = []
-        for param, state in self.optimizer.state.items():
+        for param, state in checkpoint.by_parameter(self.optimizer.state):
             layout.align(state, param)  # torch's fused steps do not look at strides
         for group in self.param_groups:
             self._before_step(group)
@@ -249,7 +260,8 @@ class PastWeights(AveragingOptimizer):
             changed = before(self, state_dict)
             state_dict = state_dict if changed is None else changed
         saved = checkpoint.with_options(self.param_groups, state_dict)
-        theirs = {i: {k: v for k, v in s.items() if k not in _OWN} for i, s in saved["state"].items()}
+        theirs = {i: checkpoint.without(_OWN, entry) for i, entry in saved["state"].items()}
+        self._refuse_without_theirs(saved, theirs)
         self.optimizer.load_state_dict({**saved, "state": {i: s for i, s in theirs.items() if s}})
         self.state.clear()
         self._reset_caches()
@@ -261,15 +273,26 @@ class PastWeights(AveragingOptimizer):
                     if key in _OWN:
                         dtype = checkpoint.kept_dtype(key, value, param)
                         self.state[param][key] = value.to(param.device, dtype, copy=True)
-        for param, state in self.state.items():
+        for param, state in checkpoint.by_parameter(self.state):
             layout.align(state, param)
         checkpoint.restart_where_lost(self, self.state, saved)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def _refuse_without_theirs(self, saved: dict[str, Any], theirs: dict[Any, Any]) -> None:
+        """Refuse a state that was flattened by names of this optimizer's own state, which lacks the wrapped one's."""
+        groups = zip(self.param_groups, saved["param_groups"], strict=False)
+        for param, index in (pair for a, b in groups for pair in zip(a["params"], b["params"], strict=False)):
+            if self.optimizer.state.get(param) and saved["state"].get(index) and not theirs[index]:
+                raise ValueError(
+                    f"the state to be loaded has past weights and nothing of {type(self.optimizer).__name__}'s own: "
+                    "was it flattened? Use StateDictOptions(flatten_optimizer_state_dict=False) with PastWeights"
+                )
+
     def optimizer_bytes(self) -> int:
         """Bytes of the wrapped optimizer's state."""
-        return sum(v.nbytes for s in self.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+        states = checkpoint.by_parameter(self.optimizer.state)
+        return sum(v.nbytes for _, state in states for v in state.values() if isinstance(v, Tensor))
 
 
 def _beta(group: Group) -> float:

@@ -82,7 +82,7 @@ def uncounted(stage: Stage) -> Iterator[None]:
 def held_by(stage: Stage) -> list[Any]:
     """What a captured step reads and its graph does not keep: for as long as that is replayed."""
     optimizer = stage.optimizer
-    states = [dict(state) for state in optimizer.state.values()] if optimizer is not None else []
+    states = [dict(s) for s in optimizer.state.values() if isinstance(s, dict)] if optimizer is not None else []
     return [*states, *optimizer.tables()] if isinstance(optimizer, FusedOptimizer) else states
 
 
