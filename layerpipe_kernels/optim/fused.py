@@ -286,10 +286,6 @@ class FusedOptimizer(PastOptimizer):
         """Of what the plan takes as a parameter's gradient."""
         return param.grad.dtype if param.grad is not None else None
 
-    def _complete(self, group: Group, param: Tensor, kept: Kept) -> dict[str, Any]:
-        """A parameter's state with all arrays of a step."""
-        return complete(self.state[param], param, kept, group["ema_dtype"], self._fresh)
-
     def _unchanged(self, ready: _Ready, moving: Sequence[Tensor]) -> bool:
         if len(moving) != len(ready.moving) or not all(map(operator.is_, moving, ready.moving)):
             return False
@@ -303,7 +299,7 @@ class FusedOptimizer(PastOptimizer):
     @torch.no_grad()
     def _prepare(self, group: Group, kept: Kept, moving: list[Tensor]) -> _Ready:
         params = list(group["params"])
-        states = [self._complete(group, p, kept) for p in moving]
+        states = [complete(self.state[p], p, kept, group["ema_dtype"], self._fresh) for p in moving]
         arrays = Arrays(
             moving,
             tuple([state[name] for state in states] for name in kept.states),

@@ -47,7 +47,7 @@ class Muon(PreconditionedOptimizer):
         ValueError: an option out of its range, or options that contradict each other.
     """
 
-    _matrix_state = _matrix_marks = ("momentum_buffer",)
+    _matrix_marks = ("momentum_buffer",)
 
     def __init__(
         self,

@@ -13,7 +13,6 @@ from torch import Tensor
 from layerpipe_kernels import layout, reference
 from layerpipe_kernels.optim import stacks
 from layerpipe_kernels.optim.arguments import Group, learning_rate, require_finite
-from layerpipe_kernels.optim.arrays import Kept
 from layerpipe_kernels.optim.capture import refuse_capture
 from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS, PREDICTION_KEYS
 from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
@@ -52,9 +51,7 @@ class PreconditionedOptimizer(FusedOptimizer):
 
     #: What of a group decides how its parameters are stepped.
     _parted_by: tuple[str, ...] = ("precondition",)
-    #: Names of a matrix's state.
-    _matrix_state: tuple[str, ...] = ()
-    #: Of these, what no other parameter's state has.
+    #: Names in a matrix's state that no other parameter's has.
     _matrix_marks: tuple[str, ...] = ()
 
     @property
@@ -238,13 +235,4 @@ class PreconditionedOptimizer(FusedOptimizer):
         past = {name: state[name] for name in (*HISTORY_KEYS, *PREDICTION_KEYS, "master") if name in state}
         layout.align(past, param)
         state.update(past)
-        return state
-
-    def _complete(self, group: Group, param: Tensor, kept: Kept) -> State:
-        state: State = self.state[param]
-        if not any(name in state for name in self._matrix_marks):
-            return super()._complete(group, param, kept)
-        own = {name: state.pop(name) for name in self._matrix_state if name in state}
-        super()._complete(group, param, kept)
-        state.update(own)
         return state

@@ -61,7 +61,6 @@ class SOAP(PreconditionedOptimizer):
     """
 
     _matrix_marks = (*_GRAMS, *_BASES, "refresh_in")
-    _matrix_state = (*_matrix_marks, *_ADAM)
     _parted_by = ("precondition", "max_precond_dim", "one_sided", "state_dtype", "precondition_frequency")
 
     def __init__(
@@ -146,7 +145,7 @@ class SOAP(PreconditionedOptimizer):
                 arrays[gram] = arrays[basis] = Array((n, n), dtype)
         for state in states:
             if any((name in state) != (name in arrays) for name in _BASES):  # new, or other sides were turned
-                for name in self._matrix_state:
+                for name in (*self._matrix_marks, *_ADAM):
                     state.pop(name, None)
         return Stack(params[0].device, states, arrays)
 
