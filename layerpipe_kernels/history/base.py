@@ -33,6 +33,7 @@ class Settings(NamedTuple):
     seed: int = 0  # of bfloat16 averages' rounding
     designed_horizon: float = 0.0  # of weight prediction where gradients are as late as the past is old
     horizon: float = 0.0  # which the present weights are predicted with
+    undoes: bool = False  # the optimizer can undo its last update
 
 
 class Clock(NamedTuple):
@@ -64,6 +65,7 @@ class History(ABC):
     """
 
     kind: ClassVar[str]
+    undone = False  # whether the optimizer makes the past weights, by undoing its last update
     needs_states: ClassVar[bool] = False  # in :meth:`before_update`
 
     def __init__(self, settings: Settings) -> None:

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerpipe_kernels import history
 from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_adam_group, check_flags, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
 from layerpipe_kernels.optim.prediction import newest_share
 from layerpipe_kernels.optim.settings import past_given
+from layerpipe_kernels.optim.undo import adam_undone
 from layerpipe_kernels.options import AdamOptions
 
 
@@ -105,6 +107,40 @@ class Adam(FusedOptimizer):
             group["maximize"],
             newest_share(group, beta1),
         )
+
+    def _settings(self, group: Group) -> history.Settings:
+        known = super()._settings(group)
+        # With spike compensation the gradient, which is gone, is part of the update; predicted weights move otherwise.
+        undoes = not (group["spike_compensation"] or group["weight_prediction"] or group["horizon"])
+        return known._replace(undoes=undoes)
+
+    def _undo(
+        self,
+        group: Group,
+        param: Tensor,
+        state: dict[str, Any],
+        lr: float | Tensor,
+        moved: float | Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        if "step" not in state or isinstance(moved, float):
+            return history.copy_into(out, param.detach())
+        options = self._stepped_with.get(id(group))
+        before = adam_undone(param, state, lr, self._options(group) if options is None else options)
+        if moved is not None:
+            before = torch.where(moved, before, state.get("master", param))
+        before = before.to(param.dtype)
+        return history.copy_into(out, before)
+
+    def _step_group(
+        self, index: int, group: Group, options: Any, found: Any, scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        self._stepped_with[id(group)] = options
+        super()._step_group(index, group, options, found, scale, found_inf)
+
+    def _reset_caches(self) -> None:
+        super()._reset_caches()
+        self._stepped_with: dict[int, AdamOptions] = {}  # what a group's last step had, while it is the same group
 
     def _states(self, group: Group) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -235,7 +235,10 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
-        result = past.past(param, state, mixture, moved=param not in self._still, out=out)
+        if past.undone:
+            result = self._undo(group, param, state, lr, None if param not in self._still else 0.0, out)
+        else:
+            result = past.past(param, state, mixture, moved=param not in self._still, out=out)
         if norms is not None:
             norms.match([result], [state], t, n=mixture.n)
         return result
@@ -252,10 +255,27 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
-        result = past.past_on_device(param, state, clock, n=n, moved=self._moved_on_device(param, clock), out=out)
+        moved = self._moved_on_device(param, clock)
+        if past.undone:
+            began = clock.t > 0
+            result = self._undo(group, param, state, clock.lr, began if moved is None else began & (moved > 0), out)
+        else:
+            result = past.past_on_device(param, state, clock, n=n, moved=moved, out=out)
         if norms is not None:
             norms.match([result], [state], clock, n=n)
         return result
+
+    def _undo(
+        self,
+        group: Group,
+        param: Tensor,
+        state: dict[str, Any],
+        lr: float | Tensor,
+        moved: float | Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
+        """The weights before the last update, if that ``moved`` the parameter (``None``: it did)."""
+        raise NotImplementedError
 
     def past_weight(self, param: Tensor, n: int | None = None, *, out: Tensor | None = None) -> Tensor:
         """The weights of ``n`` updates ago, as this parameter's history has them.

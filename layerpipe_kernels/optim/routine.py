@@ -57,7 +57,8 @@ class Routine:
         assert isinstance(plan.runner, NativeRunner)
         on_host = plan.device.type == "cpu"
         # Kinds that keep something of their own make their past weights themselves.
-        makes_past = type(past).past is History.past and not group["materialize"] if past is not None else False
+        makes_past = past is not None and type(past).past is History.past
+        makes_past = makes_past and not group["materialize"] and not past.undone  # type: ignore[union-attr]
         routine = backend.extension().Routine(
             group,
             tuple(key for key in group if key not in _MOVING),
