@@ -28,6 +28,7 @@ class StageInputs:
     """Makes a stage's inputs of what arrives, and finds out whether its layers change that in place."""
 
     def __init__(self) -> None:
+        self.settled = False  # whether the layers have run and change nothing in place: they get the leaves
         self._changed: dict[int, bool] = {}  # of each input that needs a gradient, once its layers have run
 
     def leaves(self, arrived: Tensors) -> Tensors:
@@ -36,8 +37,6 @@ class StageInputs:
 
     def given(self, leaves: Tensors) -> Tensors:
         """What the layers get: the leaves, or what may be changed in place; at first all of them may."""
-        if self._changed and not any(self._changed.values()):
-            return leaves
         return tuple(
             [_Computed.apply(x) if x.requires_grad and self._changed.get(i, True) else x for i, x in enumerate(leaves)]
         )
@@ -48,8 +47,6 @@ class StageInputs:
         Raises:
             RuntimeError: they have changed memory in place that another input shares.
         """
-        if given is leaves:
-            return
         for i, (leaf, x) in enumerate(zip(leaves, given, strict=True)):
             if x is leaf:
                 continue
@@ -57,8 +54,7 @@ class StageInputs:
             if x._version:
                 torch.autograd.graph.increment_version(leaf)  # whoever has kept it sees that it is another
                 _check_alone(i, leaves)
-        if leaves and not self._changed:
-            self._changed[0] = False
+        self.settled = not any(self._changed.values())
 
 
 def _check_alone(changed: int, leaves: Tensors) -> None:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointFunction
 
 _C: Any = torch._C._autograd
-_running = threading.local()  # .stage: whose forward this thread runs
+running = threading.local()  # .stage: whose forward this thread runs
 
 
 class Watched(Protocol):
@@ -32,13 +32,8 @@ class Watched(Protocol):
     def on_top(self) -> bool: ...
 
 
-def set_running(stage: Watched | None) -> None:
-    """Say whose hooks are to be told in this thread from here on."""
-    _running.stage = stage
-
-
 def _told() -> Watched | None:
-    return getattr(_running, "stage", None)
+    return getattr(running, "stage", None)
 
 
 @functools.cache

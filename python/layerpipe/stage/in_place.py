@@ -86,6 +86,8 @@ class PastInPlace(TorchFunctionMode):
         if self._left is None:
             _pop()
             self._saved.watched = False
+            if not self._now:
+                return
         written = None
         expected = dict(zip(self._params, self._left.versions, strict=True)) if self._left is not None else {}
         for param, (now, version) in self._now.items():

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerpipe.stage.hooks import set_running, tell_of_other_hooks
+from layerpipe.stage.hooks import running, tell_of_other_hooks
 from layerpipe.tracing.spans import PAST, Recorder
 from layerpipe_kernels.layout import replica
 
 _hooks: Any = torch._C._autograd
+_push, _pop = _hooks._push_saved_tensors_default_hooks, _hooks._pop_saved_tensors_default_hooks
 _references: Callable[[int], int] = torch._C._storage_Use_Count
 
 #: Larger constants are not copied for every minibatch in flight: bytes.
@@ -97,18 +98,18 @@ class SavedTensors:
         tell_of_other_hooks()
 
     def __enter__(self) -> None:
-        self.push()
-        set_running(self)
+        _push(*self._pair)
+        running.stage = self
 
     def __exit__(self, *error: object) -> None:
-        set_running(None)
-        self.pop()
+        running.stage = None
+        _pop()
 
     def push(self) -> None:
-        _hooks._push_saved_tensors_default_hooks(*self._pair)
+        _push(*self._pair)
 
     def pop(self) -> None:
-        _hooks._pop_saved_tensors_default_hooks()
+        _pop()
 
     def on_top(self) -> bool:
         top = _hooks._top_saved_tensors_default_hooks(True)
@@ -127,8 +128,12 @@ class SavedTensors:
 
     def end(self, inputs: Iterable[Any]) -> None:
         """After a forward: copy what others than the graph and the stage's inputs hold, and may change."""
-        constants, self._constants = self._constants, []
-        if not constants or self.past_view is None:
+        if not self._constants:
+            return
+        given = {x.data_ptr() for x in inputs if isinstance(x, Tensor) and x.layout == torch.strided}
+        constants = [saved for saved in self._constants if saved.tensor.data_ptr() not in given]
+        self._constants = []
+        if not constants:
             return
         memory = [saved.tensor.untyped_storage()._cdata for saved in constants]
         kept = collections.Counter(memory)

@@ -172,7 +172,7 @@ class Stage:
         if self.index:
             inputs = self._inputs.leaves(inputs)
         flight = self.enter(minibatch, inputs)
-        given = self._inputs.given(inputs) if self.index else inputs
+        given = inputs if not self.index or self._inputs.settled else self._inputs.given(inputs)
         # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
         hooked = self.accumulation.late or self.version == self.base or self._split_backward
         hooked = hooked or (self.random is not None and self.random.refuses_recomputation)
@@ -198,7 +198,7 @@ class Stage:
             warn_of_copies(self.name, self.module, tensors)
         if hooked:
             self._count(flight)
-        if self.index:
+        if given is not inputs:
             self._inputs.after(inputs, given)
         return tuple([handed_on(y, given) for y in tensors])
 
