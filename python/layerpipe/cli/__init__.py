@@ -6,6 +6,7 @@ import codecs
 import contextlib
 import os
 import sys
+from signal import SIGINT
 from typing import Any, NoReturn
 
 
@@ -19,9 +20,11 @@ def main(arguments: list[str] | None = None) -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_PLAIN)
     try:
-        with terminable():
+        with terminable() as signals:
             status = _run(sys.argv[1:] if arguments is None else arguments)
             sys.stdout.flush()
+            if signals and status == exit_status(SIGINT):  # what typer makes of every KeyboardInterrupt
+                status = exit_status(signals[0])
     except KeyboardInterrupt as interrupt:
         sys.exit(exit_status(number_of(interrupt)))
     except BrokenPipeError:

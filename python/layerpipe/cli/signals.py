@@ -28,19 +28,21 @@ def exit_status(number: int) -> int:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Raise :class:`Terminated` where SIGTERM or SIGHUP would end the process at once."""
+def terminable() -> Iterator[list[int]]:
+    """Raise :class:`Terminated` where SIGTERM or SIGHUP would end the process at once; the signals that came so."""
+    came: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.getsignal(number) for number in numbers}
 
     def handler(number: int, frame: FrameType | None) -> None:
+        came.append(number)
         raise Terminated(number)
 
     ours = [number for number, found in before.items() if found is signal.SIG_DFL]
     for number in ours:
         signal.signal(number, handler)
     try:
-        yield
+        yield came
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
