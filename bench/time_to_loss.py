@@ -146,11 +146,11 @@ def simulated(
 
 
 def extra_minibatches(found: staleness.Results, task: str, optimizer: str, stages: int, microbatches: int = 1) -> float:
-    """Of the best delayed runs that are longest; NaN where none was measured."""
+    """Of the best delayed runs of the task's own size that are longest; NaN where none was measured."""
     groups: dict[Any, list[staleness.Run]] = {}
     for run in found:
-        own = run.task, run.settings.optimizer, run.stages, run.microbatches
-        if own == (task, optimizer, stages, microbatches) and run.schedule != "sequential":
+        own = (run.task, run.width, run.batch, run.context, run.settings.optimizer, run.stages, run.microbatches)
+        if own == (task, 0, 0, 0, optimizer, stages, microbatches) and run.schedule != "sequential":
             groups.setdefault((run.steps, run.group("seed")), []).append(run)
     longest = max((steps for steps, _ in groups), default=0)
     extras = []

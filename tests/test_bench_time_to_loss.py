@@ -20,6 +20,7 @@ def results() -> staleness.Results:
         run(steps=1600, stages=8, seed=0): {"quality": 1.9},
         run(steps=1600, stages=8, seed=1): {"quality": 2.1},
         run(steps=1600, stages=8, sync_steps=50): {"quality": 2.5},
+        run(steps=1600, stages=8, width=32): {"quality": 1.5},
     }
 
 
