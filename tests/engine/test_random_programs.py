@@ -16,6 +16,7 @@ import layerpipe
 import layerpipe_kernels as lk
 from tests.engine.delayed_training import DelayedTraining
 from tests.engine.layer_zoo import WIDTH, ZOO, Layers
+from tests.engine.random_programs import Program, difference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*works on copies of:UserWarning")  # their past is exact all the same
 
@@ -82,3 +83,10 @@ def test_random_programs_train_as_in_the_simulation(
     names: list[str], runs: list[int], executor: str, split: bool, **options: Any
 ) -> None:
     assert_trained_alike(names, runs, executor, split, **options)
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_generated_programs_train_as_the_simulation(first: int) -> None:
+    for number in range(first, first + 10):
+        program = Program(number)
+        assert not difference(program), program
