@@ -67,7 +67,7 @@ def test_a_nan_learning_rate_is_refused_before_any_group_is_written() -> None:
     for param in params:
         param.grad = torch.ones(3)
     optimizer.param_groups[1]["lr"] = float("nan")
-    with pytest.raises(ValueError, match="lr is nan"):
+    with pytest.raises(ValueError, match="learning rate: nan"):
         optimizer.step()
     assert all(torch.equal(param, torch.ones(3)) for param in params)
 
