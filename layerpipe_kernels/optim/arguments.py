@@ -27,19 +27,30 @@ def check_flags(foreach: bool | None, fused: bool | None, differentiable: bool, 
         raise ValueError(f"differentiable=True is not supported; use torch.optim.{name}")
 
 
-def check_learning_rate(lr: float | Tensor) -> None:
-    """As torch does, and a NaN."""
+def check_learning_rate(group: Group) -> None:
+    """As torch does, and a NaN; one that only a device knows is taken as it is."""
+    lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
+    if not _only_a_device_knows(group, lr):
+        refuse_negative(lr)
+
+
+def refuse_negative(lr: float | Tensor) -> None:
+    """Refuse a learning rate below 0 or NaN. Reads a tensor, which waits for its device."""
     if not float(lr) >= 0.0:
         raise ValueError(f"Invalid learning rate: {lr}; lr must be a number of at least 0")
+
+
+def _only_a_device_knows(group: Group, value: float | Tensor) -> bool:
+    return isinstance(value, Tensor) and (bool(group.get("capturable")) or not value.is_cpu)
 
 
 def require_finite(group: Group, names: Iterable[str]) -> None:
     """Refuse a NaN hyperparameter before it reaches the weights; one that only a device knows is taken as it is."""
     for name in names:
         value = group[name]
-        if isinstance(value, Tensor) and (group.get("capturable") or not value.is_cpu):
+        if _only_a_device_knows(group, value):
             continue
         value = float(value)
         if not math.isfinite(value):
@@ -48,7 +59,7 @@ def require_finite(group: Group, names: Iterable[str]) -> None:
 
 def check_adam_group(group: Group) -> None:
     """Refuse, in torch's words, what neither Adam nor LAMB can work with."""
-    check_learning_rate(group["lr"])
+    check_learning_rate(group)
     for name, called in (("eps", "epsilon"), ("weight_decay", "weight_decay")):
         if not float(group[name]) >= 0.0:
             raise ValueError(f"Invalid {called} value: {group[name]}")

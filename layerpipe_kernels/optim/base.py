@@ -12,7 +12,7 @@ from torch import Tensor
 from layerpipe_kernels import history, layout
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
-from layerpipe_kernels.optim.arguments import Group
+from layerpipe_kernels.optim.arguments import Group, refuse_negative
 from layerpipe_kernels.optim.checkpoint import CLOCK, GROUP_STATE, HISTORY_KEYS
 from layerpipe_kernels.optim.prediction import PredictedWeights, check_prediction
 from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, settings_of
@@ -73,6 +73,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
             group.setdefault(key, value)
         try:
             self._check_group(group)
+            refuse_negative(group.get("lr", 0.0))  # while nothing waits for it
         except Exception:
             self.param_groups.pop()
             raise

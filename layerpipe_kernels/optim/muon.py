@@ -101,7 +101,7 @@ class Muon(PreconditionedOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        check_learning_rate(group["lr"])
+        check_learning_rate(group)
         for name in ("weight_decay", "eps", "adamw_eps", "adamw_lr_ratio"):
             if not float(group[name]) >= 0.0:
                 raise ValueError(f"{name} must be at least 0, got {group[name]}")

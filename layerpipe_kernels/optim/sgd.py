@@ -95,7 +95,7 @@ class SGD(FusedOptimizer):
         super().__init__(params, defaults)
 
     def _check_group(self, group: Group) -> None:
-        check_learning_rate(group["lr"])
+        check_learning_rate(group)
         for name in ("momentum", "weight_decay"):
             if not float(group[name]) >= 0.0:
                 raise ValueError(f"Invalid {name} value: {group[name]}")
