@@ -41,7 +41,7 @@ def test_every_optimizer_trains_with_its_own_defaults(optimizer: str, tmp_path: 
 
 
 def test_what_is_said_goes_before_an_optimizers_defaults(tmp_path: Path) -> None:
-    said = ["--optimizer", "muon", "--lr", "0.5", "--momentum", "0.3", "--weight-decay", "0", "--steps", "2"]
+    said = ["--optimizer", "muon", "--lr", "0.5", "--momentum", "0.3", "--weight-decay", "0", "--steps", "5"]
     assert run("train", *MLP, *ALONE, *said, "--out", str(tmp_path)) == 0
     written = config(tmp_path)
     assert (written["lr"], written["momentum"], written["weight_decay"]) == (0.5, 0.3, 0.0)
@@ -117,8 +117,8 @@ def test_pythons_own_library_is_found() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "gpt", "--data", "digits"], "gpt learns python"),
-        (["--model", "mlp", "--data", "python"], "gpt learns python"),
+        (["--model", "gpt", "--data", "digits"], "gpt takes texts"),
+        (["--model", "mlp", "--data", "python"], "mlp takes square images"),
         (["--model", "mlp", "--optimizer", "soap", "--momentum", "0.5"], "--momentum is sgd's and muon's"),
         (["--model", "mlp", "--optimizer", "muon", "--past", "momentum"], "--past momentum extrapolates sgd's"),
         (["--model", "mlp", "--optimizer", "soap", "--executor", "graphs"], "cannot those of soap"),
