@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 
 from layerpipe.executors.base import Executor, Tick
-from layerpipe.executors.channels import ChannelClosed
 from layerpipe.executors.interrupts import Held
 
 
@@ -27,7 +26,7 @@ class Serial(Executor):
                     if interrupt.came:
                         interrupt.release()
                 except BaseException as error:
-                    if self._closed and isinstance(error, ChannelClosed):
+                    if self._closed and isinstance(error, Exception):  # what is missing was let go of
                         break
                     self._failure = self._named(action.stage, error)
                     raise self._failure from self._failure.__cause__
