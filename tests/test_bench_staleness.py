@@ -63,8 +63,8 @@ def test_it_is_the_slow_simulation(
     )
     expected = slow.train(data)
     torch.testing.assert_close(losses, [x.item() for x in expected], rtol=1e-5, atol=1e-6)
-    for a, b in zip(training.weights, slow.current, strict=True):
-        torch.testing.assert_close(a, [p.detach() for p in b], rtol=1e-4, atol=1e-6)
+    for a, stage in zip(training.weights, slow.stages, strict=True):
+        torch.testing.assert_close(a, [p.detach() for p in stage.parameters()], rtol=1e-4, atol=1e-6)
 
 
 def test_the_first_minibatches_have_no_delay() -> None:
