@@ -76,6 +76,7 @@ def test_first_steps_are_plain_training_and_the_rest_delayed_training_from_there
         optimizer.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         optimizer.step()
+    optimizer.zero_grad()
     rest = DelayedTraining(
         list(plain), F.cross_entropy, lambda p: torch.optim.SGD(p, **options), schedule=schedule, past="stash"
     )
