@@ -157,6 +157,13 @@ def test_train_with_an_option_of_the_past_trains_otherwise(option: str, value: s
         (["compare", "--schedule", "lockstep,never"], "--schedule 'never' is unknown; there are: lockstep, 1f1b"),
         (["train", "--past", "yesterday"], "'yesterday' is not one of"),
         (["train", "--stages", "0"], "--stages"),
+        (["train", "--model", "mlp", "--width", str(10**30)], "'--width'"),
+        (["train", "--model", "mlp", "--width", str(10**9)], "mlp of width 1000000000 cannot be made: "),
+        (["train", "--model", "mlp", "--epochs", "1", "--steps", "5"], "--steps 5 and --epochs 1 both say how long"),
+        (
+            ["train", "--model", "mlp", "--steps", "5", "--warmup", "6"],
+            "--warmup 6 is longer than the run, which has 5",
+        ),
         (["train", "--colour", "blue"], "--colour"),
         (["train", "--batch-size", "5000"], "a batch of 5000 does not fit the 1437 training images of digits"),
         (["train", "--model", "mlp", "--stages", "99"], "into 99 stages: it has"),

@@ -16,6 +16,12 @@ from layerpipe.models.factory import is_name
 
 NETWORK, METHOD, TRAINING, RUN = "Network and data", "Pipeline", "Training", "Run"
 
+#: The most of anything that is counted.
+MOST = 10**9
+
+#: The most minibatches, or parts of one, whose schedule is simulated.
+MOST_DRAWN = 10_000
+
 
 def _option(help: str, panel: str, **kwargs: object) -> typer.models.OptionInfo:
     return typer.Option(help=help, rich_help_panel=panel, **kwargs)  # type: ignore[arg-type,no-any-return]
@@ -87,6 +93,7 @@ Width = Annotated[
         "Channels of the first layer; 64 is ResNet-18 as published. Default: 32, 128 for gpt.",
         NETWORK,
         min=1,
+        max=MOST,
         show_default=False,
     ),
 ]
@@ -96,7 +103,7 @@ ChannelsLast = Annotated[
         "Keep convolutions' weights with their channels last: often faster. Takes a width of 8 or 16 on CPUs.", NETWORK
     ),
 ]
-Stages = Annotated[int, _option("Pipeline stages.", METHOD, min=1)]
+Stages = Annotated[int, _option("Pipeline stages.", METHOD, min=1, max=MOST)]
 Balance = Annotated[
     Literal["flops", "time", "params"],
     _option("What every stage gets an equal share of: forward FLOPs, measured time, or parameters.", METHOD),
@@ -207,12 +214,15 @@ Accumulate = Annotated[
         "minibatches that may be as many times smaller, too.",
         METHOD,
         min=1,
+        max=MOST,
     ),
 ]
-SyncSteps = Annotated[int, _option("So many first minibatches one at a time, without a delay.", METHOD, min=0)]
+SyncSteps = Annotated[
+    int, _option("So many first minibatches one at a time, without a delay.", METHOD, min=0, max=MOST)
+]
 BatchSize = Annotated[
     int,
-    _option("Images or texts per minibatch. Default: 64, 16 for gpt.", TRAINING, min=1, show_default=False),
+    _option("Images or texts per minibatch. Default: 64, 16 for gpt.", TRAINING, min=1, max=MOST, show_default=False),
 ]
 Epochs = Annotated[
     float | None,
@@ -223,7 +233,7 @@ Epochs = Annotated[
         callback=_epochs,
     ),
 ]
-Steps = Annotated[int | None, _option("Minibatches. Default: 600.", TRAINING, min=1, max=10**9, show_default=False)]
+Steps = Annotated[int | None, _option("Minibatches. Default: 600.", TRAINING, min=1, max=MOST, show_default=False)]
 LrSchedule = Annotated[
     Literal["constant", "cosine", "linear"], _option("After the warm-up: stay, or go down to 0.", TRAINING)
 ]
@@ -233,6 +243,7 @@ Warmup = Annotated[
         "Steps over which the learning rate rises linearly. Default: 50, or half of a run of fewer than 100.",
         TRAINING,
         min=0,
+        max=MOST,
         show_default=False,
     ),
 ]
@@ -261,6 +272,7 @@ CheckpointEvery = Annotated[
         "Drain the pipe and write a checkpoint every so many minibatches, for --resume. Default: never.",
         RUN,
         min=1,
+        max=MOST,
         show_default=False,
     ),
 ]

@@ -17,6 +17,7 @@ from layerpipe.cli.runs import import_from_here
 from layerpipe.errors import UsageError
 from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
+from layerpipe.models.sizes import out_of_memory, reason
 from layerpipe.partition.profile import profile
 from layerpipe.planning import plan as planning
 from layerpipe.planning.machine import Machine
@@ -47,8 +48,8 @@ def plan(
             "--input",
         ),
     ] = None,
-    batch_size: Annotated[int, _option("Examples per minibatch.", o.NETWORK, min=1, shown=True)] = 32,
-    stages: Annotated[int | None, _option("Stages. Default: 4.", CUT, min=1)] = None,
+    batch_size: Annotated[int, _option("Examples per minibatch.", o.NETWORK, min=1, max=o.MOST, shown=True)] = 32,
+    stages: Annotated[int | None, _option("Stages. Default: 4.", CUT, min=1, max=o.MOST)] = None,
     memory_per_stage: Annotated[
         str | None,
         _option("Bytes that no stage may exceed, e.g. 16G; without --stages as few of them as can be.", CUT),
@@ -70,9 +71,12 @@ def plan(
         ),
     ] = "roofline",
     microbatches: Annotated[
-        int | None, _option("Parts of a minibatch under gpipe. Default: 8, if it has as many examples.", CUT, min=1)
+        int | None,
+        _option(
+            "Parts of a minibatch under gpipe. Default: 8, if it has as many examples.", CUT, min=1, max=o.MOST_DRAWN
+        ),
     ] = None,
-    accumulate: Annotated[int, _option("Minibatches per update.", CUT, min=1, shown=True)] = 1,
+    accumulate: Annotated[int, _option("Minibatches per update.", CUT, min=1, max=o.MOST_DRAWN, shown=True)] = 1,
     compute_rate: Annotated[str, _option("FLOP/s of a processor.", MACHINE, shown=True)] = "19.5T",
     memory_rate: Annotated[str, _option("Bytes/s of its memory.", MACHINE, shown=True)] = "1555G",
     link_rate: Annotated[str, _option("Bytes/s between two processors, each way.", MACHINE, shown=True)] = "32G",
@@ -112,6 +116,10 @@ def plan(
         )  # fmt: skip
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UsageError(f"{model} does not fit here; --balance flops allocates nothing: {reason(error)}") from error
     try:
         if trace:
             trace.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Earlier, Result, Step, make_pipeline, make_stages, train
 from layerpipe.data import Images
 from layerpipe.errors import UsageError
+from layerpipe.models.sizes import out_of_memory, reason
 from layerpipe.partition import cut_at
 
 
@@ -43,6 +44,10 @@ def prepare(config: TrainConfig) -> Images:
         make_pipeline(quiet, images, lambda output, target: output.sum()).close()
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UsageError(f"{config.model} of width {config.width} does not fit here: {reason(error)}") from error
     return images
 
 

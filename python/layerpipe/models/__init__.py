@@ -8,6 +8,7 @@ from layerpipe.models import factory
 from layerpipe.models.gpt import GPT
 from layerpipe.models.mlp import mlp
 from layerpipe.models.resnet import check_channels_last, resnet18
+from layerpipe.models.sizes import IMPOSSIBLE, reason
 
 __all__ = ["MODELS", "check_channels_last", "make", "make_for", "mlp", "resnet18"]
 
@@ -33,8 +34,8 @@ def make(name: str, *, width: int, channels: int, size: int, classes: int) -> nn
         raise ValueError(f"model {name!r} is unknown; there are: {', '.join(MODELS)}, or package.module:function")
     try:
         return MODELS[name](width=width, channels=channels, size=size, classes=classes)
-    except RuntimeError as error:
-        raise ValueError(f"{name} of width {width} cannot be made: {str(error).splitlines()[0]}") from error
+    except IMPOSSIBLE as error:
+        raise ValueError(f"{name} of width {width} cannot be made: {reason(error)}") from error
 
 
 def make_for(example: Tensor, name: str, *, width: int, classes: int) -> nn.Module:

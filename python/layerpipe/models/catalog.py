@@ -13,6 +13,7 @@ from layerpipe.models.factory import find, is_name
 from layerpipe.models.gpt import GPT
 from layerpipe.models.mlp import mlp
 from layerpipe.models.resnet import resnet18
+from layerpipe.models.sizes import IMPOSSIBLE, MOST_LAYERS, reason
 from layerpipe.partition.examples import Examples
 
 
@@ -93,16 +94,21 @@ def load(
         for option, value in options.items():
             if isinstance(value, int | float) and not isinstance(value, bool) and not value > 0:
                 raise ValueError(f"{name} cannot be made with {option}={value!r}, which is not more than 0")
+            if option in ("layers", "depth") and isinstance(value, int | float) and value > MOST_LAYERS:
+                raise ValueError(f"{name} cannot be made with {option}={value!r}, which is more than {MOST_LAYERS}")
     with torch.device(device):
         try:
             model = factory(**options)
-        except (TypeError, RuntimeError) as error:
+        except IMPOSSIBLE as error:
             if name not in CATALOG:
                 raise  # a factory of the caller's, who needs to see where
             asked = ", ".join(f"{option}={value!r}" for option, value in options.items())
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{name} cannot be made with {asked}: {reason}") from error
-        made = [(shape.name, torch.zeros(batch, *shape.sizes, dtype=shape.dtype)) for shape in shapes]
+            raise ValueError(f"{name} cannot be made with {asked}: {reason(error)}") from error
+        try:
+            made = [(shape.name, torch.zeros(batch, *shape.sizes, dtype=shape.dtype)) for shape in shapes]
+        except IMPOSSIBLE as error:
+            sizes = "; ".join(",".join(map(str, shape.sizes)) for shape in shapes)
+            raise ValueError(f"no minibatch of {batch} examples of {sizes} can be made: {reason(error)}") from error
     examples = Examples(tuple(x for name, x in made if not name), {name: x for name, x in made if name})
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} returned a {type(model).__name__}, not an nn.Module")
