@@ -44,7 +44,7 @@ def test_narrow_tables_lose_no_digit(table: Table, width: int) -> None:
 
 
 def test_a_run_that_ended_before_its_first_step_has_plots_without_warnings(tmp_path: Path) -> None:
-    nothing = Result([], [], [STAGE._replace(measured={}, error=None)], [], 0.1, interrupted=True)
+    nothing = Result([], [], [STAGE._replace(measured={}, error=None)], [], 0.1, signal=2)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots.loss(tmp_path / "loss.png", {"pipeline": nothing})
