@@ -4,7 +4,7 @@
     python -m bench.staleness seed=0,1,2 / schedule=sequential / spike_compensation=0,1 microbatches=1,4
 
 Every combination of the values is a run, with slashes those of every part with the first one; names and defaults are
-those of ``Run`` and of ``Settings`` in ``bench.delayed_optimizers``. *Worth* is how many minibatches without a delay
+those of ``Run`` and of ``layerpipe.study.settings.Settings``. *Worth* is how many minibatches without a delay
 end at the same quality, from sequential runs of several lengths (``schedule=sequential steps=400,600,900``), each with
 its own schedule of the learning rate and the best of the others' settings that were run; *extra* is how many times as
 many the delayed run took.
@@ -29,10 +29,11 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from bench.delayed_optimizers import Settings
-from bench.delayed_training import TASKS, DelayedTraining, Horizon, train
 from bench.report import console, deviation, save
+from bench.tasks import TASKS
 from layerpipe.cli import plots
+from layerpipe.study.settings import Settings
+from layerpipe.study.training import DelayedTraining, Horizon, train
 
 EVERY = 50
 

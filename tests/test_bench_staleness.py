@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 pytest.importorskip("rich")
 from bench import stable_steps, staleness
-from bench.delayed_optimizers import DelayedOptimizer, Settings
-from bench.delayed_training import DelayedTraining, Horizon, Task, train
 from layerpipe.planning import stability
+from layerpipe.study.optimizers import DelayedOptimizer
+from layerpipe.study.settings import Settings
+from layerpipe.study.training import DelayedTraining, Horizon, Task, train
 from tests.engine.delayed_training import DelayedTraining as Slow
 
 CONSTANT = Horizon(steps=1000, warmup=0, final=1.0)

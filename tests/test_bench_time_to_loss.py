@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("rich")
 from bench import staleness, time_to_loss
-from bench.delayed_optimizers import Settings
+from layerpipe.study.settings import Settings
 
 
 def results() -> staleness.Results:

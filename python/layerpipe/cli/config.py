@@ -56,7 +56,8 @@ class TrainConfig:
 
     #: What ``layerpipe train`` takes for a model where nothing is said, and it is not the default above.
     by_model: ClassVar[dict[str, dict[str, Any]]] = {
-        "gpt": {"data": "python", "width": 128, "batch_size": 16, "optimizer": "soap", "max_norm": 1.0}
+        "gpt": {"data": "python", "width": 128, "batch_size": 16, "optimizer": "soap", "max_norm": 1.0},
+        "vit": {"width": 64, "optimizer": "soap", "max_norm": 1.0},
     }
 
     #: Options whose default hangs on the model or the optimizer.

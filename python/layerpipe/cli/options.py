@@ -68,7 +68,8 @@ PastName = Literal["stash", "latest", "ema", "momentum", "blend"]
 Model = Annotated[
     str,
     _option(
-        "resnet18: torchvision's, with the CIFAR stem. mlp: 12 fully connected layers. gpt: 8 transformer blocks. "
+        "resnet18: torchvision's, with the CIFAR stem. vgg11: eight convolutions. mlp: 12 fully connected layers. "
+        "spiking: four layers of leaky integrate-and-fire neurons. vit, gpt: 8 transformer blocks. "
         "package.module:function: what a function of yours returns.",
         NETWORK,
         callback=_known(*MODELS),
@@ -90,7 +91,7 @@ DataDir = Annotated[Path, _option("Where torchvision looks for data and download
 Width = Annotated[
     int,
     _option(
-        "Channels of the first layer; 64 is ResNet-18 as published. Default: 32, 128 for gpt.",
+        "Channels of the first layer; 64 is ResNet-18 as published. Default: 32, 64 for vit, 128 for gpt.",
         NETWORK,
         min=1,
         max=MOST,
@@ -155,7 +156,7 @@ OptimizerName = Annotated[
     Literal["sgd", "adamw", "nadam", "muon", "soap"],
     _option(
         "sgd with momentum; adamw; nadam with a momentum of 0.99; muon; soap. The last two precondition matrices, and "
-        "bear delays best (docs/delay.md). Default: sgd, soap for gpt.",
+        "bear delays best (docs/delay.md). Default: sgd, soap for gpt and vit.",
         TRAINING,
         show_default=False,
     ),
@@ -250,7 +251,7 @@ Warmup = Annotated[
 MaxNorm = Annotated[
     float | None,
     _option(
-        "Clip the norm of each stage's gradient to this. Default: no clipping, 1 for gpt.",
+        "Clip the norm of each stage's gradient to this. Default: no clipping, 1 for gpt and vit.",
         TRAINING,
         min=0.0,
         callback=positive,

@@ -9,8 +9,11 @@ from layerpipe.models.gpt import GPT
 from layerpipe.models.mlp import mlp
 from layerpipe.models.resnet import check_channels_last, resnet18
 from layerpipe.models.sizes import IMPOSSIBLE, reason
+from layerpipe.models.spiking import spiking
+from layerpipe.models.vgg import vgg11
+from layerpipe.models.vit import vit
 
-__all__ = ["MODELS", "check_channels_last", "make", "make_for", "mlp", "resnet18"]
+__all__ = ["MODELS", "check_channels_last", "make", "make_for", "mlp", "resnet18", "spiking", "vgg11", "vit"]
 
 
 def _gpt(*, width: int, channels: int, size: int, classes: int) -> nn.Module:
@@ -20,7 +23,7 @@ def _gpt(*, width: int, channels: int, size: int, classes: int) -> nn.Module:
     return GPT(layers=8, width=width, heads=max(1, width // 32), context=size, vocabulary=classes)
 
 
-MODELS = {"resnet18": resnet18, "mlp": mlp, "gpt": _gpt}
+MODELS = {"resnet18": resnet18, "vgg11": vgg11, "mlp": mlp, "spiking": spiking, "vit": vit, "gpt": _gpt}
 
 
 def make(name: str, *, width: int, channels: int, size: int, classes: int) -> nn.Module:
@@ -28,7 +31,7 @@ def make(name: str, *, width: int, channels: int, size: int, classes: int) -> nn
 
     Raises:
         ValueError: an unknown name, or sizes with which it cannot be made.
-        ImportError: ``resnet18`` without torchvision.
+        ImportError: ``resnet18`` and ``vit`` without torchvision.
     """
     if name not in MODELS:
         raise ValueError(f"model {name!r} is unknown; there are: {', '.join(MODELS)}, or package.module:function")

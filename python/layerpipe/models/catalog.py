@@ -14,6 +14,9 @@ from layerpipe.models.gpt import GPT
 from layerpipe.models.mlp import mlp
 from layerpipe.models.resnet import resnet18
 from layerpipe.models.sizes import IMPOSSIBLE, MOST_LAYERS, reason
+from layerpipe.models.spiking import spiking
+from layerpipe.models.vgg import vgg11
+from layerpipe.models.vit import vit
 from layerpipe.partition.examples import Examples
 
 
@@ -51,6 +54,9 @@ CATALOG = {
     "vgg16": Entry(_torchvision("vgg16"), _images(224)),
     "gpt2": Entry(GPT, lambda o: [InputShape((o.get("context", 1024),), torch.int64)]),
     "mlp": Entry(mlp, _images(28, channels=1)),
+    "vgg11": Entry(vgg11, _images(32)),
+    "vit": Entry(vit, _images(32)),
+    "spiking": Entry(spiking, _images(28, channels=1)),
 }
 
 

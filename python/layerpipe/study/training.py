@@ -3,7 +3,9 @@
 Minibatches are cut into ``m`` microbatches, and a stage updates once in ``m`` of them with the mean gradient. A stage
 followed by ``S`` others forwards microbatch ``k`` when ``k − d`` have come back, ``d = S`` under 1F1B and ``2 S`` in
 lockstep, so with ``max(start, floor((k − d)/m))`` updates, ``start`` of them in minibatches that were trained one after
-the other. Its gradient is that of the network at every stage's weights of then, which a stage's newest versions keep.
+the other. Its gradient is that of the network at every stage's weights of then, which a stage's newest versions keep;
+or, where the past is reconstructed, the backward goes through the network at the estimates of these weights, with the
+activations of the forward, as the engine's does.
 """
 
 from __future__ import annotations
@@ -15,12 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bench.delayed_optimizers import DelayedOptimizer, Settings
-from examples import gpt
-from layerpipe import data, models
-from layerpipe.models.gpt import GPT
+from layerpipe.study.optimizers import DelayedOptimizer
+from layerpipe.study.past import PastWeights
+from layerpipe.study.settings import Settings
 
 Minibatch = tuple[Tensor, Tensor]
 
@@ -34,6 +34,7 @@ class Task:
         pieces: into how many the network can be cut at most.
         matrices: whether the parameter of this name is preconditioned as one.
         quality: test loss in nats per byte, or test accuracy in per cent.
+        validation: the same on data that is neither trained nor tested with; NaN where there is none.
     """
 
     model: nn.Module
@@ -43,69 +44,8 @@ class Task:
     minibatches: Iterator[Minibatch]
     loss: Callable[[nn.Module, Minibatch], Tensor]
     quality: Callable[[nn.Module], float]
+    validation: Callable[[nn.Module], float] = lambda model: math.nan
 
-
-def _loss(model: nn.Module, minibatch: Minibatch) -> Tensor:
-    x, y = minibatch
-    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
-
-
-def gpt_task(seed: int, *, blocks: int = 8, width: int = 128, batch: int = 16, context: int = 64) -> Task:
-    """A GPT on the bytes of Python's library; embeddings belong to the first block, the head to the last."""
-    torch.manual_seed(seed)
-    model = GPT(layers=blocks, width=width, heads=4, context=context, vocabulary=256)
-    text, unseen = gpt.sources()
-
-    def draw(source: Tensor, generator: torch.Generator) -> Minibatch:
-        starts = torch.randint(len(source) - context, (batch,), generator=generator)
-        windows = torch.stack([source[start : start + context + 1] for start in starts.tolist()])
-        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
-
-    def endless() -> Iterator[Minibatch]:
-        generator = torch.Generator().manual_seed(seed)
-        while True:
-            yield draw(text, generator)
-
-    generator = torch.Generator().manual_seed(999)
-    tests = [draw(unseen, generator) for _ in range(-(-32768 // (batch * context)))]
-
-    def stage_of(name: str) -> int:
-        if name.startswith("blocks"):
-            return int(name.split(".")[1])
-        return 0 if name.startswith(("tokens", "positions")) else blocks - 1
-
-    @torch.no_grad()
-    def quality(model: nn.Module) -> float:
-        return sum(_loss(model, test).item() for test in tests) / len(tests)
-
-    matrices = lambda name: name.startswith("blocks") and model.get_parameter(name).dim() == 2
-    return Task(model, stage_of, blocks, matrices, endless(), _loss, quality)
-
-
-def resnet_task(seed: int, *, width: int = 8, batch: int = 64) -> Task:
-    """A ResNet-18 on Fashion-MNIST; the pieces are the stem, eight blocks and the head."""
-    images = data.load("fashion-mnist", data.DEBIAN_FASHION_MNIST)
-    torch.manual_seed(seed)
-    model = models.make("resnet18", width=width, channels=1, size=28, classes=10)
-    blocks = [f"layer{i}.{j}" for i in (1, 2, 3, 4) for j in (0, 1)]
-
-    def stage_of(name: str) -> int:
-        block = name[: len("layer1.0")]
-        return 1 + blocks.index(block) if block in blocks else 9 if name.startswith("fc") else 0
-
-    @torch.no_grad()
-    def quality(model: nn.Module) -> float:
-        model.eval()
-        pairs = zip(images.test_x.split(500), images.test_y.split(500), strict=True)
-        right = sum((model(x).argmax(1) == y).sum().item() for x, y in pairs)
-        model.train()
-        return 100 * right / len(images.test_y)
-
-    matrices = lambda name: model.get_parameter(name).dim() > 1 and not name.startswith("fc")
-    return Task(model, stage_of, 10, matrices, images.batches(batch, seed), _loss, quality)
-
-
-TASKS: dict[str, Callable[..., Task]] = {"gpt": gpt_task, "resnet18": resnet_task}
 
 #: Microbatches between a stage's forward and backward for each stage that follows it.
 SCHEDULES = {"sequential": 0, "1f1b": 1, "lockstep": 2}
@@ -132,9 +72,12 @@ class DelayedTraining:
     Args:
         microbatches: ``m``, into which a minibatch is cut.
         sync_steps: minibatches that are trained one after the other, without a delay, at the beginning.
+        past: the weights that a backward sees, see :func:`layerpipe.study.past.parse`.
 
     Attributes:
         delays: of each stage, in updates; the mean over a minibatch's microbatches.
+        errors: of each stage, the squared distances of the past weights, and of the newest ones, from the true ones,
+            summed over every tenth minibatch after the warm-up.
     """
 
     def __init__(
@@ -147,6 +90,7 @@ class DelayedTraining:
         *,
         microbatches: int = 1,
         sync_steps: int = 0,
+        past: str = "stash",
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule {schedule!r} is unknown; there are: {', '.join(SCHEDULES)}")
@@ -165,6 +109,13 @@ class DelayedTraining:
         self.weights = [[p.detach().clone() for p in params] for params in self.params]
         self.optimizers = [DelayedOptimizer(w, m, settings) for w, m in zip(self.weights, matrices, strict=True)]
         self.versions = [[[w.clone() for w in weights]] for weights in self.weights]  # by stage, the newest last
+        self.past = [
+            PastWeights(
+                past, weights, math.ceil(n), correlation=settings.decay(n), horizon=settings.weight_prediction * n
+            )
+            for weights, n in zip(self.weights, self.delays, strict=True)
+        ]
+        self.errors = [[0.0, 0.0] for _ in range(stages)]
         self.step_count = 0
 
     def delay(self, stage: int, microbatch: int = 0) -> int:
@@ -182,19 +133,38 @@ class DelayedTraining:
         x, y = next(self.task.minibatches)
         total = 0.0
         for microbatch, part in enumerate(zip(x.chunk(self.microbatches), y.chunk(self.microbatches), strict=True)):
-            self._show([versions[-1 - self.delay(s, microbatch)] for s, versions in enumerate(self.versions)])
+            delays = [self.delay(s, microbatch) for s in range(len(self.versions))]
+            self._show([versions[-1 - n] for versions, n in zip(self.versions, delays, strict=True)])
             loss = self.task.loss(self.task.model, part) / self.microbatches
+            if not all(past.exact for past in self.past):
+                self._show([self._past(s, n) for s, n in enumerate(delays)])  # in place of what autograd has saved
             loss.backward()
             total += loss.item()
         lr = self.settings.lr * self.horizon.factor(self.step_count)
         for stage, (params, optimizer) in enumerate(zip(self.params, self.optimizers, strict=True)):
             n = self.delays[stage] if self.step_count >= self.sync_steps else 0.0
             then = self.versions[stage][-1 - self.delay(stage)]
+            exact = self.past[stage].exact
+            before = [] if exact else [w.clone() for w in self.weights[stage]]
             seen = optimizer.step([_gradient(p) for p in params], lr, n, then)
+            if not exact:
+                self.past[stage].see([a - b for a, b in zip(before, self.weights[stage], strict=True)])
             self.versions[stage].append([w.clone() for w in seen])
             del self.versions[stage][: -1 - math.ceil(self.delays[stage])]
         self.step_count += 1
         return total
+
+    def _past(self, stage: int, n: int) -> list[Tensor]:
+        """What the backward of a minibatch sees whose forward was ``n`` updates ago."""
+        true, newest, past = self.versions[stage][-1 - n], self.versions[stage][-1], self.past[stage]
+        if past.exact or not n:
+            return true
+        seen = past.at(newest, n)
+        if self.step_count >= self.horizon.warmup and self.step_count % 10 == 0:
+            for i, weights in enumerate((seen, newest)):
+                pairs = zip(weights, true, strict=True)
+                self.errors[stage][i] += sum((a - b.view_as(a)).square().sum().item() for a, b in pairs)
+        return seen
 
     def _show(self, values: Sequence[Sequence[Tensor]]) -> None:
         """To the network's own parameters, by stage."""
