@@ -44,11 +44,10 @@ def pointers(tensors: Sequence[Tensor]) -> list[int]:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor has no NaN and no infinity; waits for its device."""
-    tensor = distinct(tensor)
     finite: bool | None = _extension.all_finite(tensor, EXCHANGE) if _extension is not None else None
-    if finite is not None:
-        return finite
-    return bool(torch.isfinite(tensor).all())
+    if finite is None and (once := distinct(tensor)) is not tensor:
+        return all_finite(once)
+    return bool(torch.isfinite(tensor).all()) if finite is None else finite
 
 
 def _pointer(tensor: Tensor | None) -> int:

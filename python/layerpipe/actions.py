@@ -35,6 +35,7 @@ class Actions:
     ) -> None:
         self._last, self._own, self._loss_fn, self._losses = stages - 1, own, loss_fn, losses
         self.trace: list[Event] = []
+        self._drawn = 64 * len(own)  # actions that are still to be in it, about: threads may write down one more
 
     def connect(self, executor: Executor, stages: Sequence[Stage]) -> None:
         """Make the channels of this executor between the stages of this process and their neighbours."""
@@ -54,12 +55,12 @@ class Actions:
 
     def run(self, action: Action, tick: Tick) -> None:
         """Do one action, with the optimizer's options of this tick."""
-        issued = time.perf_counter()
-        at, _, minibatch = action
+        issued = time.perf_counter() if self._drawn > 0 else 0.0
+        at, kind, minibatch = action
         stage, last = self._acting[at], at == self._last
         spans: Recorder | None = stage.spans
         start = None if spans is None else spans.now()
-        if action.kind == "F":
+        if kind == "F":
             inputs = _receive(spans, self._activations[at - 1] if at else self._input)
             outputs = stage.forward(minibatch, inputs)
             if last:
@@ -75,8 +76,9 @@ class Actions:
             self._executor.before_update(at)
             stage.update(tick.options[at])
         if spans is not None:
-            spans.add(f"{action.kind}{minibatch}", start)
-        if len(self.trace) < 64 * len(self._own):
+            spans.add(f"{kind}{minibatch}", start)
+        if issued:
+            self._drawn -= 1
             self.trace.append(Event(tick.number, action, issued, time.perf_counter()))
 
     def close(self) -> None:

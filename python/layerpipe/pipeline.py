@@ -239,7 +239,7 @@ class Pipeline(Network):
             self._empty()
         self._running = Sequential(len(self.delays)) if synchronous else self.schedule
         for accumulation in self._accumulations:
-            accumulation.synchronous = synchronous
+            accumulation.pace(synchronous=synchronous)
         self._refill()
 
     @property

@@ -234,6 +234,34 @@ def test_ctrl_c_twice_does_not_wait() -> None:
     assert time.monotonic() - start < 30  # not a speed: the sleep was cut short
 
 
+def test_a_signal_between_ticks_goes_to_whoever_handles_it_then() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen: list[int] = []
+    data = minibatches(4)
+
+    def chained(number: int, frame: Any) -> None:
+        seen.append(number)
+        if callable(inner):
+            inner(number, frame)
+
+    pipe = pipeline(executor="serial")
+    try:
+        signal.signal(signal.SIGTERM, lambda *_: seen.append(-1))
+        pipe.step(*data[0])
+        inner = signal.signal(signal.SIGTERM, chained)  # what a logger installs in the middle of training
+        pipe.step(*data[1])
+        os.kill(os.getpid(), signal.SIGTERM)
+        pipe.step(*data[2])
+        assert seen == [signal.SIGTERM, -1]
+        pipe.drain()
+        assert signal.getsignal(signal.SIGTERM) is chained
+        pipe.step(*data[3])
+        pipe.close()
+        assert signal.getsignal(signal.SIGTERM) is chained
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def short_run(number: int) -> None:
     """One of many: sizes, schedule and end by its number."""
     chance = random.Random(number)

@@ -79,6 +79,7 @@ class Distributed(Serial):
         return incoming
 
     def drained(self, fed: int) -> None:
+        super().drained(fed)
         self.check()
         for outgoing in self._outgoing:
             outgoing.finish(fed)
@@ -86,7 +87,8 @@ class Distributed(Serial):
             incoming.finish()
 
     def close(self) -> None:
-        first, self._closed = not self._closed, True
+        first = not self._closed
+        super().close()
         if first:
             for channel in (*self._incoming, *self._outgoing):
                 channel.close()

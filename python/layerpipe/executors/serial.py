@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from layerpipe.executors.base import Executor, Tick
-from layerpipe.executors.interrupts import Held
+from layerpipe.executors.interrupts import Held, restore
 
 
 class Serial(Executor):
@@ -18,11 +18,12 @@ class Serial(Executor):
 
     def submit(self, tick: Tick) -> None:
         self.check()
-        with Held() as interrupt:
+        run, caller = self._run, threading.get_ident()
+        with Held(keep=True) as interrupt:
             for action in tick.actions:
                 try:
-                    self._acts = threading.get_ident()
-                    self._run(action, tick)
+                    self._acts = caller
+                    run(action, tick)
                     if interrupt.came:
                         interrupt.release()
                 except BaseException as error:
@@ -43,3 +44,10 @@ class Serial(Executor):
 
     def synchronize(self) -> None:
         pass  # a tick is done when submit returns
+
+    def drained(self, fed: int) -> None:
+        restore()
+
+    def close(self) -> None:
+        super().close()
+        restore()

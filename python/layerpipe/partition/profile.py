@@ -156,6 +156,7 @@ def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, fi
             quietly(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t),
             FlopCounterMode(display=False) as forward,
+            _elements_of_layers(unit) as within,
         ):
             result = torch.func.functional_call(unit, state, inputs)
         outputs = result if isinstance(result, tuple) else (result,)
@@ -178,12 +179,29 @@ def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, fi
         forward_flops=float(forward.get_total_flops()),
         backward_flops=backward,
         gradient_flops=both - backward,
-        elements=sum(y.numel() for y in made),
+        elements=max(sum(y.numel() for y in made), sum(within)),
         input_bytes=_bytes(inputs),
         output_bytes=_bytes(tuple(made)),
         saved=storages.first_kept_by(storages.layer),
     )
     return layer, outputs
+
+
+@contextmanager
+def _elements_of_layers(unit: nn.Module) -> Iterator[list[int]]:
+    """Collects how many numbers each layer with parameters inside a unit puts out: a block that is not cut has several."""
+    elements: list[int] = []
+    layers = [m for m in unit.modules() if next(m.parameters(recurse=False), None) is not None]
+
+    def count(_: nn.Module, __: Any, output: Any) -> None:
+        elements.append(sum(y.numel() for y in pytree.tree_leaves(output) if isinstance(y, Tensor)))
+
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        yield elements
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _backward_flops(outputs: Tensors, wanted: list[Tensor]) -> float:

@@ -23,12 +23,13 @@ class Accumulation:
     Attributes:
         waiting: minibatches whose gradients are in ``.grad`` and wait for the update.
         synchronous: whether minibatches go through the pipe one at a time at present, and no backward is late.
+        late: whether a backward of the full pipe comes after updates that its forward did not see.
     """
 
     def __init__(self, lag: int, every: int) -> None:
         self.lag, self.every = lag, every
         self.waiting = 0
-        self.synchronous = False
+        self.pace(synchronous=False)
         self._begun = 0  # gradients that waited when the pipe was last empty
         self._done = 0  # backwards that have begun since
 
@@ -37,24 +38,29 @@ class Accumulation:
         """The most updates between a forward and its backward."""
         return most_updates_between(self.lag, self.every)
 
-    @property
-    def late(self) -> bool:
-        """Whether a backward of the full pipe comes after updates that its forward did not see."""
-        return self.lag > 0 and not self.synchronous
+    def pace(self, *, synchronous: bool) -> None:
+        """Let minibatches go through the pipe one at a time from now on, or follow each other."""
+        self.synchronous = synchronous
+        self._lag = 0 if synchronous else self.lag
+        self.late = self._lag > 0
 
     @property
     def mean_delay(self) -> float:
         """Updates between a forward and its backward, on average over the minibatches of a full pipe."""
-        return 0.0 if self.synchronous else self.lag / self.every
+        return self._lag / self.every
 
     def backward_begins(self) -> int:
         """Updates that the schedule puts between the forward of the minibatch that comes back now and this moment."""
-        lag = 0 if self.synchronous else self.lag
+        minibatch = self._done
         self._done += 1
-        return updates_between(self._done - 1, lag, self.every, self._begun)
+        if self.every == 1:
+            return self._lag if minibatch >= self._lag else minibatch
+        return updates_between(minibatch, self._lag, self.every, self._begun)
 
     def complete(self) -> bool:
         """Count one more minibatch's gradients; returns whether the update is due."""
+        if self.every == 1:
+            return True
         self.waiting = (self.waiting + 1) % self.every
         return self.waiting == 0
 

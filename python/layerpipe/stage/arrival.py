@@ -21,13 +21,14 @@ class Arrival:
     """Watches a stage's backwards, until autograd has once put down an input's gradient as it was made."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[torch.Size, bool]] = {}  # of each input: its shape, and whether autograd copied
+        self._as_made: dict[int, torch.Size] = {}  # of each input whose gradient autograd did not copy: its shape
 
     def watch(self, inputs: Sequence[Tensor]) -> Seen:
         """Before the backward: what it will fill in, for :meth:`gradients`."""
         seen: Seen = {}
+        as_made = self._as_made
         for i, x in enumerate(inputs):
-            if x.requires_grad and self._known.get(i) != (x.shape, False):
+            if as_made.get(i) != x.shape and x.requires_grad:
                 x.register_hook(functools.partial(_note, seen, i))
         return seen
 
@@ -38,9 +39,11 @@ class Arrival:
             kept = grads[i]
             if made is not None and kept is not None:
                 copied = made.layout == torch.strided and made.stride() != kept.stride()
-                self._known[i] = inputs[i].shape, copied
                 if copied:
                     grads[i] = made
+                    self._as_made.pop(i, None)
+                else:
+                    self._as_made[i] = inputs[i].shape
         return tuple(grads)
 
 

@@ -31,10 +31,6 @@ class StageInputs:
         self.settled = False  # whether the layers have run and change nothing in place: they get the leaves
         self._changed: dict[int, bool] = {}  # of each input that needs a gradient, once its layers have run
 
-    def leaves(self, arrived: Tensors) -> Tensors:
-        """Leaves that gradients will be wanted of, where the stage before has made one needed."""
-        return tuple([x.detach().requires_grad_(x.requires_grad) for x in arrived])
-
     def given(self, leaves: Tensors) -> Tensors:
         """What the layers get: the leaves, or what may be changed in place; at first all of them may."""
         return tuple(
@@ -75,4 +71,5 @@ def handed_on(output: Tensor, given: Tensors) -> Tensor:
     made = output if output._base is None else output._base
     if made.is_leaf and not any(made is x for x in given):
         return replica(output).requires_grad_(output.requires_grad)
-    return output.detach().requires_grad_(output.requires_grad)
+    cut = output.detach()
+    return cut.requires_grad_() if output.requires_grad else cut

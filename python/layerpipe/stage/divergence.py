@@ -32,15 +32,24 @@ class Divergence:
         """The weights are as they are on purpose, infinities included."""
         self._infinite = {p for p in self._params if not all_finite(p.detach())}
 
-    def check(self, tensors: Iterable[Tensor | None], what: str, updates: int, *, infinities: bool = False) -> None:
+    def check(
+        self, tensors: Iterable[Tensor | None], what: str, minibatch: int, updates: int, infinities: bool = False
+    ) -> None:
         """Look at tensors on the CPU: on an accelerator, reading the values would make the host wait for it.
+
+        Args:
+            tensors: what to look at.
+            what: they are of a minibatch, for the message.
+            minibatch: its number.
+            updates: that the stage has made.
+            infinities: whether they may hold some on purpose.
 
         Raises:
             DivergenceError: one holds NaN, or an infinity where ``infinities`` are none on purpose.
         """
         for tensor in tensors:
             if tensor is not None and tensor.is_cpu and not all_finite(tensor) and not (infinities and _number(tensor)):
-                self._diverged(what, updates)
+                self._diverged(f"{what} of minibatch {minibatch}", updates)
 
     def check_weights(self, updates: int) -> None:
         """Find what the boundaries have not shown yet: the last update of a pipe that is empty.

@@ -88,8 +88,13 @@ class ForeignWeights:
         self._forwards = 0
         self._loss: tuple[Any, ...] = ()
 
+    def due(self) -> bool:
+        """Count a minibatch's forward; returns whether :meth:`check_forward` has something to look at."""
+        self._forwards += 1
+        return bool(self._frozen) or self._forwards & (self._forwards - 1) == 0
+
     def check_forward(self, outputs: Sequence[Tensor], inputs: Sequence[Any], saved: Iterable[int] | None) -> None:
-        """Look at a minibatch's forward if it is time to.
+        """Look at a minibatch's forward.
 
         Args:
             outputs: of the stage.
@@ -99,11 +104,9 @@ class ForeignWeights:
         Raises:
             RuntimeError: it uses a weight that the stage's optimizer does not train.
         """
-        if self._frozen:
-            for param in self._frozen:
-                if param.requires_grad:
-                    self._refuse_late(param)
-        self._forwards += 1
+        for param in self._frozen:
+            if param.requires_grad:
+                self._refuse_late(param)
         if self._forwards & (self._forwards - 1) == 0:
             self._check("its forward", outputs, inputs, _AS_OUTPUT)
             self._check_memory(saved or ())

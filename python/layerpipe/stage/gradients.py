@@ -30,8 +30,9 @@ def clip(params: Iterable[Tensor], max_norm: float) -> None:
 
 def runs_hooks(optimizer: Any) -> bool:
     """Whether hooks run before an optimizer's step, which may write into gradients."""
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    return bool(hooks or torch_optimizer._global_optimizer_pre_hooks)
+    if torch_optimizer._global_optimizer_pre_hooks:
+        return True
+    return bool(getattr(optimizer, "_optimizer_step_pre_hooks", None))
 
 
 def memory_of(grads: Iterable[Tensor | None]) -> set[int]:

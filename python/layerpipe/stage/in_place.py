@@ -65,7 +65,6 @@ class PastInPlace(TorchFunctionMode):
     def begin(self, left: AsLeft | None) -> None:
         """Before a backward; ``left`` where its forward has saved what its stage's hooks have not seen."""
         self._saved.hands_past = True
-        self._told = False
         if left is None:
             self._saved.watched = True
             _push(self)
@@ -86,8 +85,9 @@ class PastInPlace(TorchFunctionMode):
         if self._left is None:
             _pop()
             self._saved.watched = False
-            if not self._now:
+            if not self._told:
                 return
+        self._told = False
         written = None
         expected = dict(zip(self._params, self._left.versions, strict=True)) if self._left is not None else {}
         for param, (now, version) in self._now.items():

@@ -33,6 +33,9 @@ class StageOptions:
 
     Args:
         optimizer: the stage's.
+
+    Attributes:
+        taken: the caller's options that :meth:`take` was last given.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -41,21 +44,19 @@ class StageOptions:
 
     def reset(self) -> None:
         """The groups have been replaced, by a checkpoint's: the caller has changed nothing of them yet."""
-        self._taken = [frozen_options(group) for group in self.optimizer.param_groups]
+        self.taken = [frozen_options(group) for group in self.optimizer.param_groups]
 
     def take(self, options: Options) -> None:
         """Give the groups what the caller changed between the options taken before and these, which are all of them."""
-        if options is self._taken:
-            return
-        for group, before, now in zip(self.optimizer.param_groups, self._taken, options, strict=True):
+        for group, before, now in zip(self.optimizer.param_groups, self.taken, options, strict=True):
             for key in [key for key, value in now.items() if before.get(key, _MISSING) is not value]:
                 if not same(before.get(key, _MISSING), now[key]):
                     _put(group, key, now[key])
-        self._taken = options
+        self.taken = options
 
     def show(self, views: Sequence[dict[str, Any]]) -> None:
         """Write what the optimizer changed into the caller's view of the groups. No step may run meanwhile."""
-        shown = [{**taken} for taken in self._taken]  # others may hold what was taken
+        shown = [{**taken} for taken in self.taken]  # others may hold what was taken
         for group, taken, view in zip(self.optimizer.param_groups, shown, views, strict=True):
             for key, value in group.items():
                 old = taken.get(key, _MISSING)
@@ -63,7 +64,7 @@ class StageOptions:
                     continue
                 _put(view, key, on_host(key, value))
                 taken[key] = frozen(value)
-        self._taken = shown
+        self.taken = shown
 
 
 def on_host(key: str, value: Any) -> Any:

@@ -92,7 +92,7 @@ class SavedTensors:
         self._addresses: list[int] | None = None
         self._kept: dict[int, int] = {}
         self._uses: dict[int, _Use] = {}
-        self._constants: list[_SavedActivation] = []
+        self.constants: list[_SavedActivation] = []  # of the forward or the loss that has just run, for :meth:`end`
         self._pair = self._pack, self._unpack
         self._unwatched = torch._C.DisableTorchFunction()
         tell_of_other_hooks()
@@ -127,12 +127,11 @@ class SavedTensors:
         self._kept = kept
 
     def end(self, inputs: Iterable[Any]) -> None:
-        """After a forward: copy what others than the graph and the stage's inputs hold, and may change."""
-        if not self._constants:
-            return
+        """After a forward or a loss that has left :attr:`constants`: copy what others than the graph and the caller,
+        whose ``inputs`` are kept, hold and may change."""
         given = {x.data_ptr() for x in inputs if isinstance(x, Tensor) and x.layout == torch.strided}
-        constants = [saved for saved in self._constants if saved.tensor.data_ptr() not in given]
-        self._constants = []
+        constants = [saved for saved in self.constants if saved.tensor.data_ptr() not in given]
+        self.constants = []
         if not constants:
             return
         memory = [saved.tensor.untyped_storage()._cdata for saved in constants]
@@ -180,7 +179,7 @@ class SavedTensors:
             self._kept[pointer] = tensor.nbytes
             saved = _SavedActivation(tensor.detach(), tensor._version)
             if not tensor.requires_grad and self.past_view is not None and not tensor.is_nested:
-                self._constants.append(saved)
+                self.constants.append(saved)
             return saved
         owner = self._owners[at]
         if self.past_view is None or not owner.requires_grad:
@@ -216,13 +215,12 @@ class SavedTensors:
 
     def _unpacked(self, saved: _SavedWeight | _SavedActivation) -> Tensor:
         if type(saved) is _SavedActivation:
-            tensor = saved.tensor
-            if tensor._version != saved.version:
+            if saved.tensor._version != saved.version:
                 raise RuntimeError(
-                    f"a tensor of shape {tuple(tensor.shape)} needed for the backward was modified in place: "
-                    f"it is at version {tensor._version}, expected {saved.version}"
+                    f"a tensor of shape {tuple(saved.tensor.shape)} needed for the backward was modified in place: "
+                    f"it is at version {saved.tensor._version}, expected {saved.version}"
                 )
-            return tensor
+            return saved.tensor
         assert type(saved) is _SavedWeight
         past = self._past(saved.use) if self.hands_past else saved.use.param.detach()
         if past.stride() != saved.use.stride:  # the parameter was brought into another order since

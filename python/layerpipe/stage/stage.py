@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from layerpipe.arguments import check_loss
-from layerpipe.inputs import call, checked, results
+from layerpipe.inputs import call, checked, tensors_of
 from layerpipe.partition.first_layer import without_past
 from layerpipe.stage import autograd
 from layerpipe.stage.accumulation import Accumulation
@@ -18,6 +18,7 @@ from layerpipe.stage.arrival import Arrival, Seen
 from layerpipe.stage.boundary import StageInputs, handed_on
 from layerpipe.stage.copies import warn_of_copies
 from layerpipe.stage.divergence import Divergence
+from layerpipe.stage.flight import Flight
 from layerpipe.stage.foreign import ForeignWeights, Owners
 from layerpipe.stage.gradients import clip, memory_of, own, runs_hooks
 from layerpipe.stage.history import drop_history
@@ -32,19 +33,6 @@ from layerpipe_kernels.optim import PastOptimizer
 
 Tensors = tuple[Tensor, ...]
 _NOTHING = contextlib.nullcontext()
-
-
-class _Flight:
-    """A minibatch between its forward and its backward."""
-
-    __slots__ = ("inputs", "left", "outputs", "saved", "saved_bytes", "version")
-
-    def __init__(self, version: int, inputs: Tensors) -> None:
-        self.version, self.inputs = version, inputs
-        self.outputs: Tensors = ()
-        self.saved: dict[int, int] | None = None  # what autograd keeps, weights apart: address -> bytes
-        self.saved_bytes = 0
-        self.left: AsLeft | None = None  # where autograd keeps what the stage's hooks have not seen
 
 
 class Stage:
@@ -96,7 +84,7 @@ class Stage:
         self.activation_bytes = 0  # the most that was kept between forwards and backwards
         self.probe: Callable[[Stage], None] | None = None  # looks on, before each backward
         self.spans: Recorder | None = None  # what took how long, while somebody looks
-        self._flights: dict[int, _Flight] = {}
+        self._flights: dict[int, Flight] = {}
         self._kept_bytes = 0  # by all flights
         groups = optimizer.param_groups if optimizer is not None else []
         held = dict.fromkeys(p for group in groups for p in group["params"])
@@ -128,12 +116,12 @@ class Stage:
         self.in_place = PastInPlace(module, self.params, self._saved)
         self.in_place.fixed = self.without_past
 
-    def enter(self, minibatch: int, inputs: Tensors) -> _Flight:
+    def enter(self, minibatch: int, inputs: Tensors) -> Flight:
         """Its forward begins, on the weights as they are now."""
-        self._flights[minibatch] = flight = _Flight(self.version, inputs)
+        self._flights[minibatch] = flight = Flight(self.version, inputs)
         return flight
 
-    def leave(self, minibatch: int) -> _Flight:
+    def leave(self, minibatch: int) -> Flight:
         """Its backward begins: ``n`` updates after its forward.
 
         Raises:
@@ -168,31 +156,32 @@ class Stage:
             self.watch(spans)
 
     def forward(self, minibatch: int, inputs: Tensors) -> Tensors:
-        """Run the layers on a minibatch and keep its graph; returns outputs cut off from it."""
-        if self.index:
-            inputs = self._inputs.leaves(inputs)
-        flight = self.enter(minibatch, inputs)
+        """Run the layers on a minibatch and keep its graph; returns outputs cut off from it.
+
+        Args:
+            minibatch: its number since the pipe was last empty.
+            inputs: what the stage before has cut off, which get gradients of their own here; the caller's in the first.
+        """
+        flight = self.enter(minibatch, inputs)  # they are leaves: the stage before has cut them off
         given = inputs if not self.index or self._inputs.settled else self._inputs.given(inputs)
         # Without a delay there is nothing to hand out, and the first minibatch shows what is kept.
         hooked = self.accumulation.late or self.version == self.base or self._split_backward
         hooked = hooked or (self.random is not None and self.random.refuses_recomputation)
-        start = self.mark()
-        with self._drawing("forward"):
-            if hooked:
-                flight.saved = self._saved.begin()
-                with self._saved:
-                    output = call(self.module, given)
-                self._saved.end(inputs)
-                if self._saved.unseen:
-                    flight.left = AsLeft(self.module, self.params)
-            else:
-                output = call(self.module, given)
-        self.span(LAYERS, start)
-        flight.outputs = results(output)
-        tensors = checked(flight.outputs, last=self.last)
-        self._foreign.check_forward(tensors, flight.inputs, flight.saved)
+        start = None if self.spans is None else self.spans.now()
+        if self.random is None:
+            output = self._run_layers(flight, given, hooked)
+        else:
+            with self.random.during("forward"):
+                output = self._run_layers(flight, given, hooked)
+        if self.spans is not None:
+            self.spans.add(LAYERS, start)
+        flight.outputs = tensors = output if type(output) is tuple else (output,)
+        if type(output) is not Tensor:
+            tensors = checked(flight.outputs, last=self.last)
+        if self._foreign.due():
+            self._foreign.check_forward(tensors, inputs, flight.saved)
         if self._divergence is not None:
-            self._divergence.check(tensors, f"the output of minibatch {minibatch}", self.version, infinities=True)
+            self._divergence.check(tensors, "the output", minibatch, self.version, infinities=True)
         if self._look_for_copies:
             self._look_for_copies = False
             warn_of_copies(self.name, self.module, tensors)
@@ -202,38 +191,53 @@ class Stage:
             self._inputs.after(inputs, given)
         return tuple([handed_on(y, given) for y in tensors])
 
+    def _run_layers(self, flight: Flight, given: Tensors, hooked: bool) -> Any:
+        if not hooked:
+            return call(self.module, given)
+        saved = self._saved
+        flight.saved = saved.begin()
+        with saved:
+            output = self.module(*given) if self.index else call(self.module, given)
+        if saved.constants:
+            saved.end(flight.inputs)
+        if saved.unseen:
+            flight.left = AsLeft(self.module, self.params)
+        return output
+
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
         """Continue the last stage's forward to the loss; returns it cut off from the graph."""
         flight = self._flights[minibatch]
-        start = self.mark()
-        with self._drawing("loss"):
+        start = None if self.spans is None else self.spans.now()
+        with _NOTHING if self.random is None else self.random.during("loss"):
             if flight.saved is not None:
                 self._saved.resume(flight.saved)
                 with self._saved:
                     loss = loss_fn(*flight.outputs, target)
+                if self._saved.constants:
+                    self._saved.end([target] if isinstance(target, Tensor) else tensors_of(target))
                 if self._saved.unseen and flight.left is None:
                     flight.left = AsLeft(self.module, self.params)
                 self._count(flight)
             else:
                 loss = loss_fn(*flight.outputs, target)
-        self.span(LAYERS, start)
+        if self.spans is not None:
+            self.spans.add(LAYERS, start)
         check_loss(loss)
         if not loss.requires_grad:
             raise RuntimeError("the loss depends on no trained weight: is it detached, or everything frozen?")
         self._foreign.check_loss(loss, flight.inputs)
         if self._divergence is not None:
-            self._divergence.check((loss,), f"the loss of minibatch {minibatch}", self.version)
+            self._divergence.check((loss,), "the loss", minibatch, self.version)
         flight.outputs = (loss,)
         return loss.detach()
 
-    def _drawing(self, what: str) -> contextlib.AbstractContextManager[object]:
-        return _NOTHING if self.random is None else self.random.during(what)
-
-    def _count(self, flight: _Flight) -> None:
+    def _count(self, flight: Flight) -> None:
         assert flight.saved is not None
-        before, flight.saved_bytes = flight.saved_bytes, sum(flight.saved.values())
-        self._kept_bytes += flight.saved_bytes - before
-        self.activation_bytes = max(self.activation_bytes, self._kept_bytes)
+        saved_bytes = sum(flight.saved.values())
+        self._kept_bytes = kept_bytes = self._kept_bytes + saved_bytes - flight.saved_bytes
+        flight.saved_bytes = saved_bytes
+        if kept_bytes > self.activation_bytes:
+            self.activation_bytes = kept_bytes
 
     def _past_of_minibatch(self, param: Tensor) -> Tensor:
         """A parameter as the forward of the minibatch that comes back saw it; not all of them are equally late."""
@@ -255,33 +259,38 @@ class Stage:
                 param.grad = None
         else:
             self._step.clear_gradients()
-        arrived = (None,) * len(flight.outputs) if grads is None else grads
-        wanted = [
-            (y, g)
-            for y, g in zip(flight.outputs, arrived, strict=True)
-            if y.requires_grad and (grads is None or g is not None)
-        ]
-        seen: Seen = {}
         watches = self._writes_gradients or runs_hooks(self.optimizer)
-        self._others = memory_of(arrived) if watches else set()
+        self._others = memory_of(grads) if watches and grads is not None else set()
+        outputs, arrived = [], []
         if grads is None:
-            wanted = [(y, self.accumulation.loss_gradient(y)) for y, _ in wanted]
-        if wanted:
-            start = self.mark()
-            seen = self._arrival.watch(flight.inputs if self.index else ())
-            with _NOTHING if self.random is None else self.random.recomputing(flight.left is not None):
-                self._differentiate(flight, [y for y, _ in wanted], [g for _, g in wanted])
-            self.span(LAYERS, start)
+            outputs = [y for y in flight.outputs if y.requires_grad]
+            arrived = [self.accumulation.loss_gradient(y) for y in outputs]
+        else:
+            for y, g in zip(flight.outputs, grads, strict=True):
+                if g is not None and y.requires_grad:
+                    outputs.append(y)
+                    arrived.append(g)
+        seen: Seen = {}
+        if outputs:
+            start = None if self.spans is None else self.spans.now()
+            seen = self._arrival.watch(flight.inputs) if self.index else {}
+            if self.random is None:
+                self._differentiate(flight, outputs, arrived)
+            else:
+                with self.random.recomputing(flight.left is not None):
+                    self._differentiate(flight, outputs, arrived)
+            if self.spans is not None:
+                self.spans.add(LAYERS, start)
         if not self.index:
             return ()
         upstream = self._arrival.gradients(flight.inputs, seen)
         if watches:
             self._others |= memory_of(upstream)
         if self._divergence is not None:
-            self._divergence.check(upstream, f"the gradient of minibatch {minibatch}", self.version)
+            self._divergence.check(upstream, "the gradient", minibatch, self.version)
         return upstream
 
-    def _differentiate(self, flight: _Flight, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
+    def _differentiate(self, flight: Flight, outputs: list[Tensor], grads: list[Tensor | None]) -> None:
         late = self.accumulation.late
         try:
             if late:
@@ -305,10 +314,11 @@ class Stage:
         """What a split backward has left to do; nothing otherwise."""
         if self._rest is None:
             return
-        start = self.mark()
+        start = None if self.spans is None else self.spans.now()
         rest, self._rest = self._rest, None
         rest.weights()  # a weight's own gradient does not depend on its values: they may be the latest
-        self.span(WEIGHTS, start)
+        if self.spans is not None:
+            self.spans.add(WEIGHTS, start)
 
     def update(self, options: Options) -> None:
         """After a minibatch's backward: step the optimizer with these options per parameter group, as they were when
@@ -318,8 +328,9 @@ class Stage:
                 own(self.params, self._others)
             return
         if self.options is not None:
-            start = self.mark()
-            self.options.take(options)
+            start = None if self.spans is None else self.spans.now()
+            if options is not self.options.taken:
+                self.options.take(options)
             if self.max_norm is not None:
                 clip(self.params, self.max_norm)
             elif self._others:
@@ -328,7 +339,8 @@ class Stage:
                 self.options.optimizer.step()
             else:
                 self._step()
-            self.span(STEP, start)
+            if self.spans is not None:
+                self.spans.add(STEP, start)
         self.version += 1
 
     def restart(self) -> None:
