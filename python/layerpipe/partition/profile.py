@@ -189,7 +189,7 @@ def _run(name: str, unit: nn.Module, inputs: Tensors, storages: _Storages, *, fi
 
 @contextmanager
 def _elements_of_layers(unit: nn.Module) -> Iterator[list[int]]:
-    """Collects how many numbers each layer with parameters inside a unit puts out: a block that is not cut has several."""
+    """Collects how many numbers each layer with parameters puts out inside a unit: a block kept whole has several."""
     elements: list[int] = []
     layers = [m for m in unit.modules() if next(m.parameters(recurse=False), None) is not None]
 
