@@ -18,6 +18,7 @@ from tests.engine.delayed_training import DelayedTraining
 from tests.engine.models import chain, minibatches
 from tests.engine.pipelines import EXECUTORS
 from tests.engine.test_invariants import assert_equal_state, train
+from tests.published_soap import SimulatedMatrix
 
 WD = 1e-2
 
@@ -61,6 +62,53 @@ class Formula:
     def zero_grad(self) -> None:
         for param in self.params:
             param.grad = None
+
+
+class Preconditioned(Formula):
+    """As ``Formula`` with Adam, but matrices step with SOAP or Muon. The network's output layer does not."""
+
+    def __init__(self, params: list[nn.Parameter], *, muon: bool, last: bool, **numbers: Any) -> None:
+        super().__init__(params, adam=True, **numbers)
+        matrices = [] if last else [i for i, p in enumerate(params) if p.ndim == 2]
+        self.muon, self.exponent = muon, numbers["c"] * self.n
+        self.soap = {i: SimulatedMatrix(params[i], True, True) for i in matrices}
+        self.average = {i: torch.zeros_like(params[i]) for i in matrices}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        before = {i: self.weights[i] for i in self.soap}
+        super().step()
+        for i, matrix in self.soap.items():
+            param = self.params[i]
+            assert param.grad is not None
+            if self.muon:
+                self.average[i] = 0.95 * self.average[i] + 0.05 * param.grad
+                a = 0.95**self.exponent
+                update = self.lr * orthogonal(a * self.average[i] + (1 - a) * param.grad) + self.lr * WD * before[i]
+                self.weights[i] = before[i] - update
+            else:
+                matrix.step(param.grad, self.lr, 0.9, 0.99, 0.99, 1e-8, WD, 1 - self.share)
+                self.weights[i] = matrix.weight
+                matrix.begin_alone() if self.t == 1 else matrix.refresh()
+            param.copy_(self.weights[i] - self.h * self.n * (before[i] - self.weights[i]))
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    x = matrix / matrix.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def preconditioned(muon: bool, c: float, h: float) -> Callable[..., torch.optim.Optimizer]:
+    def make(params: list[Tensor], **past: Any) -> torch.optim.Optimizer:
+        options = {"lr": 0.01, "weight_decay": WD, "spike_compensation": c, "weight_prediction": h, **past}
+        if muon:
+            return lk.Muon(params, adamw_betas=(0.9, 0.99), nesterov=False, ns_dtype=torch.float64, **options)
+        return lk.SOAP(params, betas=(0.9, 0.99), precondition_frequency=1, **options)
+
+    return make
 
 
 def factory(adam: bool, c: float, h: float, **more: Any) -> Callable[..., torch.optim.Optimizer]:
@@ -111,6 +159,28 @@ def test_stash_equals_a_simulation_with_the_plain_formula(
         state = pipe.state_dict()
         for name, weight in weights.items():
             torch.testing.assert_close(state[name], weight, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("muon", [False, True], ids=["SOAP", "Muon"])
+@pytest.mark.parametrize(("c", "h"), [(0.0, 0.0), (1.0, 0.5)])
+@pytest.mark.parametrize(("schedule", "accumulate"), [("lockstep", 1), ("1f1b", 2)])
+def test_stash_equals_a_simulation_of_preconditioned_optimizers(
+    muon: bool, c: float, h: float, schedule: str, accumulate: int
+) -> None:
+    data, simulated = data64(36), double(chain())
+    factor = 2 if schedule == "lockstep" else 1
+    stages = iter([3, 2, 1, 0])
+
+    def make(params: list[nn.Parameter]) -> Preconditioned:
+        after = next(stages)
+        numbers = {"lr": 0.01, "c": c, "h": h, "n": factor * after / accumulate}
+        return Preconditioned(params, muon=muon, last=after == 0, **numbers)
+
+    options: dict[str, Any] = {"schedule": schedule, "past": "stash", "accumulate": accumulate}
+    made = DelayedTraining(simulated, F.cross_entropy, make, **options)  # type: ignore[arg-type]
+    losses = made.train(data)
+    with layerpipe.Pipeline(double(chain()), F.cross_entropy, preconditioned(muon, c, h), **options) as pipe:
+        torch.testing.assert_close(torch.stack(train(pipe, data)), torch.stack(losses), rtol=1e-5, atol=1e-7)
 
 
 def running(executor: str, **options: Any) -> tuple[layerpipe.Pipeline, list[nn.Module]]:
