@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -229,3 +230,45 @@ def test_a_large_constant_is_not_copied(monkeypatch: pytest.MonkeyPatch) -> None
         for x, y in minibatches(6):
             pipe.step(x, y)
             stages[1].table.mul_(0.5)  # type: ignore[union-attr,operator]
+
+
+class KeptBuffer(torch.autograd.Function):
+    """Multiplies by a buffer, which it keeps in a way that autograd does not see."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, buffer: Tensor, clone: bool) -> Tensor:
+        ctx.buffer = buffer.clone() if clone else buffer
+        return x * buffer
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad * ctx.buffer[1:].repeat(2)[:6], None, None
+
+
+class Growing(nn.Module):
+    def __init__(self, clone: bool, writes: bool) -> None:
+        super().__init__()
+        self.layer, self.clone, self.writes = nn.Linear(6, 6), clone, writes
+        self.register_buffer("scale", torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.writes:
+            self.scale.mul_(1.1)
+        return KeptBuffer.apply(self.layer(x), self.scale, self.clone)
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
+@pytest.mark.parametrize(("clone", "writes"), [(False, True), (True, True), (False, False)])
+def test_a_buffer_that_a_backward_reads_is_that_of_its_forward_or_refused(
+    clone: bool, writes: bool, schedule: str
+) -> None:
+    stages = [nn.Linear(6, 6), Growing(clone, writes), nn.Linear(6, 6), nn.Linear(6, 3)]
+    pipe = layerpipe.Pipeline(
+        stages, F.cross_entropy, lambda params, **past: lk.SGD(params, lr=0.1, **past), schedule=schedule
+    )
+    refused = contextlib.nullcontext()
+    if writes and not clone:
+        refused = pytest.raises(layerpipe.StageError, match=r"stage 1 .*reads the buffer scale.*save_for_backward")
+    with pipe, refused:
+        for x, y in minibatches(6):
+            pipe.step(x, y)

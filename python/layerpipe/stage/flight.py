@@ -21,9 +21,10 @@ class Flight:
         saved: bytes that autograd keeps for the backward by address, weights apart, where the stage's hooks saw them.
         saved_bytes: their sum.
         left: the stage as the forward left it, where autograd keeps what the stage's hooks have not seen.
+        buffers: the stage's buffers' versions behind the forward, where its backward may be late.
     """
 
-    __slots__ = ("inputs", "left", "outputs", "saved", "saved_bytes", "version")
+    __slots__ = ("buffers", "inputs", "left", "outputs", "saved", "saved_bytes", "version")
 
     def __init__(self, version: int, inputs: Tensors) -> None:
         self.version, self.inputs = version, inputs
@@ -31,3 +32,4 @@ class Flight:
         self.saved: dict[int, int] | None = None
         self.saved_bytes = 0
         self.left: AsLeft | None = None
+        self.buffers: list[int] = []

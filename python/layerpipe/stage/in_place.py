@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from layerpipe.stage.saved import SavedTensors
 
@@ -56,15 +57,24 @@ class PastInPlace(TorchFunctionMode):
         self.scratch_bytes = 0  # of the past weights and of copies of the present ones, at most
         self.before: Callable[[], None] | None = None  # called once in a backward that runs Python, before that does
         self.fixed: set[Any] = set()  # weights that have no past, since nothing was to read it
+        self.buffers: list[Tensor] = []  # of the stage: what a backward must not read once a later forward has written
         self._module, self._params, self._saved = module, params, saved
         self._now: dict[Tensor, tuple[Tensor, int]] = {}  # the present values of what is in place, and its version
         self._left: AsLeft | None = None
         self._later: AsLeft | None = None
         self._told = False
+        self._versions: Sequence[int] = ()  # of the buffers, behind the forward
+        self._overwritten: dict[int, Tensor] = {}  # by address: buffers that have been written to since
 
-    def begin(self, left: AsLeft | None) -> None:
-        """Before a backward; ``left`` where its forward has saved what its stage's hooks have not seen."""
+    def begin(self, left: AsLeft | None, buffers: Sequence[int] = ()) -> None:
+        """Before a backward.
+
+        Args:
+            left: where its forward has saved what its stage's hooks have not seen.
+            buffers: the versions of :attr:`buffers` behind its forward, where they are known.
+        """
         self._saved.hands_past = True
+        self._versions = buffers
         if left is None:
             self._saved.watched = True
             _push(self)
@@ -121,6 +131,11 @@ class PastInPlace(TorchFunctionMode):
         if not self._told:
             self._told = True
             self._saved.find_weights()
+            self._overwritten = {
+                buffer.untyped_storage().data_ptr(): buffer
+                for buffer, version in zip(self.buffers, self._versions, strict=False)
+                if buffer._version != version and buffer.layout == torch.strided
+            }
             if self.before is not None:
                 self.before()
 
@@ -151,7 +166,28 @@ class PastInPlace(TorchFunctionMode):
                 raise self._changed(written[0])
             for weight in weights:
                 self._put(weight)
+            if self._overwritten:
+                self._check_buffers(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _check_buffers(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse to read a buffer that another minibatch has written to since the forward.
+
+        Batch normalization in training writes to its buffers and does not read them, and so does what writes in place.
+        """
+        if _name_of(func) == "batch_norm" and len(args) > 5 and args[5]:
+            return
+        read = args[1:] if _writes(func) else args
+        for tensor in pytree.tree_leaves((read, kwargs)):
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+                continue
+            buffer = self._overwritten.get(tensor.untyped_storage().data_ptr())
+            if buffer is not None:
+                name = next((name for name, b in self._module.named_buffers() if b is buffer), "of the stage")
+                raise RuntimeError(
+                    f"a backward reads the buffer {name}, which a later minibatch's forward has written to: hand it to "
+                    "the backward by ctx.save_for_backward, or as a clone"
+                )
 
     def _weights(self, value: Any) -> list[Tensor]:
         """The trained weights in whose memory tensors lie."""
@@ -165,10 +201,7 @@ class PastInPlace(TorchFunctionMode):
         return []
 
     def _written(self, func: Any, args: Any, kwargs: dict[str, Any]) -> list[Tensor]:
-        name = getattr(func, "__name__", "")
-        writes = name.endswith("_") and not name.endswith("__") and name not in _NO_WRITES
-        writes = writes or name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in _OPERATORS)
-        return [*(self._weights(args[:1]) if writes else ()), *self._weights(kwargs.get("out"))]
+        return [*(self._weights(args[:1]) if _writes(func) else ()), *self._weights(kwargs.get("out"))]
 
     def _changed(self, param: Tensor) -> RuntimeError:
         return RuntimeError(
@@ -183,7 +216,19 @@ class PastInPlace(TorchFunctionMode):
 _OPERATORS = {"__init__", "__invert__", "__index__", "__int__", "__iter__"}  # that write nothing, unlike __iadd__
 
 
+def _name_of(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function writes to its first argument."""
+    name = _name_of(func)
+    if name.endswith("_") and not name.endswith("__"):
+        return name not in _NO_WRITES
+    return name in ("__setitem__", "__set__") or (name.startswith("__i") and name not in _OPERATORS)
+
+
 def _is_property(func: Any) -> bool:
     """Whether a function only looks at what kind of tensor it is given, or at its gradient."""
-    name = getattr(func, "__name__", "")
+    name = _name_of(func)
     return name in ("__get__", "__set__") and getattr(func.__self__, "__name__", "data") not in _VALUES

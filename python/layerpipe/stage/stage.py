@@ -202,6 +202,8 @@ class Stage:
             saved.end(flight.inputs)
         if saved.unseen:
             flight.left = AsLeft(self.module, self.params)
+        elif self.in_place.buffers:
+            flight.buffers = [buffer._version for buffer in self.in_place.buffers]
         return output
 
     def loss(self, minibatch: int, loss_fn: Callable[..., Tensor], target: Any) -> Tensor:
@@ -294,7 +296,7 @@ class Stage:
         late = self.accumulation.late
         try:
             if late:
-                self.in_place.begin(flight.left)
+                self.in_place.begin(flight.left, flight.buffers)
             split = self._split_backward and flight.left is None  # what recomputes wants its graph walked at once
             if split and (leaves := [x for x in flight.inputs if x.requires_grad]):
                 self._rest = SplitBackward(outputs, leaves)
@@ -364,8 +366,11 @@ class Stage:
         self.restart()
 
     def look_again(self) -> None:
-        """Whether layers draw random numbers, or change their inputs in place, may have changed."""
+        """Whether layers draw random numbers, or change their inputs in place, and which buffers there are may have
+        changed."""
         self._inputs = StageInputs()
+        if self.accumulation.late:
+            self.in_place.buffers = list(self.module.buffers())
         if self.random is not None:
             self.random.look_again()
 
