@@ -11,6 +11,7 @@ from torch import Tensor
 
 from layerpipe.executors.base import Executor, Tick
 from layerpipe.executors.channels import Channel
+from layerpipe.executors.norms import NormChannel
 from layerpipe.measured import Event
 from layerpipe.schedule import Action
 from layerpipe.stage import Stage
@@ -45,6 +46,12 @@ class Actions:
         self._input, self._target = channel("input", 0, 0), channel("target", last, last)
         self._activations = [channel(f"activations {i} -> {i + 1}", i, i + 1) for i in range(last)]
         self._gradients = [channel(f"gradients {i + 1} -> {i}", i + 1, i) for i in range(last)]
+        norms = {stage.index: stage.network_norm for stage in stages}
+        if any(norms.values()):
+            for i in range(last):
+                one, other = norms.get(i), norms.get(i + 1)
+                self._activations[i] = NormChannel(self._activations[i], one, other, before=True)
+                self._gradients[i] = NormChannel(self._gradients[i], other, one, before=False)
 
     def feed(self, inputs: tuple[Any, ...], target: Any) -> None:
         """Put a minibatch where its stages look for it, if they are in this process."""

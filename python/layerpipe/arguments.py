@@ -51,6 +51,20 @@ def check_accumulate(accumulate: int, executor: str) -> None:
         )
 
 
+def check_max_norm_of(max_norm_of: str, max_norm: float | None, executor: str) -> None:
+    """Of what ``max_norm`` clips the norm.
+
+    Raises:
+        ValueError: an unknown name, no ``max_norm``, or the network's where devices' streams run the stages.
+    """
+    if max_norm_of not in ("stage", "network"):
+        raise ValueError(f"max_norm_of={max_norm_of!r} is unknown; there are: stage, network")
+    if max_norm_of == "network" and max_norm is None:
+        raise ValueError("max_norm_of='network' says what max_norm= is of; give max_norm, too")
+    if max_norm_of == "network" and executor in ("streams", "graphs"):
+        raise ValueError(f"max_norm_of='network' is not for executor={executor!r}, which clips each stage's norm")
+
+
 def check_fed(inputs: tuple[Any, ...]) -> None:
     """What a tick is given, and in which of torch's modes.
 

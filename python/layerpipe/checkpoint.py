@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import random
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,11 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
     """
     ranks = pipe.ranks
     writer = _keeper(pipe, path)
-    states = ranks.gather(random_state())
+    states = ranks.gather_all(random_state())
+    generators = [s.random and s.random.generator.get_state() for s in pipe.stages]
+    for stage in pipe.stages:
+        if stage.replicas is not None and stage.accumulation.waiting:
+            stage.replicas.average()  # of what the replicas do not share, the last
     content = {
         "schedule": pipe.schedule.name,
         "model": pipe.state_dict(),
@@ -56,13 +61,17 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
         "loss": ranks.gather(pipe.loss_weights.state())[-1],
         "measured": pipe.measured_delays(),
         "random": states[0],
-        "random_of_stages": ranks.by_stage([s.random and s.random.generator.get_state() for s in pipe.stages]),
+        "random_of_stages": ranks.by_stage(generators),
         "extra": extra,
     }
     if len(states) > 1:
         content["random_of_ranks"] = states
+    if ranks.replicas > 1:
+        content["random_of_replicas"] = _by_replica(pipe, generators)
+    if any(stage.network_norm is not None for stage in pipe.stages):
+        content["norms"] = ranks.by_stage([s.network_norm.known if s.network_norm else None for s in pipe.stages])
     error = None
-    if ranks.rank == writer:
+    if ranks.process == writer:
         assert path is not None
         try:
             write(path, content)
@@ -87,13 +96,13 @@ def load(pipe: Pipeline, path: Path | None) -> dict[str, Any]:
     content: dict[str, Any] = {}
     error: Exception | None = None
     reader = _keeper(pipe, path)
-    if pipe.ranks.rank == reader:
+    if pipe.ranks.process == reader:
         assert path is not None
         try:
             content = read(path)
         except Exception as caught:
             error = caught
-    path, content, error = pipe.ranks.told((path, content, error), by=reader)
+    path, content, error = pipe.ranks.told_all((path, content, error), by=reader)
     if error is not None:
         raise error
     wanted = {name: kind for own in pipe.ranks.gather(_kinds(pipe.own_state())) for name, kind in own.items()}
@@ -190,7 +199,7 @@ def check_whole(content: dict[str, Any]) -> None:
     try:
         for state in (content["random"], *content.get("random_of_ranks", [])):
             check_random_state(state)
-        for state in content.get("random_of_stages", []):
+        for state in itertools.chain(content.get("random_of_stages", []), *content.get("random_of_replicas", [])):
             if state is not None:
                 torch.Generator().set_state(state)
     except (LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
@@ -202,16 +211,30 @@ def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:
     if "pacing" in content:
         pipe.pacing.load_state_dict(content["pacing"])
     pipe.loss_weights.load(content.get("loss", {}))
+    generators = content.get("random_of_stages", [None] * len(pipe.delays))
+    if pipe.replica:  # one that is new begins with its own seed
+        generators = dict(enumerate(content.get("random_of_replicas", []))).get(pipe.replica, [None] * len(generators))
     for stage in pipe.stages:
         stage.version = content["versions"][stage.index]
         stage.measured = collections.Counter(content["measured"][stage.index])
         accumulated = content["accumulated"][stage.index] if "accumulated" in content else (0, [])
         stage.accumulation.load_state(accumulated, stage.params)
-        numbers = content.get("random_of_stages", [None] * len(pipe.delays))[stage.index]
+        numbers = generators[stage.index]
+        if stage.network_norm is not None and "norms" in content:
+            stage.network_norm.known.copy_(content["norms"][stage.index])
         if stage.random is not None and numbers is not None:
             stage.random.generator.set_state(numbers)
     states = content.get("random_of_ranks", [])
-    set_random_state(states[pipe.ranks.rank] if len(states) == pipe.ranks.size else content["random"])
+    set_random_state(states[pipe.ranks.process] if len(states) == pipe.ranks.processes else content["random"])
+
+
+def _by_replica(pipe: Pipeline, own: list[Any]) -> list[list[Any]]:
+    """One value per replica and stage from the own stages' of every process."""
+    found: list[list[Any]] = [[None] * len(pipe.delays) for _ in range(pipe.replicas)]
+    for replica, stages, values in pipe.ranks.gather_all((pipe.replica, list(pipe.ranks.own), own)):
+        for stage, value in zip(stages, values, strict=True):
+            found[replica][stage] = value
+    return found
 
 
 def _stages(pipe: Pipeline) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -20,10 +20,11 @@ class Pacing:
     Args:
         policy: who decides.
         lag: minibatches that enter before the loss of one is known to every process, at most.
+        mean: of a loss over all replicas, which decide alike.
     """
 
-    def __init__(self, policy: DelayPolicy, lag: int) -> None:
-        self.policy, self._lag = policy, lag
+    def __init__(self, policy: DelayPolicy, lag: int, mean: Callable[[float], float] = lambda loss: loss) -> None:
+        self.policy, self._lag, self._mean = policy, lag, mean
         self.minibatches = 0  # that have entered since training began
         self._shown = 0  # of their losses
         self._known: collections.deque[Tensor] = collections.deque()  # and not shown yet
@@ -49,7 +50,7 @@ class Pacing:
 
     def _show(self, until: int) -> None:
         while self._shown < until and self._known:
-            self.policy.observe(self._known.popleft().item())
+            self.policy.observe(self._mean(self._known.popleft().item()))
             self._shown += 1
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from layerpipe import arguments, checkpoint, delays, executors
 from layerpipe import schedule as schedules
 from layerpipe.actions import Actions
 from layerpipe.current_weights import CurrentWeights
-from layerpipe.executors import agreement, ranks
+from layerpipe.executors import agreement
+from layerpipe.executors import mesh as meshes
 from layerpipe.executors.base import Tick
 from layerpipe.inputs import Intake, packed
 from layerpipe.loss import LossWeights
@@ -25,13 +26,14 @@ from layerpipe.network import Network
 from layerpipe.optimizer import common_optimizer
 from layerpipe.pacing import Pacing
 from layerpipe.partition import share_threads
-from layerpipe.schedule import Schedule, Sequential
+from layerpipe.schedule import Action, Schedule, Sequential
 from layerpipe.stage.accumulation import Accumulation
 from layerpipe.stage.build import OptimizerFactory, build
 from layerpipe.tracing import Trace
 from layerpipe.tracing.spans import Recorder, Span
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Self
 
 
@@ -51,8 +53,10 @@ class Pipeline(Network):
         order: number of EMAs of a blend.
         ema_decay: decay rule; by default what suits ``past``.
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"`` or ``"auto"``; see :mod:`layerpipe.schedule`.
-        executor: ``"serial"``, ``"threads"``, on CUDA devices ``"streams"`` or ``"graphs"``, or ``"distributed"``
-            with the stages in several processes; see :mod:`layerpipe.executors`.
+        executor: how a process runs its stages, ``"serial"``, ``"threads"``, on CUDA devices ``"streams"`` or
+            ``"graphs"``; ``"distributed"`` is ``"serial"`` with the stages in all processes of torch's default group.
+        mesh: which process holds which stages (``"pp"``) of which replica (``"dp"``), see
+            :mod:`layerpipe.executors.mesh`; by default one process has all. Gradients are averaged over the replicas.
         devices: one per stage, which is moved there before its optimizer is made; by default the stages stay where they
             are. Tensors are copied from stage to stage and from the caller to the first and last.
         threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage; by
@@ -63,6 +67,8 @@ class Pipeline(Network):
         sync_steps: so many first minibatches go through the pipe one at a time, without a delay.
         delay_policy: decides that for every minibatch, in place of ``sync_steps``; see :mod:`layerpipe.delays`.
         max_norm: clip the norm of each stage's gradient, or of their mean, to this before its update.
+        max_norm_of: ``"stage"``, or ``"network"`` to clip the norm of all stages' gradients together, of which a stage
+            knows its own and of the others what came with their last tensors; see :mod:`layerpipe.stage.network_norm`.
         split_backward: send the gradients of activations on before those of weights are computed; the same numbers.
         loss_params: of ``loss_fn``, trained by the last stage's optimizer; by default all that a module has.
         check_finite: stop with a :class:`layerpipe.DivergenceError` at the first NaN or infinity; on a device,
@@ -74,7 +80,8 @@ class Pipeline(Network):
             not know its past weights where a delay needs them.
 
     All processes, where there are several, make the same pipeline and call the same methods in the same order: each
-    trains its own :attr:`stages`, the first takes the inputs of :meth:`step`, the last the targets.
+    trains its own :attr:`stages`, the first takes the inputs of :meth:`step`, the last the targets. Each replica takes
+    minibatches of its own, as many as the others do, and returns their losses.
 
     Weights do not depend on the executor: a stage's work is done in the same order by the same kernels, and its random
     layers draw on the CPU from a generator of its own (:mod:`layerpipe.stage.random_numbers`), seeded from torch's. A
@@ -92,32 +99,36 @@ class Pipeline(Network):
         ema_decay: Any = None,
         schedule: str = "lockstep",
         executor: str = "serial",
+        mesh: DeviceMesh | None = None,
         devices: Sequence[Any] | None = None,
         threads_per_stage: int | Sequence[int] | None = None,
         accumulate: int = 1,
         sync_steps: int = 0,
         delay_policy: delays.DelayPolicy | None = None,
         max_norm: float | None = None,
+        max_norm_of: str = "stage",
         split_backward: bool = False,
         check_finite: bool = True,
         loss_params: Iterable[nn.Parameter] | None = None,
     ) -> None:
         arguments.check_made_of(stages, loss_fn, optimizer, max_norm)
         arguments.check_accumulate(accumulate, executor)
+        arguments.check_max_norm_of(max_norm_of, max_norm, executor)
         executors.check(executor)
         threads = executors.per_stage(threads_per_stage, len(stages))
         self.schedule = schedules.make(schedule, len(stages), executor)
         self.accumulate = accumulate
         self._running: Schedule = self.schedule  # while minibatches go through one at a time, another one
-        self.pacing = Pacing(delays.make(delay_policy, sync_steps), self.schedule.ticks(1))
         self._accumulations = [Accumulation(lag, accumulate) for lag in self.schedule.delays()]
         self.delays = [accumulation.delay for accumulation in self._accumulations]
-        super().__init__(stages, devices, ranks.make(executor, len(stages)))
+        super().__init__(stages, devices, meshes.make(executor, mesh, len(stages)))
+        self.pacing = Pacing(delays.make(delay_policy, sync_steps), self.schedule.ticks(1), self.ranks.mean)
         agreement.check_same(
             self.ranks, stages,
             {"past": past, "order": order, "ema_decay": ema_decay, "schedule": self.schedule.name,
-             "max_norm": max_norm, "split_backward": split_backward, "check_finite": check_finite,
-             "accumulate": accumulate, "sync_steps": sync_steps, "delay_policy": type(delay_policy).__name__},
+             "max_norm": max_norm, "max_norm_of": max_norm_of, "split_backward": split_backward,
+             "check_finite": check_finite, "accumulate": accumulate, "sync_steps": sync_steps,
+             "delay_policy": type(delay_policy).__name__},
         )  # fmt: skip
         self.ranks.check_trained(stages)
         self.loss_fn, self.loss_weights = loss_fn, LossWeights(loss_fn, loss_params, stages)
@@ -138,6 +149,7 @@ class Pipeline(Network):
             random=executors.random_numbers(executor, stages, self.ranks),
             ranks=self.ranks,
             max_norm=max_norm,
+            network_norm=max_norm_of == "network",
             check_finite=check_finite,
             split_backward=split_backward,
         )
@@ -152,7 +164,11 @@ class Pipeline(Network):
             ranks=self.ranks,
             losses=self.losses,
             close_channels=self._actions.close,
-            threads_per_stage=threads or share_threads(torch.get_num_threads(), stages),
+            threads_per_stage=(
+                [threads[i] for i in self.ranks.own]
+                if threads
+                else share_threads(torch.get_num_threads(), self.modules)
+            ),
         )
         self._actions.connect(self._executor, self.stages)
         self._intake = Intake(stages[0]) if 0 in self.ranks.own else None
@@ -219,6 +235,8 @@ class Pipeline(Network):
         self.weights.hide()
         if self.tick:
             self._executor.check()
+        if self.ranks.notices is not None:
+            self.ranks.notices.drains()
         while self.tick < self._running.ticks(self.fed):
             self._submit()
         self._synchronize()
@@ -228,6 +246,10 @@ class Pipeline(Network):
             for stage in self.stages:
                 stage.check_weights()
             self._executor.drained(self.fed)
+            self.ranks.meet()
+            for stage in self.stages:
+                if stage.replicas is not None:
+                    stage.replicas.share_buffers()
         except BaseException as error:
             self._executor.abort(error)  # other processes' stages may wait for this one's
             raise
@@ -290,9 +312,11 @@ class Pipeline(Network):
             if minibatch is not None:
                 self._actions.feed(*minibatch)
                 self.fed += 1
+                if self.ranks.notices is not None:
+                    self.ranks.notices.fed = self.fed
                 self.weights.training = True
             options = {s.index: next(by_stage) if s.optimizer is not None else [] for s in self.stages}
-            tick = Tick(self.tick, self._running.tick(self.tick, self.fed), options)
+            tick = Tick(self.tick, self._own_actions(self._running.tick(self.tick, self.fed)), options)
             start = time.perf_counter()
             self._executor.submit(tick)
             if self._watched is not None and self._executor.issues:
@@ -301,6 +325,11 @@ class Pipeline(Network):
         except BaseException as error:
             self._executor.abort(error)  # some stages may have the tick and others not
             raise
+
+    def _own_actions(self, actions: list[Action]) -> list[Action]:
+        """Those of the stages in this process."""
+        own = self.ranks.own
+        return actions if self.ranks.size == 1 else [action for action in actions if action.stage in own]
 
     def watch(self, trace: Trace | None) -> None:
         """Time what every stage does from now on; ``None`` or another trace ends that and fills the trace in.
@@ -325,6 +354,16 @@ class Pipeline(Network):
         for stage in self.stages:
             stage.look_again()  # dropout that was off draws now
         return self
+
+    @property
+    def replica(self) -> int:
+        """Which replica this process holds stages of, from 0: it takes minibatches of its own."""
+        return self.ranks.replica
+
+    @property
+    def replicas(self) -> int:
+        """How many replicas of the stages there are, in as many processes each."""
+        return self.ranks.replicas
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
         """Load weights and buffers, into an empty pipe.

@@ -24,6 +24,13 @@ def three() -> Iterator[Processes]:
 
 
 @pytest.fixture(scope="session")
+def four() -> Iterator[Processes]:
+    processes = Processes(4)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
 def apart() -> Iterator[Processes]:
     """Three processes on two hosts: the first two on one, the last one on the other."""
     with contextlib.ExitStack() as stack:

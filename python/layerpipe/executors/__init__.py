@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from layerpipe.executors.base import Executor, Run
-from layerpipe.executors.distributed import Distributed, Losses
 from layerpipe.executors.graphs import Graphs
+from layerpipe.executors.links import Links, Losses
 from layerpipe.executors.ranks import Ranks
 from layerpipe.executors.serial import Serial
 from layerpipe.executors.streams import Streams
@@ -48,13 +48,13 @@ def random_numbers(name: str, stages: Sequence[nn.Module], ranks: Ranks) -> list
     Which it is for a stage alone, whose training is a plain loop's; for graphs, which refuse to draw; and for compiled
     stages in threads.
     """
-    common = ranks.gather(seed())[0]
-    if len(stages) == 1 or name == "graphs":
+    common = ranks.gather_all(seed())[0] + ranks.replica * len(stages)
+    if (len(stages) == 1 and ranks.replicas == 1) or name == "graphs":
         return [None] * len(stages)
-    if name in ("threads", "distributed"):
+    if name == "threads" or ranks.size > 1:
         check_not_shared(stages, [f"stage {i} ({type(stage).__name__})" for i, stage in enumerate(stages)])
     if name == "threads":
-        drawn = [i for i, stage in enumerate(stages) if uncompiled(stage) is stage]
+        drawn = [i for i in ranks.own if uncompiled(stages[i]) is stages[i]]
         others = OtherGenerators(drawn)
         return [HandedIn(common, i, others) if i in drawn else None for i in range(len(stages))]
     return [Swapped(common, i) for i in range(len(stages))]
@@ -81,7 +81,7 @@ def make(
         devices: one for each of all stages.
         ranks: which process holds which stages.
         losses: where the caller finds them.
-        close_channels, threads_per_stage: as :class:`layerpipe.executors.threads.Threads` takes them.
+        close_channels, threads_per_stage: of this process, as :class:`layerpipe.executors.threads.Threads` takes them.
 
     Raises:
         ValueError: it needs another device.
@@ -90,12 +90,15 @@ def make(
     if name in ("streams", "graphs"):
         return (Streams if name == "streams" else Graphs)(names, run, stages, devices)
     if name == "threads":
-        executor = Threads(names, run, close_channels=close_channels, threads_per_stage=threads_per_stage)
+        executor = Threads(
+            names, run, own=ranks.own, close_channels=close_channels, threads_per_stage=threads_per_stage
+        )
         executor.others = next((s.random.others for s in stages if isinstance(s.random, HandedIn)), None)
-    elif name == "distributed":
-        executor = Distributed(names, run, ranks=ranks, losses=losses)
     else:
         executor = Serial(names, run)
+    if ranks.size > 1:
+        executor.links = Links(names, ranks, losses, answers=name == "threads")
+    executor.notices = ranks.notices
     if len(set(devices)) > 1 or (ranks.size > 1 and devices[0].type != "cpu"):
         executor.devices = devices
     return executor

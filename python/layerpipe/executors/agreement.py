@@ -28,20 +28,20 @@ def check_same(ranks: Ranks, stages: Sequence[nn.Module], options: Mapping[str, 
     Raises:
         ValueError: names the first thing that differs, and the process.
     """
-    if ranks.size == 1:
+    if ranks.processes == 1:
         return
     from layerpipe import __version__
 
     values = {
         "layerpipe's version": __version__,
         "torch's version": torch.__version__,
-        "the number of processes": ranks.size,
+        "the number of processes": ranks.processes,
         "the number of stages": len(stages),
         "torch's seed": torch.initial_seed(),
         **{name: getattr(value, "__qualname__", value) for name, value in options.items()},
     }
     parameters = [[(name, tuple(p.shape), p.dtype) for name, p in stage.named_parameters()] for stage in stages]
-    first, *others = ranks.gather((values, parameters, [_checksum(stage) for stage in stages]))
+    first, *others = ranks.gather_all((values, parameters, [_checksum(stage) for stage in stages]))
     for rank, other in enumerate(others, start=1):
         for name, value in first[0].items():
             if other[0].get(name) != value:
@@ -80,9 +80,9 @@ def check_same_optimizers(
     Raises:
         ValueError: names the first option that differs, and the process.
     """
-    if ranks.size == 1:
+    if ranks.processes == 1:
         return
-    found = [one for each in ranks.gather([_options(optimizer) for optimizer in own]) for one in each]
+    found = [one for each in ranks.gather_all([_options(optimizer) for optimizer in own]) for one in each]
     if all(one == found[0] for one in found):
         return
     stage = next(i for i, module in enumerate(stages) if any(p.requires_grad for p in module.parameters()))
@@ -90,7 +90,7 @@ def check_same_optimizers(
     with contextlib.suppress(Exception):  # a function that knows the stages of its own process only
         made = make(stage)
         again = None if made is None else _options(made)
-    first, *others = ranks.gather(again)
+    first, *others = ranks.gather_all(again)
     for rank, other in enumerate(others, start=1):
         if first is None or other is None or first == other:
             continue

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from layerpipe.errors import StageError
 from layerpipe.executors.channels import Channel
+from layerpipe.executors.links import Links
+from layerpipe.executors.notices import Notices
 from layerpipe.schedule import Action, Schedule
 from layerpipe.tracing.spans import Clock, HostClock
 
@@ -39,6 +41,8 @@ class Executor(ABC):
     lookahead: ClassVar[int]  # ticks that may be submitted before the first of them is done
     issues: ClassVar[bool] = False  # whether submit only issues work, which devices do in their own time
     devices: Sequence[torch.device] | None = None  # of the stages, where tensors must be copied between them
+    links: Links | None = None  # to other processes, where those hold some of the stages
+    notices: Notices | None = None  # for other processes, where those hold replicas
 
     def __init__(self, names: Sequence[str], run: Run) -> None:
         self.names, self._run = names, run
@@ -72,6 +76,8 @@ class Executor(ABC):
     def channel(self, name: str, sender: int, receiver: int) -> Channel:
         """What one stage hands tensors to another through; the caller counts as the stage it feeds."""
         device = self.devices[receiver] if self.devices is not None else None
+        if self.links is not None and (link := self.links.channel(name, sender, receiver, device)) is not None:
+            return link
         return Channel(name, blocking=self.blocking, device=device)
 
     def acting(self, stages: Sequence[Any]) -> Sequence[Any]:
@@ -80,13 +86,20 @@ class Executor(ABC):
 
     def latency(self, schedule: Schedule) -> int:
         """Calls of ``step`` before the first that returns a loss."""
+        if self.links is not None:
+            return schedule.ticks(1) - 1 + self.lookahead
         return schedule.latency + self.lookahead
 
-    def computed(self, loss: Tensor) -> None:  # noqa: B027
+    def computed(self, loss: Tensor) -> None:
         """Called with each minibatch's loss where its stage has computed it."""
+        if self.links is not None:
+            self.links.computed(loss)
 
-    def drained(self, fed: int) -> None:  # noqa: B027
+    def drained(self, fed: int) -> None:
         """Called when the pipe is empty after ``fed`` minibatches."""
+        if self.links is not None:
+            self.check()
+            self.links.drained(fed)
 
     def before_update(self, stage: int) -> None:  # noqa: B027
         """Called in a backward's action, before the optimizer changes the stage's weights."""
@@ -114,6 +127,10 @@ class Executor(ABC):
     def close(self) -> None:
         """Stop; idempotent. From inside an action it returns at once, and the other stages end theirs."""
         self._closed = True
+        if self.links is not None:
+            self.links.close(self._failure)
+        if self.notices is not None:
+            self.notices.end(self._failure)
 
     def abort(self, error: BaseException) -> None:
         """Stop for good: the stages may be in different ticks."""

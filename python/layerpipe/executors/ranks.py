@@ -1,16 +1,19 @@
-"""Which process holds which stages, and how the processes tell each other what only one of them knows."""
+"""Which process holds which stages of which replica, and how processes tell each other what only one of them knows."""
 
 from __future__ import annotations
 
-import datetime
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from layerpipe.errors import StageError
+
+if TYPE_CHECKING:
+    from layerpipe.executors.notices import Notices
 
 T = TypeVar("T")
 
@@ -18,24 +21,48 @@ T = TypeVar("T")
 class Ranks:
     """The processes of a pipeline; one alone unless ``group`` is given. Each holds neighbouring stages.
 
+    Where there are replicas, ``group`` has the processes of one, this process's, and all processes are in ``everyone``.
+
     Args:
         stages: in all.
-        group: of all processes, used by nothing else; whatever one of them calls here, all of them call.
+        group: of the processes that hold the stages, used by nothing else; whatever one of them calls here, all of them
+            call.
+        everyone: of the processes of all replicas; by default there is one replica.
+        replica: this process's.
+        replicas: how many there are.
+        averaging: per stage of this process, the group of those that hold it in all replicas; empty for one replica.
+        notices: what processes of other replicas leave each other.
     """
 
-    def __init__(self, stages: int, group: Any = None) -> None:
+    def __init__(
+        self,
+        stages: int,
+        group: Any = None,
+        *,
+        everyone: Any = None,
+        replica: int = 0,
+        replicas: int = 1,
+        averaging: Sequence[Any] = (),
+        notices: Notices | None = None,
+    ) -> None:
         self.group = group
         self.rank = dist.get_rank(group) if group is not None else 0
         self.size = dist.get_world_size(group) if group is not None else 1
         self._stages = stages
         self.own = self.held_by(self.rank)
+        self._everyone = group if everyone is None else everyone
+        self.replica, self.replicas = replica, replicas
+        self.process = dist.get_rank(self._everyone) if group is not None else 0  # among all
+        self.processes = dist.get_world_size(self._everyone) if group is not None else 1
+        self.notices = notices
+        self.averaging = dict(zip(self.own, averaging, strict=True)) if averaging else {}
 
     def of(self, stage: int) -> int:
-        """The process that holds a stage."""
-        return stage * self.size // self._stages
+        """The process that holds a stage, among those of a replica."""
+        return holder(stage, self._stages, self.size)
 
     def held_by(self, rank: int) -> range:
-        """The stages of a process."""
+        """The stages of a process of a replica."""
         held = [stage for stage in range(self._stages) if self.of(stage) == rank]
         return range(held[0], held[-1] + 1)
 
@@ -52,40 +79,74 @@ class Ranks:
                 raise ValueError(f"no stage has parameters to train{where}")
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in their order."""
-        if self.group is None:
+        """The value of every process of this replica, in their order."""
+        return self._gather(value, self.group, self.size)
+
+    def gather_all(self, value: T) -> list[T]:
+        """The value of every process of all replicas, in their order."""
+        return self._gather(value, self._everyone, self.processes)
+
+    def _gather(self, value: T, group: Any, size: int) -> list[T]:
+        if group is None:
             return [value]
-        values: list[Any] = [None] * self.size
-        reached("another stage", lambda: dist.all_gather_object(values, value, group=self.group))
+        values: list[Any] = [None] * size
+        reached("another stage", lambda: dist.all_gather_object(values, value, group=group))
         return values
+
+    def mean(self, number: float) -> float:
+        """The mean of a number over all replicas; the same in all processes."""
+        return number if self.replicas == 1 else sum(self.gather_all(number)) / self.processes
 
     def agree(self, error: Exception | None, kind: type[Exception]) -> None:
         """Raise where any process has an error: its own, or ``kind`` with what the first one's says, and where."""
         said = None
         if error is not None:
             message = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
-            said = f"{message} (process {self.rank}, on {socket.gethostname()})"
-        others = [e for e in self.gather(said) if e]
+            said = f"{message} (process {self.process}, on {socket.gethostname()})"
+        others = [e for e in self.gather_all(said) if e]
         if error is not None:
             raise error
         if others:
             raise kind(others[0])
 
+    def meet(self) -> None:
+        """Wait for the other replicas, whose pipes are empty after as many minibatches as this one's.
+
+        Raises:
+            StageError: they are not, or another process has ended.
+        """
+        if self.notices is not None:
+            work = dist.all_reduce(torch.zeros(1), group=self._everyone, async_op=True)
+            self.notices.wait(work, "another replica")
+            self.notices.drained()
+
     def first(self, condition: bool) -> int | None:
-        """The first process where this is so."""
-        return next((rank for rank, true in enumerate(self.gather(condition)) if true), None)
+        """The first of all processes where this is so."""
+        return next((process for process, true in enumerate(self.gather_all(condition)) if true), None)
 
     def by_stage(self, own: Sequence[T]) -> list[T]:
-        """One value per stage from every process's own."""
+        """One value per stage from the own ones of every process of this replica."""
         return [value for values in self.gather(list(own)) for value in values]
 
     def told(self, value: Any, by: int) -> Any:
-        """What one process has."""
-        if self.group is None:
+        """What one process of this replica has."""
+        return self._told(value, self.rank == by, by, self.group)
+
+    def told_all(self, value: Any, by: int) -> Any:
+        """What one of all processes has."""
+        return self._told(value, self.process == by, by, self._everyone)
+
+    def _told(self, value: Any, tells: bool, by: int, group: Any) -> Any:
+        if group is None:
             return value
-        box = [value if self.rank == by else None]
-        reached("another stage", lambda: dist.broadcast_object_list(box, src=by, group=self.group))
+        box = [value if tells else None]
+        reached("another stage", lambda: dist.broadcast_object_list(box, group_src=by, group=group))
         return box[0]
+
+
+def holder(stage: int, stages: int, processes: int) -> int:
+    """Which of so many processes holds a stage of so many."""
+    return stage * processes // stages
 
 
 def reached(stage: str, call: Callable[[], T]) -> T:
@@ -99,36 +160,3 @@ def reached(stage: str, call: Callable[[], T]) -> T:
     except (RuntimeError, ValueError) as error:  # the latter of a group that was destroyed
         reason = next(iter(str(error).splitlines()), "").partition("] ")  # [a line of gloo's source] what happened
         raise StageError(stage, f"its process cannot be reached any more ({reason[2] or reason[0]})") from None
-
-
-def make(executor: str, stages: int) -> Ranks:
-    """The processes of this executor: one, or for ``"distributed"`` all of torch's default group.
-
-    Raises:
-        RuntimeError: ``"distributed"``, and there is no default group.
-        ValueError: fewer stages than processes.
-    """
-    if executor != "distributed":
-        return Ranks(stages)
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            "executor='distributed' has a process for each stage: start them with torchrun, and call "
-            "torch.distributed.init_process_group() in each before the pipeline is made"
-        )
-    # Before a group is made: one that connects while another process is already leaving it fails in gloo's words.
-    if stages < (size := dist.get_world_size()):
-        raise ValueError(f"{size} processes need at least as many stages, got {stages}")
-    # The group lives as long as the default one: when close() returns, another process may still have to take the last
-    # message, and a receive for which none will come cannot be called off.
-    return Ranks(stages, dist.new_group(backend="gloo", timeout=_timeout(dist.group.WORLD)))
-
-
-def _timeout(group: Any) -> datetime.timedelta:
-    """What :func:`torch.distributed.init_process_group` was given; new groups have torch's default otherwise."""
-    try:
-        timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
-    except AttributeError:  # a torch that has renamed it
-        from torch.distributed.constants import default_pg_timeout  # not every torch has it
-
-        return default_pg_timeout
-    return timeout

@@ -13,6 +13,7 @@ import datetime
 import functools
 import json
 import math
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from layerpipe.errors import DivergenceError, StageError, StageInterrupted
+from layerpipe.errors import StageError, StageInterrupted
 from layerpipe.executors.channels import Channel, ChannelClosed, moved
+from layerpipe.executors.notices import described, raised
 from layerpipe.executors.ranks import Ranks, reached
 from layerpipe_kernels.layout import distinct, fill, order
 
@@ -30,10 +32,6 @@ _HEADER = 4096  # bytes: what follows, a number that depends on it, and room for
 _TENSORS, _LAYOUT, _EMPTY, _END = range(4)
 _UNSENT = 4  # messages that may be on their way at once
 _LAST_WORDS = datetime.timedelta(seconds=5)  # for a message that nobody may be there to take
-
-
-#: What one process's error is in the others, the most special first.
-_KINDS: tuple[type[StageError], ...] = (DivergenceError, StageInterrupted, StageError)
 
 
 class _Kind(NamedTuple):
@@ -106,7 +104,7 @@ class Peer(NamedTuple):
     """The other end of a channel."""
 
     group: Any
-    rank: int
+    rank: int  # within the group
     tag: int  # of messages across this boundary, for training or not
     name: str  # the stage there, for messages
 
@@ -126,12 +124,15 @@ class _End(Channel):
 
 
 class Outgoing(_End):
-    """The sending end. Tensors may be changed once :meth:`put` has returned; those of a device come by the host."""
+    """The sending end. Tensors may be changed once :meth:`put` has returned; those of a device come by the host.
+
+    One thread puts, and another one may end."""
 
     def __init__(self, name: str, peer: Peer) -> None:
         super().__init__(name, blocking=True)
         self.peer, self._layout = peer, _Layout([])
         self._unsent: collections.deque[tuple[Any, Tensor]] = collections.deque()
+        self._alone = threading.Lock()
 
     def put(self, item: Any) -> None:
         """Send tensors; does not wait for them to arrive, unless several messages are still under way.
@@ -140,17 +141,18 @@ class Outgoing(_End):
             ChannelClosed: this process has closed its pipeline.
             StageError: the other process is gone.
         """
-        self._check()
         kinds = [None if t is None else _Kind.of(t) for t in item]
-        if kinds != self._layout.kinds:
-            layout = _Layout(kinds)
-            text = _bytes(layout.to_bytes())
-            self._send(self._buffer(_LAYOUT, len(text)))
-            self._send(text)
-            self._layout = layout
-        buffer = self._buffer(_TENSORS)
-        self._layout.put(buffer, item)
-        self._send(buffer)
+        with self._alone:
+            self._check()
+            if kinds != self._layout.kinds:
+                layout = _Layout(kinds)
+                text = _bytes(layout.to_bytes())
+                self._send(self._buffer(_LAYOUT, len(text)))
+                self._send(text)
+                self._layout = layout
+            buffer = self._buffer(_TENSORS)
+            self._layout.put(buffer, item)
+            self._send(buffer)
 
     def finish(self, fed: int) -> None:
         """Say that the pipe is empty after so many minibatches."""
@@ -158,19 +160,11 @@ class Outgoing(_End):
 
     def end(self, error: BaseException | None) -> None:
         """Tell the other process that nothing will follow, and why if that is an error; that waits seconds at most."""
-        if isinstance(error, StageError):
-            stage, message = error.stage, error.message
-        else:
-            stage, message = "", "closed its pipeline" if error is None else f"{type(error).__name__}: {error}"
         # A character is 6 bytes of JSON at worst.
-        kind = next((i for i, known in enumerate(_KINDS) if isinstance(error, known)), len(_KINDS) - 1)
-        if isinstance(error, KeyboardInterrupt):
-            kind = _KINDS.index(StageInterrupted)
-        content = {"kind": kind, "stage": stage[:150], "message": message[:500]}
-        text = json.dumps(content).encode()
-        buffer = self._buffer(_END, len(text), wait=False)
-        buffer[16 : 16 + len(text)] = _bytes(text)
-        with contextlib.suppress(StageError):
+        text = json.dumps(described(error)).encode()
+        with self._alone, contextlib.suppress(StageError):
+            buffer = self._buffer(_END, len(text), wait=False)
+            buffer[16 : 16 + len(text)] = _bytes(text)
             self._send(buffer)
             interrupted = isinstance(
                 error, KeyboardInterrupt | StageInterrupted
@@ -191,7 +185,7 @@ class Outgoing(_End):
 
     def _send(self, buffer: Tensor) -> None:
         group, rank, tag, name = self.peer
-        work = reached(name, lambda: dist.isend(buffer, rank, group=group, tag=tag))
+        work = reached(name, lambda: dist.isend(buffer, group=group, tag=tag, group_dst=rank))
         self._unsent.append((work, buffer))
 
 
@@ -256,8 +250,7 @@ class Incoming(_End):
 
     def _ended(self, content: dict[str, Any]) -> StageError:
         self.ended = True
-        kind: type[StageError] = _KINDS[content["kind"]]
-        return kind(content["stage"] or self.peer.name, content["message"])
+        return raised(content, self.peer.name)
 
     def _wait(self) -> None:
         try:
@@ -272,7 +265,7 @@ class Incoming(_End):
 
     def _receive(self, buffer: Tensor) -> None:
         group, rank, tag, name = self.peer
-        self._work: Any = reached(name, lambda: dist.irecv(buffer, rank, group=group, tag=tag))
+        self._work: Any = reached(name, lambda: dist.irecv(buffer, group=group, tag=tag, group_src=rank))
 
 
 class Evaluation:

@@ -47,6 +47,7 @@ class Serial(Executor):
 
     def drained(self, fed: int) -> None:
         restore()
+        super().drained(fed)
 
     def close(self) -> None:
         super().close()

@@ -22,8 +22,9 @@ class Threads(Executor):
     """A worker thread per stage. Stages wait for each other's tensors, never for a common barrier.
 
     Args:
+        own: the numbers of the stages in this process.
         close_channels: called when a worker failed or the pipeline is closed, so that nobody waits for it.
-        threads_per_stage: torch's intra-op threads of every worker.
+        threads_per_stage: torch's intra-op threads of every worker here.
     """
 
     name = "threads"
@@ -35,6 +36,7 @@ class Threads(Executor):
         names: Sequence[str],
         run: Run,
         *,
+        own: range,
         close_channels: Callable[[], None],
         threads_per_stage: Sequence[int],
     ) -> None:
@@ -44,18 +46,19 @@ class Threads(Executor):
         self.others: OtherGenerators | None = None
         self._process = os.getpid()
         _RUNNING.add(self)
-        self._commands: list[Commands] = [queue.SimpleQueue() for _ in names]
+        self.own = own
+        self._commands: list[Commands] = [queue.SimpleQueue() for _ in own]
         self._events: Events = queue.SimpleQueue()
         mine = torch.get_num_threads()
-        ready = threading.Barrier(len(names) + 1)
+        ready = threading.Barrier(len(own) + 1)
         self._workers = [
             threading.Thread(
                 target=_work,
-                args=(s, threads_per_stage[s], ready, self._commands[s], self._events, weakref.ref(self)),
-                name=f"layerpipe {name}",
+                args=(s, threads, ready, commands, self._events, weakref.ref(self)),
+                name=f"layerpipe {names[s]}",
                 daemon=True,
             )
-            for s, name in enumerate(names)
+            for s, threads, commands in zip(own, threads_per_stage, self._commands, strict=True)
         ]
         for worker in self._workers:
             worker.start()
@@ -78,7 +81,7 @@ class Threads(Executor):
             self.others.looking = True
         by_stage: list[list[Action]] = [[] for _ in self._commands]
         for action in tick.actions:
-            by_stage[action.stage].append(action)
+            by_stage[action.stage - self.own.start].append(action)
         for commands, actions in zip(self._commands, by_stage, strict=True):
             commands.put((tick, actions))
         if self.others is not None and looking:
@@ -183,6 +186,6 @@ def _work(
             if not (owner._closed and isinstance(error, Exception)):  # else what is missing was let go of
                 events.put(owner._named(stage, error))
             return
-        if stage == len(owner.names) - 1:
+        if stage == owner.own[-1]:
             events.put(None)  # a loss may be ready
         del owner, command, tick, actions

@@ -11,9 +11,11 @@ from torch import nn
 from layerpipe.errors import divergence_advice
 from layerpipe.executors.agreement import check_same_optimizers
 from layerpipe.executors.ranks import Ranks
+from layerpipe.executors.replicas import Replicas
 from layerpipe.loss import LossWeights
 from layerpipe.stage.accumulation import Accumulation
 from layerpipe.stage.foreign import Owners, check_held
+from layerpipe.stage.network_norm import NetworkNorm
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.stage import Stage
 from layerpipe_kernels import mark_embeddings_and_output
@@ -31,6 +33,7 @@ def build(
     random: Sequence[RandomNumbers | None],
     loss: LossWeights,
     ranks: Ranks,
+    network_norm: bool,
     **options: Any,
 ) -> list[Stage]:
     """The stages of this process.
@@ -39,6 +42,7 @@ def build(
         modules, accumulations, names, random: one for each of all stages.
         optimizer: called for every stage with parameters.
         loss: whose weights the last stage trains.
+        network_norm: whether ``max_norm`` is of all stages' gradients together.
         past: what it is told besides the delay: ``past``, ``order`` and ``ema_decay``.
         options: of :class:`Stage`, the same for all.
 
@@ -85,5 +89,12 @@ def build(
     except Exception as caught:
         error = caught
     ranks.agree(error, RuntimeError)
+    for stage in made:
+        if ranks.notices is not None:
+            group = ranks.averaging[stage.index]
+            buffers = [*stage.module.buffers(), *(loss.buffers.values() if stage.last else ())]
+            stage.replicas = Replicas(group, ranks.notices, stage.params, buffers, names[stage.index])
+        if network_norm:
+            stage.network_norm = NetworkNorm(stage.index, len(modules))
     check_same_optimizers(ranks, [s.optimizer for s in made if s.optimizer is not None], modules, make_optimizer)
     return made

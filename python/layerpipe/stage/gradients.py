@@ -13,17 +13,23 @@ import torch
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
+from layerpipe.stage.network_norm import NetworkNorm
 
-def clip(params: Iterable[Tensor], max_norm: float) -> None:
+
+def clip(params: Iterable[Tensor], max_norm: float, network: NetworkNorm | None = None) -> None:
     """Clip the norm of all gradients together, to the numbers of :func:`torch.nn.utils.clip_grad_norm_`.
 
-    That scales in place; here the weights get new gradients: one more of each for a moment.
+    With ``network`` it is the norm of all stages' gradients that is clipped, as far as this stage knows it. torch's
+    scales in place; here the weights get new gradients: one more of each for a moment.
     """
     params = [p for p in params if p.grad is not None]
     if params:
         grads = [p.grad for p in params if p.grad is not None]
         values = [g.coalesce().values() if g.is_sparse else g for g in grads]  # torch 2.11 has no norm of sparse ones
-        factor = torch.clamp(max_norm / (nn.utils.get_total_norm(values) + 1e-6), max=1.0)
+        norm = nn.utils.get_total_norm(values)
+        if network is not None:
+            norm = network.of_all(norm)
+        factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
         for param, grad in zip(params, torch._foreach_mul(grads, factor), strict=True):
             param.grad = grad
 

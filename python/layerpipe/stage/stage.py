@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -23,6 +23,7 @@ from layerpipe.stage.foreign import ForeignWeights, Owners
 from layerpipe.stage.gradients import clip, memory_of, own, runs_hooks
 from layerpipe.stage.history import drop_history
 from layerpipe.stage.in_place import AsLeft, PastInPlace
+from layerpipe.stage.network_norm import NetworkNorm
 from layerpipe.stage.options import Options, StageOptions, check_stage, set_staleness
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.saved import SavedTensors
@@ -30,6 +31,9 @@ from layerpipe.stage.split_backward import SplitBackward
 from layerpipe.stage.step import WatchedStep, unknown
 from layerpipe.tracing.spans import LAYERS, STEP, WEIGHTS, Recorder
 from layerpipe_kernels.optim import PastOptimizer
+
+if TYPE_CHECKING:
+    from layerpipe.executors.replicas import Replicas
 
 Tensors = tuple[Tensor, ...]
 _NOTHING = contextlib.nullcontext()
@@ -78,6 +82,8 @@ class Stage:
         self.delay = delay = accumulation.delay  # the most updates between a forward and its backward
         self.n = 0  # updates between the forward and the backward of the minibatch that came back last
         self.max_norm = max_norm
+        self.network_norm: NetworkNorm | None = None  # where max_norm is of all stages' gradients together
+        self.replicas: Replicas | None = None  # of this stage, in other processes
         self.version = 0  # updates so far
         self.base = 0  # version when the pipe was last empty
         self.measured: collections.Counter[int] = collections.Counter()  # n seen in the backward -> how often
@@ -333,8 +339,10 @@ class Stage:
             start = None if self.spans is None else self.spans.now()
             if options is not self.options.taken:
                 self.options.take(options)
+            if self.replicas is not None:
+                self.replicas.average()
             if self.max_norm is not None:
-                clip(self.params, self.max_norm)
+                clip(self.params, self.max_norm, self.network_norm)
             elif self._others:
                 own(self.params, self._others)
             if self._step is None:
