@@ -46,16 +46,16 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], float, float, dict[str, Any]]] =
 }
 KINDS: dict[str, dict[str, Any]] = {
     "ema matched": {"past": "ema"},
-    "blend 1": {"past": "blend", "order": 1},
-    "blend 2": {"past": "blend", "order": 2},
-    "blend 3": {"past": "blend", "order": 3},
-    "coupled 2": {"past": "blend", "order": 2, "ema_decay": "coupled"},
-    "coupled 3": {"past": "blend", "order": 3, "ema_decay": "coupled"},
-    "blend 2, bf16": {"past": "blend", "order": 2, "ema_dtype": torch.bfloat16},
-    "blend 3, bf16": {"past": "blend", "order": 3, "ema_dtype": torch.bfloat16},
-    "coupled 2, bf16": {"past": "blend", "order": 2, "ema_decay": "coupled", "ema_dtype": torch.bfloat16},
-    "coupled 3, bf16": {"past": "blend", "order": 3, "ema_decay": "coupled", "ema_dtype": torch.bfloat16},
-    "coupled 2, materialized": {"past": "blend", "order": 2, "ema_decay": "coupled", "materialize": True},
+    "blend 1": {"past": lk.Blend(order=1)},
+    "blend 2": {"past": lk.Blend(order=2)},
+    "blend 3": {"past": lk.Blend(order=3)},
+    "coupled 2": {"past": lk.Blend(order=2, decay="coupled")},
+    "coupled 3": {"past": lk.Blend(order=3, decay="coupled")},
+    "blend 2, bf16": {"past": lk.Blend(order=2, dtype=torch.bfloat16)},
+    "blend 3, bf16": {"past": lk.Blend(order=3, dtype=torch.bfloat16)},
+    "coupled 2, bf16": {"past": lk.Blend(order=2, decay="coupled", dtype=torch.bfloat16)},
+    "coupled 3, bf16": {"past": lk.Blend(order=3, decay="coupled", dtype=torch.bfloat16)},
+    "coupled 2, materialized": {"past": lk.Blend(order=2, decay="coupled", materialize=True)},
     "momentum": {"past": "momentum"},
 }
 

@@ -65,7 +65,7 @@ class Variant:
 class Ours(Variant):
     def __init__(self, backend: str, case: Case) -> None:
         super().__init__(f"layerpipe, {backend}", case)
-        options: dict[str, Any] = {"past": "ema", "delay": DELAY, "materialize": True, "backend": backend, "lr": LR}
+        options: dict[str, Any] = {"past": lk.EMA(materialize=True), "delay": DELAY, "backend": backend, "lr": LR}
         if case.optimizer == "sgd":
             self.optimizer: Any = lk.SGD(self.params, momentum=MOMENTUM, **options)
         else:

@@ -5,20 +5,27 @@ opt.step()
 past = opt.past_weight(param)      # an estimate of the weights six updates ago, without having kept them
 """
 
-from layerpipe_kernels import decay, history, ops, options, reference
+from layerpipe_kernels import decay, history, ops, options, past, reference
 from layerpipe_kernels.backend import available_backends, build_info
 from layerpipe_kernels.optim import SGD, SOAP, Adam, AdamW, Lamb, Muon, PastWeights, mark_embeddings_and_output
+from layerpipe_kernels.past import EMA, Blend, Latest, Momentum, Past, Stash
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "EMA",
     "SGD",
     "SOAP",
     "Adam",
     "AdamW",
+    "Blend",
     "Lamb",
+    "Latest",
+    "Momentum",
     "Muon",
+    "Past",
     "PastWeights",
+    "Stash",
     "available_backends",
     "build_info",
     "decay",
@@ -26,5 +33,6 @@ __all__ = [
     "mark_embeddings_and_output",
     "ops",
     "options",
+    "past",
     "reference",
 ]

@@ -62,12 +62,12 @@ def resolve(rule: DecayRule, n: int) -> float:
     """
     if isinstance(rule, str):
         if rule not in RULES:
-            raise ValueError(f"ema_decay={rule!r} is unknown; there are: {', '.join(RULES)}, or a number")
+            raise ValueError(f"decay={rule!r} is unknown; there are: {', '.join(RULES)}, or a number")
         decay = RULES[rule](n)
     else:
         decay = float(rule(n)) if callable(rule) else float(rule)
     if not 0.0 <= decay < 1.0:
-        raise ValueError(f"ema_decay must be in [0, 1), got {decay} for a delay of {n}")
+        raise ValueError(f"decay must be in [0, 1), got {decay} for a delay of {n}")
     return decay
 
 

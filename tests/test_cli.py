@@ -109,16 +109,17 @@ def test_the_pipeline_of_one_sequential_stage_is_the_baseline(tmp_path: Path) ->
 
 def test_compare_makes_one_table_and_one_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "comparison"
-    assert run("compare", *SMALL, "--past", "stash,blend:1", "--seeds", "2", "--stages", "3", "--out", str(out)) == 0
+    arguments = ["--past", "stash,blend:order=1", "--seeds", "2", "--stages", "3"]
+    assert run("compare", *SMALL, *arguments, "--out", str(out)) == 0
     printed = capsys.readouterr().out
-    for word in ("stash", "blend:1", "sequential", "±", "0 of 2"):
+    for word in ("stash", "blend:order=1", "sequential", "±", "0 of 2"):
         assert word in printed
     assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((out / "summary.json").read_text())["results"]
     assert summary["stash"]["past_weight_error"] == [[0.0, 0.0, None]] * 2
-    assert all(0 < accuracy < 100 for accuracy in summary["blend:1"]["test_accuracy"])
+    assert all(0 < accuracy < 100 for accuracy in summary["blend:order=1"]["test_accuracy"])
     assert {m["run"] for m in metrics(out)} == {
-        f"{k}/seed{s}" for k in ("sequential", "stash", "blend:1") for s in (0, 1)
+        f"{k}/seed{s}" for k in ("sequential", "stash", "blend:order=1") for s in (0, 1)
     }
 
 
@@ -132,30 +133,30 @@ def test_compare_puts_schedules_side_by_side(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_compare_takes_matched_norms_and_coupled_averages(tmp_path: Path) -> None:
-    arguments = ["--past", "ema,ema+match,blend,blend:3+coupled", "--seeds", "1", "--stages", "4", "--no-baseline"]
+    kinds = ["ema", "ema:norm=match", "blend", "blend:order=3:decay=coupled"]
+    arguments = ["--past", ",".join(kinds), "--seeds", "1", "--stages", "4", "--no-baseline"]
     assert run("compare", *SMALL, *arguments, "--out", str(tmp_path / "c")) == 0
     summary = json.loads((tmp_path / "c" / "summary.json").read_text())["results"]
-    assert set(summary) == {"ema", "ema+match", "blend", "blend:3+coupled"}
+    assert list(summary) == kinds
     assert len({str(result["past_weight_error"]) for result in summary.values()}) == 4
 
 
-@pytest.mark.parametrize(("option", "value"), [("--past-norm", "match"), ("--ema-decay", "coupled")])
-def test_train_with_an_option_of_the_past_trains_otherwise(option: str, value: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("past", ["blend:norm=match", "blend:decay=coupled"])
+def test_train_with_an_option_of_the_past_trains_otherwise(past: str, tmp_path: Path) -> None:
     losses = []
-    for name, more in (("with", [option, value]), ("without", [])):
+    for name, more in (("with", ["--past", past]), ("without", [])):
         assert run("train", *SMALL, "--stages", "4", "--no-baseline", *more, "--out", str(tmp_path / name)) == 0
         events = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
         losses.append([event["loss"] for event in events if event["event"] == "step"])
     assert losses[0] != losses[1]
-    key = option.removeprefix("--").replace("-", "_")
-    assert json.loads((tmp_path / "with" / "config.json").read_text())[key] == value
+    assert json.loads((tmp_path / "with" / "config.json").read_text())["past"] == past
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["compare", "--schedule", "lockstep,never"], "--schedule 'never' is unknown; there are: lockstep, 1f1b"),
-        (["train", "--past", "yesterday"], "'yesterday' is not one of"),
+        (["train", "--past", "yesterday"], "past='yesterday' is unknown; there are: stash"),
         (["train", "--stages", "0"], "--stages"),
         (["train", "--model", "mlp", "--width", str(10**30)], "'--width'"),
         (["train", "--model", "mlp", "--width", str(10**9)], "mlp of width 1000000000 cannot be made: "),
@@ -167,8 +168,8 @@ def test_train_with_an_option_of_the_past_trains_otherwise(option: str, value: s
         (["train", "--colour", "blue"], "--colour"),
         (["train", "--batch-size", "5000"], "a batch of 5000 does not fit the 1437 training images of digits"),
         (["train", "--model", "mlp", "--stages", "99"], "into 99 stages: it has"),
-        (["train", "--ema-decay", "soon", "--past", "ema", "--model", "mlp"], "--ema-decay 'soon'"),
-        (["train", "--ema-decay", "1.5", "--past", "ema", "--model", "mlp"], "ema_decay must be in [0, 1)"),
+        (["train", "--past", "ema:decay=soon"], "past='ema:decay=soon': decay cannot be 'soon'"),
+        (["train", "--past", "ema:decay=1.5"], "decay must be in [0, 1)"),
         (["train", "--momentum", "0", "--past", "momentum", "--model", "mlp"], "needs a momentum"),
         (["train", "--device", "quantum", "--model", "mlp"], "--device quantum"),
         (["train", "--executor", "streams", "--model", "mlp"], "'streams' needs a CUDA device; the stages are on cpu"),
@@ -181,15 +182,11 @@ def test_train_with_an_option_of_the_past_trains_otherwise(option: str, value: s
         (["train", "--timeout", "inf", "--executor", "distributed"], "'--timeout': inf is not a finite number"),
         (["train", "--seed", "99999999999999999999"], "'--seed': 99999999999999999999 has more than 63 bits"),
         (["train", "--device", "meta", "--model", "mlp"], "--device meta"),
-        (["compare", "--past", "blend", "--ema-decay", "coupled"], "--ema-decay is that of ema, which --past does not"),
-        (["compare", "--past", "stash,soon"], "--past 'soon' is unknown"),
-        (["compare", "--past", "ema+coupled"], "--past 'ema+coupled' is unknown"),
-        (["compare", "--past", "blend+match+never"], "a blend with +coupled"),
-        (["train", "--past-norm", "double"], "'double' is not"),
-        (["train", "--order", "1", "--ema-decay", "coupled", "--model", "mlp"], "couples two EMAs"),
-        (["train", "--past", "stash", "--order", "3"], "--order 3 is a blend's; --past stash has none"),
-        (["train", "--past", "ema", "--order", "1"], "--order 1 is a blend's"),
-        (["train", "--past", "latest", "--ema-decay", "0.5"], "--ema-decay 0.5 is that of averages; --past latest"),
+        (["compare", "--past", "stash,soon"], "--past 'soon': past='soon' is unknown"),
+        (["compare", "--past", "stash,ema:decay=coupled"], "--past 'ema:decay=coupled': "),
+        (["train", "--past", "blend:norm=double"], "must be None or 'match', got 'double'"),
+        (["train", "--past", "blend:order=1:decay=coupled"], "couples two EMAs"),
+        (["train", "--past", "stash:order=3"], "stash has no option 'order'; it has none"),
         (["plan", "mlp", "--batch-size", "4", "--microbatches", "5"], "--microbatches 5: a minibatch has --batch-size"),
         (["fly"], "fly"),
     ],

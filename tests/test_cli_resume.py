@@ -74,7 +74,7 @@ def test_a_resumed_run_is_the_one_that_was_not_interrupted(
     with (tmp_path / "resumed" / "metrics.jsonl").open("a") as file:
         file.write('{"run": "pipeline", "ev')  # killed while it wrote
     asked = json.loads((tmp_path / "resumed" / "config.json").read_text())
-    for option in ("past_norm", "split_backward", "channels_last", "checksum"):  # begun by a version without them
+    for option in ("split_backward", "channels_last", "checksum"):  # begun by a version without them
         del asked[option]
     (tmp_path / "resumed" / "config.json").write_text(json.dumps(asked))
     assert run("train", "--resume", str(tmp_path / "resumed")) == 0
@@ -165,7 +165,7 @@ def test_a_resume_that_is_refused_leaves_the_run_as_it_was(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"steps": "many"}, {"ema_decay": 5}, {"max_norm": "x"}, {"at": 3}, {"at": [3]}, {"lr_schedule": "foo"},
+        {"steps": "many"}, {"past": 5}, {"max_norm": "x"}, {"at": 3}, {"at": [3]}, {"lr_schedule": "foo"},
         {"checkpoint_every": "x"}, {"lr": True}, {"data_dir": 1}, {"width": 2.5},
     ],
     ids=str,

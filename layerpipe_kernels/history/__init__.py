@@ -1,4 +1,4 @@
-"""Five ways to have the weights of ``n`` updates ago, one file each.
+"""Five ways to have the weights of ``n`` updates ago, one file each; :mod:`layerpipe_kernels.past` has their options.
 
 | kind | kept per parameter | estimate of the last ``n`` updates' sum |
 | --- | --- | --- |
@@ -10,41 +10,44 @@
 """
 
 from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, copy_into, fade
-from layerpipe_kernels.history.blend import Blend
+from layerpipe_kernels.history.blend import BlendHistory
 from layerpipe_kernels.history.device import DeviceClock
-from layerpipe_kernels.history.ema import Ema
-from layerpipe_kernels.history.latest import Latest
-from layerpipe_kernels.history.momentum import Momentum
+from layerpipe_kernels.history.ema import EmaHistory
+from layerpipe_kernels.history.latest import LatestHistory
+from layerpipe_kernels.history.momentum import MomentumHistory
 from layerpipe_kernels.history.norms import Norms
-from layerpipe_kernels.history.stash import Stash
+from layerpipe_kernels.history.stash import StashHistory
 
-KINDS: dict[str, type[History]] = {kind.kind: kind for kind in (Stash, Latest, Ema, Momentum, Blend)}
+_MADE_BY: dict[str, type[History]] = {
+    "stash": StashHistory,
+    "latest": LatestHistory,
+    "ema": EmaHistory,
+    "momentum": MomentumHistory,
+    "blend": BlendHistory,
+}
 
 __all__ = [
-    "KINDS",
-    "Blend",
+    "BlendHistory",
     "Clock",
     "DeviceClock",
-    "Ema",
+    "EmaHistory",
     "History",
-    "Latest",
+    "LatestHistory",
     "Mixture",
-    "Momentum",
+    "MomentumHistory",
     "Norms",
     "Settings",
-    "Stash",
+    "StashHistory",
     "copy_into",
     "fade",
     "make",
 ]
 
 
-def make(kind: str, settings: Settings) -> History:
-    """The history of this kind.
+def make(settings: Settings) -> History:
+    """Returns the history that these settings describe.
 
     Raises:
-        ValueError: an unknown kind, or settings it cannot work with.
+        ValueError: settings that contradict each other.
     """
-    if kind not in KINDS:
-        raise ValueError(f"past={kind!r} is unknown; there are: {', '.join(KINDS)}")
-    return KINDS[kind](settings)
+    return _MADE_BY[settings.past.kind](settings)

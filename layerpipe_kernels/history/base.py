@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import layout, ops
-from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.history.device import DeviceClock
 from layerpipe_kernels.options import PastDesign
+from layerpipe_kernels.past import Past
 
 State = dict[str, Any]
 
@@ -21,16 +20,12 @@ class Settings(NamedTuple):
     """How past weights are to be had; one per parameter group."""
 
     delay: int  # n, in updates
-    order: int = 2
-    ema_decay: DecayRule | tuple[float, ...] | None = None
-    ema_of: str = "update"
+    past: Past
     momentum: float = 0.0  # SGD's; 0 without a momentum buffer
     nesterov: bool = False
     correlation: float = 0.0  # of successive updates: SGD's momentum, Adam's beta1
     newest: bool = False  # the newest update is still at hand after the step, as lr times the momentum buffer
-    materialize: bool = False
     backend: str = "auto"
-    seed: int = 0  # of bfloat16 averages' rounding
     designed_horizon: float = 0.0  # of weight prediction where gradients are as late as the past is old
     horizon: float = 0.0  # which the present weights are predicted with
     undoes: bool = False  # the optimizer can undo its last update
@@ -52,7 +47,7 @@ class Mixture(NamedTuple):
     n: int  # how many updates ago the past weights are of
 
 
-class History(ABC):
+class History:
     """The past weights of one parameter group.
 
     Subclasses say what the optimizer's step must keep and how to mix it (:attr:`design`), or keep something of their
@@ -64,7 +59,6 @@ class History(ABC):
     Averages are of ``u``; the newest is kept as ``previous_update``, the one of ``n`` updates ago is estimated.
     """
 
-    kind: ClassVar[str]
     undone = False  # whether the optimizer makes the past weights, by undoing its last update
     needs_states: ClassVar[bool] = False  # in :meth:`before_update`
 
@@ -72,10 +66,6 @@ class History(ABC):
         self.settings = settings
         self.n = settings.delay
         self.design = PastDesign(delay=self.n)
-        if settings.materialize and self.kind not in ("ema", "momentum", "blend"):
-            raise ValueError(f"materialize=True has nothing to write for past={self.kind!r}")
-        if settings.ema_of != "update" and self.kind != "ema":
-            raise ValueError(f"ema_of={settings.ema_of!r} goes with past='ema', not past={self.kind!r}")
 
     @property
     def newest_key(self) -> str:
@@ -96,7 +86,7 @@ class History(ABC):
         ema: Tensor | None = state.get("ema")
         return ema if ema is not None and ema.shape == (self.emas, *param.shape) else None
 
-    def before_update(  # noqa: B027
+    def before_update(
         self,
         params: Sequence[Tensor],
         states: Sequence[State],
@@ -106,7 +96,7 @@ class History(ABC):
         """Called with the weights of the version ``at``, before they change, unless ``found_inf`` says that they will
         not. Most kinds have nothing to do here."""
 
-    def restart(self, param: Tensor, state: State) -> None:  # noqa: B027
+    def restart(self, param: Tensor, state: State) -> None:
         """Called where the clock is set to 0 while ``param`` has its present value."""
 
     def taps(self, t: int, n: int) -> tuple[tuple[float, ...], float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from layerpipe_kernels import decay
 from layerpipe_kernels.history.base import History, Settings
 from layerpipe_kernels.options import PastDesign
+from layerpipe_kernels.past import Blend
 
 
-class Blend(History):
+class BlendHistory(History):
     """``What(t-n) = W(t) + n (c_0 u(t) + sum_k c_k E_k(t))`` with ``order`` EMAs, designed by :func:`decay.blend`.
 
     Short delays keep fewer: with the newest update at hand ``n - 1`` EMAs are enough, none at all for ``n = 1``, nor
@@ -15,46 +16,32 @@ class Blend(History):
 
     ``u(t)`` comes free from SGD's momentum buffer as ``lr v(t)``. Without momentum, with Nesterov's, and with Adam, it
     is gone after the step, and the EMAs do without it, unless the step itself writes the past weights
-    (``materialize``).
-    Of predicted weights the newest update is always at hand.
-    ``ema_decay`` fixes the decays: one per EMA, or a rule for ``order=1``; ``"coupled"`` designs EMAs that turn about
-    each other, which come nearer at the same memory.
+    (``materialize``). Of predicted weights the newest update is always at hand.
     """
-
-    kind = "blend"
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        if settings.order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3 EMAs, got {settings.order}")
+        past = settings.past
+        assert isinstance(past, Blend)
         if not 0 <= settings.correlation < 1:
             raise ValueError(f"past='blend' needs a momentum in [0, 1), got {settings.correlation}")
-        self.undone = settings.undoes and self.n == 1 and not settings.materialize and settings.ema_decay is None
+        self.undone = settings.undoes and self.n == 1 and not past.materialize and past.decay is None
         if self.undone:
             return
         horizon = settings.designed_horizon
         # The step itself always has the newest update.
-        newest = bool(horizon) or settings.newest or settings.materialize
-        emas = decay.useful_order(self.n, settings.order, newest, bool(horizon))
-        coupled = settings.ema_decay == decay.COUPLED
-        if coupled and settings.order == 1:
-            raise ValueError("ema_decay='coupled' couples two EMAs; give order=2 or 3")
+        newest = bool(horizon) or settings.newest or past.materialize
+        emas = decay.useful_order(self.n, past.order, newest, bool(horizon))
+        coupled = past.decay == decay.COUPLED
         decays: tuple[float, ...] | None = None
-        if isinstance(settings.ema_decay, tuple):
-            decays = settings.ema_decay
-            if len(decays) != settings.order:
-                raise ValueError(f"order={settings.order} takes {settings.order} decays, got ema_decay={decays}")
-        elif settings.ema_decay is not None and not coupled:
-            if settings.order > 1:
-                raise ValueError(
-                    f"past='blend' of order {settings.order} designs its decays; give 'coupled', or a "
-                    f"tuple of {settings.order} to fix them, got ema_decay={settings.ema_decay!r}"
-                )
-            decays = (decay.resolve(settings.ema_decay, self.n),)
+        if isinstance(past.decay, tuple):
+            decays = past.decay
+        elif past.decay is not None and not coupled:
+            decays = (decay.resolve(past.decay, self.n),)
         decays = decays[:emas] if decays is not None else None
         blend = decay.blend(self.n, emas, settings.correlation, newest, decays, coupled, horizon)
         if horizon != settings.horizon:  # for a while: averages stay what they are
-            at_hand = bool(settings.horizon) or settings.materialize
+            at_hand = bool(settings.horizon) or past.materialize
             blend = decay.retapped(
                 self.n, blend.decays, settings.correlation, at_hand, blend.turn, horizon=settings.horizon
             )
@@ -63,7 +50,7 @@ class Blend(History):
             decays=blend.decays,
             taps=tuple(self.n * tap for tap in blend.taps),
             update_tap=self.n * blend.update_tap,
-            seed=settings.seed,
+            seed=past.seed,
             turn=blend.turn,
             fill_tap=settings.horizon,
         )

@@ -5,35 +5,28 @@ from __future__ import annotations
 from layerpipe_kernels import decay
 from layerpipe_kernels.history.base import Clock, History, Mixture, Settings
 from layerpipe_kernels.options import PastDesign
+from layerpipe_kernels.past import EMA
 
 
-class Ema(History):
+class EmaHistory(History):
     """``What(t-n) = W(t) + n E(t)``; of predicted weights ``F(t) + p u(t) + (n - p) E(t)``.
 
-    ``ema_decay`` is a rule of :mod:`layerpipe_kernels.decay`, by default ``matched``. With ``ema_of="gradient"`` the
-    average runs over gradients and is scaled by the last learning rate, as the paper writes it: the same for plain SGD
-    at a constant learning rate, and wrong with momentum or a schedule.
+    With ``of="gradient"`` the average runs over gradients and is scaled by the last learning rate, as the paper writes
+    it: the same for plain SGD at a constant learning rate, and wrong with momentum or a schedule.
     """
-
-    kind = "ema"
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        if isinstance(settings.ema_decay, tuple):
-            raise ValueError("past='ema' takes one ema_decay, not several")
-        if settings.ema_of not in ("update", "gradient"):
-            raise ValueError(f"ema_of must be 'update' or 'gradient', got {settings.ema_of!r}")
-        if settings.ema_of == "gradient" and settings.materialize:
-            raise ValueError("materialize=True needs ema_of='update'")
-        rule = "matched" if settings.ema_decay is None else settings.ema_decay
+        past = settings.past
+        assert isinstance(past, EMA)
         self.design = PastDesign(
             delay=self.n,
-            decays=(decay.resolve(rule, self.n),),
+            decays=(decay.resolve(past.decay, self.n),),
             taps=(self.n - settings.horizon,),
             update_tap=settings.horizon,
             fill_tap=settings.horizon,
-            ema_of_gradient=settings.ema_of == "gradient",
-            seed=settings.seed,
+            ema_of_gradient=past.of == "gradient",
+            seed=past.seed,
         )
 
     def retapped(self, n: int) -> tuple[tuple[float, ...], float]:

@@ -8,10 +8,8 @@ from layerpipe_kernels.history.base import History, Mixture, State, copy_into
 from layerpipe_kernels.history.device import DeviceClock
 
 
-class Latest(History):
+class LatestHistory(History):
     """Nothing kept, nothing reconstructed: the baseline that the others must beat."""
-
-    kind = "latest"
 
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None

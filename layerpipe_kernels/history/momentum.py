@@ -6,13 +6,11 @@ from layerpipe_kernels.history.base import History, Settings
 from layerpipe_kernels.options import PastDesign
 
 
-class Momentum(History):
+class MomentumHistory(History):
     """``What(t-n) = W(t) + lr v(t) (1 - mu**n) / (1 - mu)``: no state beyond the momentum buffer.
 
     ``mu`` is the last update's momentum; the first one's where the device counts updates, as what is captured keeps it.
     """
-
-    kind = "momentum"
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -21,7 +19,7 @@ class Momentum(History):
                 f"past='momentum' extrapolates the momentum buffer and needs a momentum in (0, 1), "
                 f"got {settings.momentum}; use past='ema' or past='blend'"
             )
-        if settings.nesterov and settings.materialize:
+        if settings.nesterov and settings.past.materialize:
             raise ValueError("past='momentum' with nesterov cannot be materialized by the step")
         mu = settings.momentum
         self.design = PastDesign(delay=self.n, update_tap=(1 - mu**self.n) / (1 - mu), fill_ratio=mu)

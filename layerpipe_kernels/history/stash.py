@@ -12,10 +12,9 @@ from layerpipe_kernels.history.base import History, Mixture, State, copy_into
 from layerpipe_kernels.history.device import DeviceClock, put
 
 
-class Stash(History):
+class StashHistory(History):
     """Exact, and ``n`` copies of the weights: a ring in ``state["stash"]``, version ``t`` in slot ``t mod n``."""
 
-    kind = "stash"
     needs_states = True
 
     def remembers(self, state: State) -> bool:

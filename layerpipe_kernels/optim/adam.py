@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import history
-from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_adam_group, check_flags, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
 from layerpipe_kernels.optim.prediction import newest_share
-from layerpipe_kernels.optim.settings import past_given
+from layerpipe_kernels.optim.settings import PastOptions, past_of, past_options
 from layerpipe_kernels.optim.undo import adam_undone
 from layerpipe_kernels.options import AdamOptions
+from layerpipe_kernels.past import Past
 
 
 class Adam(FusedOptimizer):
@@ -30,10 +30,9 @@ class Adam(FusedOptimizer):
         foreach, fused, differentiable: as in :class:`layerpipe_kernels.SGD`.
         spike_compensation: ``c``. Where gradients are ``n`` updates late, the newest one weighs ``b = 1 - beta1**(c
             n)``: the direction is ``((1 - b) mhat + b g) / (sqrt(qhat) + eps)``, also with AMSGrad's largest ``qhat``.
-        delay, past, order, ema_decay, ema_of, ema_dtype, past_norm, materialize, master_weights, seed, backend,
-            weight_prediction: as in :class:`layerpipe_kernels.SGD`. ``past="momentum"`` is SGD's alone. The newest
-            update is gone after an Adam step, so a blend does without it unless ``weight_prediction`` keeps it or
-            ``materialize`` lets the step itself write the past weights.
+        delay, past, weight_prediction, master_weights, backend: as in :class:`layerpipe_kernels.SGD`.
+            ``past="momentum"`` is SGD's alone. The newest update is gone after an Adam step, so a blend does without it
+            unless ``weight_prediction`` keeps it or ``materialize`` lets the step itself write the past weights.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
@@ -57,23 +56,24 @@ class Adam(FusedOptimizer):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         delay: int = 0,
-        past: str = "blend",
-        order: int = 2,
-        ema_decay: DecayRule | tuple[float, ...] | None = None,
-        ema_of: str = "update",
-        ema_dtype: torch.dtype | None = None,
-        past_norm: str | None = None,
+        past: str | Past = "blend",
         spike_compensation: float = 0.0,
         weight_prediction: float = 0.0,
-        materialize: bool = False,
         master_weights: bool = False,
-        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         check_flags(foreach, fused, differentiable, type(self).__name__)
         _check_tensors(lr, betas, foreach, capturable)
+        options: PastOptions = {
+            "delay": delay,
+            "past": past,
+            "spike_compensation": spike_compensation,
+            "weight_prediction": weight_prediction,
+            "master_weights": master_weights,
+            "backend": backend,
+        }
         defaults = {
-            **past_given(locals()),
+            **past_options(type(self).__name__, options),
             "lr": lr,
             "betas": (float(betas[0]), float(betas[1])),
             "eps": eps,
@@ -90,7 +90,7 @@ class Adam(FusedOptimizer):
 
     def _check_group(self, group: Group) -> None:
         check_adam_group(group)
-        if group["past"] == "momentum" and group["delay"]:
+        if past_of(group).kind == "momentum" and group["delay"]:
             raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         super()._check_group(group)
 

@@ -13,6 +13,7 @@ from layerpipe_kernels.history import fade
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.capture import refuse_capture
+from layerpipe_kernels.optim.settings import averages_gradients, past_of
 
 
 class AveragingOptimizer(PastOptimizer):
@@ -20,11 +21,11 @@ class AveragingOptimizer(PastOptimizer):
     and a :class:`torch.amp.GradScaler` decides on the host whether it steps."""
 
     def _check_group(self, group: Group) -> None:
-        if group["delay"] and group["past"] == "momentum":
+        if group["delay"] and past_of(group).kind == "momentum":
             raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         super()._check_group(group)
-        if group["ema_of"] != "update":
-            raise ValueError(f"ema_of={group['ema_of']!r} is for SGD alone; {type(self).__name__} averages its updates")
+        if averages_gradients(group):
+            raise ValueError(f"an EMA of='gradient' is not for {type(self).__name__}, which averages its updates")
         if group["master_weights"]:
             raise ValueError(f"master_weights=True is for SGD, Adam and AdamW, not for {type(self).__name__}")
         if group["delay"]:
@@ -57,7 +58,7 @@ class AveragingOptimizer(PastOptimizer):
         turn = past.design.turn_at(t)
         for i, (param, update) in enumerate(zip(group["params"], updates, strict=True)):
             state = self._aligned_state(param)
-            emas = self._emas(param, state, past.emas, group["ema_dtype"])
+            emas = self._emas(param, state, past.emas, past_of(group).dtype)
             if update is not None:
                 update = layout.like(update, param)
             if emas and update is not None:
@@ -65,13 +66,13 @@ class AveragingOptimizer(PastOptimizer):
                 ops.ema_update_(emas, update, decays, seed=seed, turn=turn, backend=group["backend"])
             elif emas:
                 fade(emas, decays, turn)
-            if group["materialize"]:
+            if past_of(group).materialize:
                 terms, factors = ([], []) if update is None else ([update], [update_tap])
                 state["past"] = ops.reconstruct(
                     param, [*terms, *emas], [*factors, *taps], out=state.get("past"), backend=group["backend"]
                 )
         norms = self._norms_of(group)
-        if norms is not None and group["materialize"]:
+        if norms is not None and past_of(group).materialize:
             states = [self.state[p] for p in group["params"]]
             norms.match([state["past"] for state in states], states, t)
 

@@ -15,7 +15,7 @@ from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group, refuse_negative
 from layerpipe_kernels.optim.checkpoint import CLOCK, GROUP_STATE, HISTORY_KEYS
 from layerpipe_kernels.optim.prediction import PredictedWeights, check_prediction
-from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, settings_of
+from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, past_of, settings_of
 from layerpipe_kernels.optim.still import StillParameters
 
 #: What may be different in every step, or is a group's clock.
@@ -83,7 +83,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         check_past(group, [self.name(group, i) for i in range(len(group["params"]))])
         check_prediction(group)
         if group["delay"]:
-            history.make(group["past"], self._settings(group))
+            history.make(self._settings(group))
 
     def _check_changed(self) -> None:
         """Check the groups whose options are not those that were checked last: before a step writes anything.
@@ -127,7 +127,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         if made is not None and made[0] != made_for:
             group["designed_for"] = None
         if made is None or group["designed_for"] is None:
-            past = history.make(group["past"], self._settings(group))
+            past = history.make(self._settings(group))
             group["designed_for"] = past.settings.correlation
             made = self._histories[id(group)] = made_for, past
         return made[1]
@@ -193,7 +193,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         group["last_lr"] = torch.tensor(float(group["last_lr"]), dtype=torch.float32, device=device)
 
     def _norms_of(self, group: Group) -> Norms | None:
-        if group["past_norm"] is None or not group["delay"]:
+        if past_of(group).norm is None or not group["delay"]:
             return None
         norms = self._norms.get(id(group))
         params = group["params"]
@@ -231,7 +231,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         state = self._aligned_state(param)
         if not mixture.n:
             return history.copy_into(out, param.detach())
-        if group["materialize"] and "past" in state and mixture.n == min(t, past.n):
+        if past_of(group).materialize and "past" in state and mixture.n == min(t, past.n):
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:
@@ -251,7 +251,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         assert past is not None
         if n == 0:
             return history.copy_into(out, param.detach())
-        if group["materialize"] and "past" in state and n in (None, past.n):
+        if past_of(group).materialize and "past" in state and n in (None, past.n):
             return history.copy_into(out, state["past"])
         norms = self._norms_of(group)
         if norms is not None and out is None:

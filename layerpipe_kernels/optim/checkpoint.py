@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import reference
+from layerpipe_kernels.past import Past
 
 if TYPE_CHECKING:
     from layerpipe_kernels.optim.arguments import Group
@@ -91,9 +92,9 @@ def mark(packed: StateDict, params: list[Tensor], still: set[Tensor], fresh: set
 
 
 def without_functions(packed: StateDict) -> StateDict:
-    """A state_dict that can be loaded with ``weights_only=True``: a decay rule that is a function stays behind, and
+    """A state_dict that can be loaded with ``weights_only=True``: a past whose decay is a function stays behind, and
     the optimizer that loads it keeps its own."""
-    groups = [{k: v for k, v in g.items() if k != "ema_decay" or not callable(v)} for g in packed["param_groups"]]
+    groups = [{k: v for k, v in g.items() if not isinstance(v, Past)} for g in packed["param_groups"]]
     return {**packed, "param_groups": groups}
 
 
@@ -144,7 +145,7 @@ def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved
         if "updates" in other and all(history.remembers(state.get(p, {})) for p in trained):
             continue
         own.update(CLOCK)
-        if history.kind != "latest":
+        if history.settings.past.kind != "latest":
             warnings.warn(
                 f"the loaded state of param_groups[{i}] has no past (past={own['past']!r}, delay={own['delay']}); it "
                 f"begins anew, as if the next update were the first",

@@ -13,13 +13,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import backend, native, reference
-from layerpipe_kernels.history import Clock, History, Momentum
+from layerpipe_kernels.history import Clock, History, MomentumHistory
 from layerpipe_kernels.optim.arguments import Group, scalar_on
 from layerpipe_kernels.optim.arrays import Kept, complete
 from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.capture import refuse_capture
 from layerpipe_kernels.optim.prediction import horizon_of, keep_horizon_on_device, predicts
 from layerpipe_kernels.optim.routine import PastMaker, Routine
+from layerpipe_kernels.optim.settings import past_of
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
 
@@ -230,7 +231,7 @@ class FusedOptimizer(PastOptimizer):
         if clock is None:
             self._mark_still(moving, still)
         self._age(still, past, clock or Clock(group["updates"], float(options.lr)), found_inf)
-        if norms is not None and group["materialize"]:
+        if norms is not None and past_of(group).materialize:
             states = [self.state[p] for p in params if "past" in self.state[p]]
             norms.match([state["past"] for state in states], states, clock or group["updates"], found_inf)
 
@@ -249,7 +250,11 @@ class FusedOptimizer(PastOptimizer):
         past, params = self.history(group), list(group["params"])
         if not params:
             return _Found(past, None, (), before)
-        if isinstance(past, Momentum) and past.settings.momentum != group["momentum"] and type(group["updates"]) is int:
+        if (
+            isinstance(past, MomentumHistory)
+            and past.settings.momentum != group["momentum"]
+            and type(group["updates"]) is int
+        ):
             group["designed_for"] = None
             past = self.history(group)
         if told and past is not None:
@@ -259,7 +264,7 @@ class FusedOptimizer(PastOptimizer):
         kept = Kept(
             self._states(group),
             past.emas if past is not None else 0,
-            past is not None and group["materialize"],
+            past is not None and past_of(group).materialize,
             group["master_weights"] and reference.state_dtype(params[0].dtype) != params[0].dtype,
             self._counts(group, told),
             previous,
@@ -299,7 +304,7 @@ class FusedOptimizer(PastOptimizer):
     @torch.no_grad()
     def _prepare(self, group: Group, kept: Kept, moving: list[Tensor]) -> _Ready:
         params = list(group["params"])
-        states = [complete(self.state[p], p, kept, group["ema_dtype"], self._fresh) for p in moving]
+        states = [complete(self.state[p], p, kept, past_of(group).dtype, self._fresh) for p in moving]
         arrays = Arrays(
             moving,
             tuple([state[name] for state in states] for name in kept.states),

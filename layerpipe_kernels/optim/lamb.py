@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import reference
-from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_adam_group, require_finite
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
-from layerpipe_kernels.optim.settings import past_given
+from layerpipe_kernels.optim.settings import PastOptions, past_options
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Lamb(AveragingOptimizer):
@@ -26,8 +28,7 @@ class Lamb(AveragingOptimizer):
     Args:
         params: parameters, named parameters, or dicts of groups.
         lr, betas, eps, weight_decay, maximize: as in :class:`torch.optim.AdamW`, with the paper's ``eps``.
-        delay, past, order, ema_decay, ema_dtype, past_norm, materialize, seed, backend: as in
-            :class:`layerpipe_kernels.AdamW`.
+        options: ``delay``, ``past`` and ``backend``, as in :class:`layerpipe_kernels.AdamW`.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
@@ -42,18 +43,10 @@ class Lamb(AveragingOptimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        delay: int = 0,
-        past: str = "blend",
-        order: int = 2,
-        ema_decay: DecayRule | tuple[float, ...] | None = None,
-        ema_dtype: torch.dtype | None = None,
-        past_norm: str | None = None,
-        materialize: bool = False,
-        seed: int = 0,
-        backend: str = "auto",
+        **options: Unpack[PastOptions],
     ) -> None:
         defaults = {
-            **past_given(locals()),
+            **past_options("Lamb", options),
             "lr": lr,
             "betas": betas,
             "eps": eps,

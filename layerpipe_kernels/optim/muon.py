@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from layerpipe_kernels import history, reference
-from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_learning_rate, require_finite
 from layerpipe_kernels.optim.matrices import sides
 from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
 from layerpipe_kernels.optim.prediction import newest_share
-from layerpipe_kernels.optim.settings import past_given
+from layerpipe_kernels.optim.settings import PastOptions, past_options
 from layerpipe_kernels.optim.stacks import Array, Scratch, Stack
 from layerpipe_kernels.options import AdamOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
@@ -38,10 +40,11 @@ class Muon(PreconditionedOptimizer):
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as in torch.
         ns_dtype: of the Newton-Schulz steps; torch's is bfloat16.
         adamw_betas, adamw_eps, adamw_lr_ratio: of what steps with AdamW.
-        spike_compensation: ``c``. Where gradients are ``n`` updates late, the direction is made of ``a m + (1 - a) G``
-            with ``a = mu**(c n)``, ``mu**(c n + 1)`` with ``nesterov``.
-        precondition, maximize, delay, past, order, ema_decay, ema_dtype, past_norm, materialize, master_weights,
-            weight_prediction, seed, backend: as in :class:`layerpipe_kernels.SOAP`.
+        precondition, maximize: as in :class:`layerpipe_kernels.SOAP`.
+        options: ``delay``, ``past``, ``spike_compensation``, ``weight_prediction``, ``master_weights`` and ``backend``,
+            as in :class:`layerpipe_kernels.AdamW`, but for spike compensation. There, where gradients are ``n`` updates
+            late, the direction is made of ``a m + (1 - a) G`` with ``a = mu**(c n)``, ``mu**(c n + 1)`` with
+            ``nesterov``.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
@@ -67,21 +70,10 @@ class Muon(PreconditionedOptimizer):
         adamw_lr_ratio: float = 1.0,
         precondition: bool | None = None,
         maximize: bool = False,
-        delay: int = 0,
-        past: str = "blend",
-        order: int = 2,
-        ema_decay: DecayRule | tuple[float, ...] | None = None,
-        ema_dtype: torch.dtype | None = None,
-        past_norm: str | None = None,
-        materialize: bool = False,
-        master_weights: bool = False,
-        spike_compensation: float = 0.0,
-        weight_prediction: float = 0.0,
-        seed: int = 0,
-        backend: str = "auto",
+        **options: Unpack[PastOptions],
     ) -> None:
         defaults = {
-            **past_given(locals()),
+            **past_options("Muon", options),
             "lr": lr,
             "weight_decay": weight_decay,
             "momentum": momentum,

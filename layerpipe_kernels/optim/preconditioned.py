@@ -18,6 +18,7 @@ from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS, PREDICTION_KEYS
 from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
 from layerpipe_kernels.optim.fused import FusedOptimizer
 from layerpipe_kernels.optim.matrices import is_preconditioned, sides
+from layerpipe_kernels.optim.settings import past_of
 from layerpipe_kernels.optim.stacks import Scratch, Stack
 from layerpipe_kernels.options import AdamOptions, DirectionOptions
 
@@ -87,7 +88,7 @@ class PreconditionedOptimizer(FusedOptimizer):
             raise TypeError(f"the gradient of {self.name(group, i)} is {grad.layout}; only dense ones are supported")
 
     def _check_group(self, group: Group) -> None:
-        if group["delay"] and group["past"] == "momentum":
+        if group["delay"] and past_of(group).kind == "momentum":
             raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         super()._check_group(group)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from layerpipe_kernels import ops
 from layerpipe_kernels.optim.arguments import Group
+from layerpipe_kernels.optim.settings import averages_gradients, past_of
 
 
 def check_prediction(group: Group) -> None:
@@ -39,13 +40,13 @@ def check_prediction(group: Group) -> None:
         raise ValueError(f"spike_compensation needs a momentum below 1, got {group['momentum']}")
     if not group["delay"]:
         return
-    if group["past"] == "momentum" and (group["spike_compensation"] or group["weight_prediction"]):
+    if past_of(group).kind == "momentum" and (group["spike_compensation"] or group["weight_prediction"]):
         raise ValueError(
             "past='momentum' extrapolates the momentum buffer, which with spike_compensation or weight_prediction is "
             "not what moves the weights; use past='blend' or past='ema'"
         )
-    if group["ema_of"] == "gradient" and (group["spike_compensation"] or group["weight_prediction"]):
-        raise ValueError("spike_compensation and weight_prediction need ema_of='update'")
+    if averages_gradients(group) and (group["spike_compensation"] or group["weight_prediction"]):
+        raise ValueError("spike_compensation and weight_prediction need an EMA of='update'")
 
 
 def check_staleness(staleness: float) -> None:

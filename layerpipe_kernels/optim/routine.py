@@ -18,6 +18,7 @@ from layerpipe_kernels import backend
 from layerpipe_kernels.history import Clock, History
 from layerpipe_kernels.native import EXCHANGE, NativeRunner
 from layerpipe_kernels.optim.arguments import Group
+from layerpipe_kernels.optim.settings import past_of
 from layerpipe_kernels.plan import StepPlan
 
 #: What may differ from step to step; the list of parameters the collector looks at.
@@ -58,7 +59,7 @@ class Routine:
         on_host = plan.device.type == "cpu"
         # Kinds that keep something of their own make their past weights themselves.
         makes_past = past is not None and type(past).past is History.past
-        makes_past = makes_past and not group["materialize"] and not past.undone  # type: ignore[union-attr]
+        makes_past = makes_past and not past.settings.past.materialize and not past.undone  # type: ignore[union-attr]
         routine = backend.extension().Routine(
             group,
             tuple(key for key in group if key not in _MOVING),
@@ -90,7 +91,7 @@ class Routine:
         return (
             type(group["updates"]) is int
             and (past is None or not past.needs_states)
-            and group["past_norm"] is None
+            and past_of(group).norm is None
             and not any(isinstance(value, Tensor) for value in group.values())
             # A list may be changed in place; a tuple only where it holds tensors.
             and isinstance(group.get("betas", ()), tuple)

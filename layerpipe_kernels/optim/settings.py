@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from layerpipe_kernels import backend, history
 from layerpipe_kernels.optim.arguments import Group
+from layerpipe_kernels.past import EMA, Past, option, parse
 
-PAST_DEFAULTS: dict[str, Any] = {
+
+class PastOptions(TypedDict, total=False):
+    """Keyword arguments of every optimizer's constructor, described in :class:`layerpipe_kernels.SGD`."""
+
+    delay: int
+    past: str | Past
+    spike_compensation: float
+    weight_prediction: float
+    master_weights: bool
+    backend: str
+
+
+PAST_DEFAULTS: PastOptions = {
     "delay": 0,
     "past": "blend",
-    "order": 2,
-    "ema_decay": None,
-    "ema_of": "update",
-    "ema_dtype": None,
-    "past_norm": None,
-    "materialize": False,
     "master_weights": False,
     "backend": "auto",
-    "seed": 0,
     "spike_compensation": 0.0,
     "weight_prediction": 0.0,
 }
@@ -29,20 +35,37 @@ PAST_DEFAULTS: dict[str, Any] = {
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 #: The options that decide how a group has its past weights.
-DESIGNED_BY = (
-    *("delay", "past", "order", "ema_decay", "ema_of", "materialize", "backend", "seed", "nesterov"),
-    *("spike_compensation", "weight_prediction", "horizon"),
-)
+DESIGNED_BY = ("delay", "past", "backend", "nesterov", "spike_compensation", "weight_prediction", "horizon")
 
 
-def past_given(arguments: dict[str, Any]) -> Group:
-    """Of a constructor's arguments, those about the past; the defaults of what it does not take."""
-    return {key: arguments.get(key, default) for key, default in PAST_DEFAULTS.items()}
+def past_options(optimizer: str, options: PastOptions) -> Group:
+    """Returns a constructor's options about the past, with the defaults of those that are not given.
+
+    Raises:
+        TypeError: an option that there is not, as from every function.
+        ValueError: a past that there is not.
+    """
+    for name in options:
+        if name not in PAST_DEFAULTS:
+            raise TypeError(f"{optimizer}.__init__() got an unexpected keyword argument {name!r}")
+    given: Group = {**PAST_DEFAULTS, **options}
+    return {**given, "past": option(given["past"])}
+
+
+def past_of(group: Group) -> Past:
+    """Returns a group's kind of past weights, which the group has spelled in a string where that can be."""
+    return parse(group["past"])
+
+
+def averages_gradients(group: Group) -> bool:
+    past = past_of(group)
+    return isinstance(past, EMA) and past.of == "gradient"
 
 
 def check_past(group: Group, names: Sequence[str]) -> None:
     """Refuse a group whose options or parameters cannot have a past; ``names`` are the parameters'."""
-    delay = group["delay"]
+    group["past"] = option(group["past"])
+    delay, past = group["delay"], past_of(group)
     if isinstance(delay, bool) or not isinstance(delay, int) or delay < 0:
         raise ValueError(f"delay must be a whole number of updates, at least 0, got {delay!r}")
     for i, param in enumerate(group["params"]):
@@ -56,19 +79,11 @@ def check_past(group: Group, names: Sequence[str]) -> None:
                 f"parameter {names[i]} of dtype {param.dtype} is not supported; only real floating-point parameters of "
                 "16, 32 or 64 bits are"
             )
-        if param.dtype == torch.float64 and delay and group["ema_dtype"] is not None:
+        if param.dtype == torch.float64 and delay and past.dtype is not None:
             raise ValueError(
                 f"parameter {names[i]} of dtype torch.float64 has averages of the same dtype; leave out "
-                f"ema_dtype={group['ema_dtype']}"
+                f"dtype={past.dtype} of past={past.kind!r}"
             )
-    if not isinstance(group["seed"], int):
-        raise ValueError(f"seed must be a whole number, got {group['seed']!r}")
-    if group["ema_dtype"] not in (None, torch.float32, torch.bfloat16):
-        raise ValueError(f"ema_dtype must be torch.float32 or torch.bfloat16, got {group['ema_dtype']}")
-    if group["past"] not in history.KINDS:
-        raise ValueError(f"past={group['past']!r} is unknown; there are: {', '.join(history.KINDS)}")
-    if group["past_norm"] not in (None, "match"):
-        raise ValueError(f"past_norm must be None or 'match', got {group['past_norm']!r}")
     if group["params"]:
         backend.choose(group["params"][0], group["backend"])
 
@@ -80,16 +95,12 @@ def settings_of(group: Group) -> history.Settings:
         correlation = float(betas[0] if betas else momentum)
     return history.Settings(
         delay=group["delay"],
-        order=group["order"],
-        ema_decay=group["ema_decay"],
-        ema_of=group["ema_of"],
+        past=past_of(group),
         momentum=correlation if momentum else 0.0,
         nesterov=group.get("nesterov", False),
         correlation=correlation,
         newest=momentum > 0 and not group.get("nesterov", False) and not group["spike_compensation"],
-        materialize=group["materialize"],
         backend=group["backend"],
-        seed=group["seed"],
         designed_horizon=float(group["weight_prediction"]) * group["delay"],
         horizon=float(group["horizon"]),
     )

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_flags, check_learning_rate, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
 from layerpipe_kernels.optim.prediction import newest_share
-from layerpipe_kernels.optim.settings import past_given
+from layerpipe_kernels.optim.settings import PastOptions, past_options
 from layerpipe_kernels.options import SgdOptions
+from layerpipe_kernels.past import Past
 
 
 class SGD(FusedOptimizer):
@@ -25,20 +24,14 @@ class SGD(FusedOptimizer):
         params: parameters, named parameters, or dicts of groups.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.
         delay: ``n``, how many updates lie between a forward and its backward; 0 keeps no history.
-        past: ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``; see :mod:`layerpipe_kernels.history`.
-        order: number of EMAs of a blend, 1 to 3.
-        ema_decay: a rule's name, a number, a function of the delay (which checkpoints leave out), or for a blend a
-            tuple; default: designed.
-        ema_of: ``"update"``, or ``"gradient"`` for the paper's literal form.
-        ema_dtype: ``torch.bfloat16`` halves the averages' memory; rounded stochastically. Default: the state's.
-        past_norm: ``"match"`` scales past weights to the norm that the true ones had, kept as ``n`` numbers per tensor.
-        materialize: let the step itself write the past weights, at one more copy of memory.
-        master_weights: keep float32 copies of weights of 16 bits, update those and round them; others need none.
+        past: how the past weights are had: ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``, or with
+            options :class:`layerpipe_kernels.Blend`, ``EMA``, ``Momentum``, ``Latest`` or ``Stash``. A group holds it
+            spelled in a string, see :mod:`layerpipe_kernels.past`.
         spike_compensation: ``c``. Where gradients are ``n`` updates late, the newest one weighs ``b = 1 - momentum**(c
             n)``: the direction is ``(1 - b) v + b (1 - dampening) / (1 - momentum) g``. Not with Nesterov's momentum.
         weight_prediction: ``h``. The parameters hold ``F = W - h n u``, ``h n`` updates like the last one ahead, at one
             more buffer; :meth:`eval` brings ``W`` into them, :meth:`train` ``F`` again. See docs/optimizers.md.
-        seed: of the stochastic rounding; the same seed gives the same bits on every backend.
+        master_weights: keep float32 copies of weights of 16 bits, update those and round them; others need none.
         backend: ``"auto"``, ``"cuda"``, ``"triton"``, ``"cpp"`` or ``"reference"``.
         capturable: let the device count the updates, so that a CUDA graph can replay them; needed with a delay.
         foreach, fused, differentiable: accepted for torch's sake; every step here is fused, none is differentiable.
@@ -65,22 +58,23 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         delay: int = 0,
-        past: str = "blend",
-        order: int = 2,
-        ema_decay: DecayRule | tuple[float, ...] | None = None,
-        ema_of: str = "update",
-        ema_dtype: torch.dtype | None = None,
-        past_norm: str | None = None,
+        past: str | Past = "blend",
         spike_compensation: float = 0.0,
         weight_prediction: float = 0.0,
-        materialize: bool = False,
         master_weights: bool = False,
-        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         check_flags(foreach, fused, differentiable, "SGD")
+        options: PastOptions = {
+            "delay": delay,
+            "past": past,
+            "spike_compensation": spike_compensation,
+            "weight_prediction": weight_prediction,
+            "master_weights": master_weights,
+            "backend": backend,
+        }
         defaults = {
-            **past_given(locals()),
+            **past_options("SGD", options),
             "lr": lr,
             "momentum": momentum,
             "dampening": dampening,

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from layerpipe_kernels import reference
-from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim.arguments import Group, check_adam_group
 from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
 from layerpipe_kernels.optim.matrices import sides
 from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
 from layerpipe_kernels.optim.prediction import newest_share
-from layerpipe_kernels.optim.settings import past_given
+from layerpipe_kernels.optim.settings import PastOptions, past_options
 from layerpipe_kernels.optim.stacks import Array, Stack
 from layerpipe_kernels.options import AdamOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _GRAMS, _BASES = ("gram_left", "gram_right"), ("basis_left", "basis_right")
 #: From where on turning the longer side, too, costs as much as a small minibatch's forward and backward.
@@ -53,8 +55,8 @@ class SOAP(PreconditionedOptimizer):
         state_dtype: of the matrices ``L``, ``R`` and ``Q``: ``torch.bfloat16`` halves their bytes, and products with
             them are then made of bfloat16 factors; the parameter's own, at least float32, by default.
         maximize: as in torch.
-        delay, past, order, ema_decay, ema_dtype, past_norm, materialize, master_weights, spike_compensation,
-            weight_prediction, seed, backend: as in :class:`layerpipe_kernels.AdamW`.
+        options: ``delay``, ``past``, ``spike_compensation``, ``weight_prediction``, ``master_weights`` and ``backend``,
+            as in :class:`layerpipe_kernels.AdamW`.
 
     Raises:
         ValueError: an option out of its range, or options that contradict each other.
@@ -78,21 +80,10 @@ class SOAP(PreconditionedOptimizer):
         precondition: bool | None = None,
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
-        delay: int = 0,
-        past: str = "blend",
-        order: int = 2,
-        ema_decay: DecayRule | tuple[float, ...] | None = None,
-        ema_dtype: torch.dtype | None = None,
-        past_norm: str | None = None,
-        materialize: bool = False,
-        master_weights: bool = False,
-        spike_compensation: float = 0.0,
-        weight_prediction: float = 0.0,
-        seed: int = 0,
-        backend: str = "auto",
+        **options: Unpack[PastOptions],
     ) -> None:
         defaults = {
-            **past_given(locals()),
+            **past_options("SOAP", options),
             "lr": lr,
             "betas": betas,
             "shampoo_beta": shampoo_beta,

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import history, layout, reference
-from layerpipe_kernels.decay import DecayRule
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
 from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.checkpoint import CLOCK, GROUP_STATE, HISTORY_KEYS, PREDICTION_KEYS
 from layerpipe_kernels.optim.prediction import horizon_of, newest_share, predicts
-from layerpipe_kernels.optim.settings import PAST_DEFAULTS, past_given
+from layerpipe_kernels.optim.settings import PAST_DEFAULTS, PastOptions, past_options
+from layerpipe_kernels.past import Past
 
 #: What this optimizer keeps in a parameter's state, beside the wrapped one's.
 _OWN = (*HISTORY_KEYS, *PREDICTION_KEYS)
@@ -34,8 +34,7 @@ class PastWeights(AveragingOptimizer):
 
     Args:
         optimizer: steps on dense weights, without gaps in memory.
-        delay, past, order, ema_decay, ema_dtype, past_norm, materialize, seed, backend: as in
-            :class:`layerpipe_kernels.AdamW`; a group may have its own.
+        delay, past, backend: as in :class:`layerpipe_kernels.AdamW`; a group may have its own.
         spike_compensation: ``c``, applied to the wrapped optimizer's updates ``r``: ``u = (1 - b) r + b (r - beta r_) /
             (1 - beta)`` with the update ``r_`` before, ``b = 1 - beta**(c n)`` and ``beta`` the group's momentum or
             first beta. That is what :class:`layerpipe_kernels.SGD` does with momentum at a constant learning rate; for
@@ -56,15 +55,9 @@ class PastWeights(AveragingOptimizer):
         optimizer: torch.optim.Optimizer,
         *,
         delay: int,
-        past: str = "blend",
-        order: int = 2,
-        ema_decay: DecayRule | tuple[float, ...] | None = None,
-        ema_dtype: torch.dtype | None = None,
-        past_norm: str | None = None,
+        past: str | Past = "blend",
         spike_compensation: float = 0.0,
         weight_prediction: float = 0.0,
-        materialize: bool = False,
-        seed: int = 0,
         backend: str = "auto",
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
@@ -84,7 +77,14 @@ class PastWeights(AveragingOptimizer):
                 "something else"
             )
         self.optimizer = optimizer
-        self._options = past_given(locals())
+        given: PastOptions = {
+            "delay": delay,
+            "past": past,
+            "spike_compensation": spike_compensation,
+            "weight_prediction": weight_prediction,
+            "backend": backend,
+        }
+        self._options = past_options("PastWeights", given)
         self._complete = False
         groups = [{**group} for group in optimizer.param_groups]
         try:

@@ -13,7 +13,7 @@ import torch
 
 from layerpipe.checkpoint_file import read, write
 from layerpipe.errors import CheckpointError
-from layerpipe.optimizer import joined, part
+from layerpipe.optimizer import holds_function, joined, part
 from layerpipe.partition.split_stage import uncompiled
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 def without_functions(value: Any) -> Any:
     """A state_dict without the functions among its options, such as a decay rule: no file can hold those."""
     if isinstance(value, dict):
-        return {k: without_functions(v) for k, v in value.items() if not callable(v)}
+        return {k: without_functions(v) for k, v in value.items() if not holds_function(v)}
     if isinstance(value, list):
         return [without_functions(v) for v in value]
     return value

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from layerpipe_kernels.past import Blend, Past, Stash, parse
+
 
 class StageError(RuntimeError):
     """Something raised inside a stage; the message names the stage, ``__cause__`` is the original exception:
@@ -39,9 +41,11 @@ class DataError(RuntimeError):
     """A data set that cannot be had, or does not fit what is asked of it."""
 
 
-def divergence_advice(past: str, order: int, delay: int) -> str:
-    """What to try after a :class:`DivergenceError`, for a pipeline with these past weights and this largest delay."""
-    tries = [] if past in ("blend", "stash") or not delay else ["past='blend' of order 2"]
-    if past == "blend" and order < 3 and delay:
-        tries.append(f"order {order + 1}")
+def divergence_advice(past: str | Past, delay: int) -> str:
+    """Returns what to try after a :class:`DivergenceError`, for a pipeline with these past weights and this largest
+    delay in updates."""
+    kind = parse(past)
+    tries = [] if isinstance(kind, Blend | Stash) or not delay else ["past='blend'"]
+    if isinstance(kind, Blend) and kind.order < 3 and delay:
+        tries.append(f"past='blend:order={kind.order + 1}'")
     return "try " + ", ".join([*tries, "a lower learning rate, a longer warm-up, max_norm=1.0, or fewer stages"])

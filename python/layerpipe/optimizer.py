@@ -14,6 +14,7 @@ from layerpipe.executors.ranks import Ranks
 from layerpipe.stage import Stage
 from layerpipe.stage.options import OWN, Options, StageOptions, frozen_options, holds_what_changes, on_host, same
 from layerpipe_kernels.optim.checkpoint import GROUP_STATE
+from layerpipe_kernels.past import Past
 
 
 class PipelineOptimizer(torch.optim.Optimizer):
@@ -212,7 +213,7 @@ class PipelineOptimizer(torch.optim.Optimizer):
         for i in self.own:
             group, values = self.param_groups[i], options[i]
             for key in _PAST:
-                if callable(group.get(key)) and key not in values:
+                if holds_function(group.get(key)) and key not in values:
                     continue  # a file holds no function
                 if group.get(key) != values.get(key):
                     raise ValueError(
@@ -239,10 +240,15 @@ def common_optimizer(
 def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
     """What other processes see of these stages' parameter groups: no parameters, and nothing that no message holds."""
     return [
-        {key: value for key, value in frozen_options(group).items() if not callable(value)}
+        {key: value for key, value in frozen_options(group).items() if not holds_function(value)}
         for optimizer in optimizers
         for group in optimizer.param_groups
     ]
+
+
+def holds_function(value: Any) -> bool:
+    """Whether an option is a function, or a kind of past weights with one, which its group could not spell."""
+    return callable(value) or isinstance(value, Past)
 
 
 def _without_params(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -290,4 +296,4 @@ class _StageHooks(RemovableHandle):
 
 
 #: What a stage's history was made for.
-_PAST = ("delay", "past", "order", "ema_decay")
+_PAST = ("delay", "past")

@@ -31,6 +31,7 @@ from layerpipe.stage.accumulation import Accumulation
 from layerpipe.stage.build import OptimizerFactory, build
 from layerpipe.tracing import Trace
 from layerpipe.tracing.spans import Recorder, Span
+from layerpipe_kernels.past import Past, option, parse
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -45,13 +46,12 @@ class Pipeline(Network):
         loss_fn: ``loss_fn(output, target)`` to a scalar, called in the last stage; ``loss_fn(*outputs, target)``
             where that returns a tuple; the last stage may return any structure. Of a module, the last stage's optimizer
             trains the parameters, too.
-        optimizer: ``optimizer(params, **past)``, called once per stage that has parameters; hands ``past`` on to an
-            optimizer of :mod:`layerpipe_kernels`. It holds the stage's ``delay`` and the options below. Embeddings and
-            the last stage's last layer are marked before (:func:`layerpipe_kernels.mark_embeddings_and_output`), so
-            that SOAP and Muon know them.
-        past: how past weights are had, ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``.
-        order: number of EMAs of a blend.
-        ema_decay: decay rule; by default what suits ``past``.
+        optimizer: ``optimizer(params, **past)``, called once per stage that has parameters; hands ``past``, which is
+            the stage's ``delay`` and the pipeline's ``past``, on to an optimizer of :mod:`layerpipe_kernels`.
+            Embeddings and the last stage's last layer are marked before
+            (:func:`layerpipe_kernels.mark_embeddings_and_output`), so that SOAP and Muon know them.
+        past: how past weights are had: ``"blend"``, ``"ema"``, ``"momentum"``, ``"latest"`` or ``"stash"``, or with
+            options a value such as ``layerpipe_kernels.Blend(order=3)``; see :mod:`layerpipe_kernels.past`.
         schedule: ``"lockstep"``, ``"1f1b"``, ``"sequential"`` or ``"auto"``; see :mod:`layerpipe.schedule`.
         executor: how a process runs its stages, ``"serial"``, ``"threads"``, on CUDA devices ``"streams"`` or
             ``"graphs"``; ``"distributed"`` is ``"serial"`` with the stages in all processes of torch's default group.
@@ -94,9 +94,7 @@ class Pipeline(Network):
         loss_fn: Callable[[Any, Any], Tensor],
         optimizer: OptimizerFactory,
         *,
-        past: str = "blend",
-        order: int = 2,
-        ema_decay: Any = None,
+        past: str | Past = "blend",
         schedule: str = "lockstep",
         executor: str = "serial",
         mesh: DeviceMesh | None = None,
@@ -125,7 +123,7 @@ class Pipeline(Network):
         self.pacing = Pacing(delays.make(delay_policy, sync_steps), self.schedule.ticks(1), self.ranks.mean)
         agreement.check_same(
             self.ranks, stages,
-            {"past": past, "order": order, "ema_decay": ema_decay, "schedule": self.schedule.name,
+            {"past": str(parse(past)), "schedule": self.schedule.name,
              "max_norm": max_norm, "max_norm_of": max_norm_of, "split_backward": split_backward,
              "check_finite": check_finite, "accumulate": accumulate, "sync_steps": sync_steps,
              "delay_policy": type(delay_policy).__name__},
@@ -142,7 +140,7 @@ class Pipeline(Network):
         self.stages = build(
             stages,
             optimizer,
-            past={"past": past, "order": order, "ema_decay": ema_decay},
+            past=option(past),
             accumulations=self._accumulations,
             names=names,
             loss=self.loss_weights,

@@ -55,7 +55,7 @@ def test_a_momentum_buffer_taken_away_begins_anew_as_torchs_does(change: Any, op
         return stepped(kind(params, lr=0.1, momentum=0.9, **options, **more), params, change)
 
     wanted = made(torch.optim.SGD)
-    pasts: list[dict[str, Any]] = [{}, {"past": "momentum"}, {"past": "stash"}, {"materialize": True}]
+    pasts: list[dict[str, Any]] = [{}, {"past": "momentum"}, {"past": "stash"}, {"past": lk.Blend(materialize=True)}]
     for more in [{}, {"backend": "reference"}, {"capturable": True}, *({"delay": 2, **past} for past in pasts)]:
         for got, right in zip(made(lk.SGD, **more), wanted, strict=True):
             assert torch.allclose(got, right, atol=1e-6), more

@@ -185,7 +185,7 @@ def test_momentum_that_a_schedule_moves_and_a_count_go_together() -> None:
     assert all(map(torch.equal, weights(plain), weights(nn.Sequential(*stages))))
 
 
-@pytest.mark.parametrize(("key", "value"), [("delay", 3), ("past", "stash"), ("order", 3), ("ema_decay", 0.5)])
+@pytest.mark.parametrize(("key", "value"), [("delay", 3), ("past", "stash"), ("past", lk.Blend(order=3))])
 def test_what_past_weights_were_made_for_cannot_be_changed(key: str, value: Any) -> None:
     with pipeline(chain(3)) as pipe:
         pipe.step(*minibatches(1)[0])

@@ -437,10 +437,10 @@ def disagrees(rank: int, what: str) -> str:
         stages[2][1].running_mean.add_(1)  # type: ignore[index,union-attr,operator]
     elif what == "stages":
         stages = chain(5 if other else 4)
-    elif what in ("max_norm", "schedule", "past", "order", "ema_decay", "split_backward", "check_finite"):
+    elif what in ("max_norm", "schedule", "past", "split_backward", "check_finite"):
         values = {
-            "max_norm": (None, 1.0), "schedule": ("lockstep", "1f1b"), "past": ("blend", "ema"), "order": (2, 1),
-            "ema_decay": (None, "matched"), "split_backward": (False, True), "check_finite": (True, False),
+            "max_norm": (None, 1.0), "schedule": ("lockstep", "1f1b"), "past": ("blend", lk.Blend(order=1)),
+            "split_backward": (False, True), "check_finite": (True, False),
         }  # fmt: skip
         options[what] = values[what][other]
 

@@ -143,11 +143,11 @@ def test_a_decay_rule_that_is_a_function_is_not_written_and_stays(tmp_path: Path
     def rule(n: int) -> float:
         return n / (n + 2)
 
-    with pipeline(past="ema", ema_decay=rule) as one, pipeline(past="ema", ema_decay=rule) as two:
+    with pipeline(past=lk.EMA(decay=rule)) as one, pipeline(past=lk.EMA(decay=rule)) as two:
         one.step(*minibatches(1)[0])
         one.checkpoint(tmp_path / "c.pt")
         two.resume(tmp_path / "c.pt")
-        assert two.optimizer.param_groups[0]["ema_decay"] is rule
+        assert two.optimizer.param_groups[0]["past"].decay is rule
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_what_could_not_be_read_again_is_not_written(extra: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("capturable", [False, True])
-@pytest.mark.parametrize("options", [{"past": "stash"}, {"materialize": True}], ids=str)
+@pytest.mark.parametrize("options", [{"past": "stash"}, {"past": lk.Blend(materialize=True)}], ids=str)
 def test_loaded_weights_are_their_own_past(options: dict[str, Any], capturable: bool) -> None:
     def optimizer(params: Any, **past: Any) -> lk.SGD:
         return lk.SGD(params, lr=0.05, capturable=capturable, **{**past, **options})

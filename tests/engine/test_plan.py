@@ -124,7 +124,7 @@ def test_an_update_is_momentum_sgd_with_a_blend_of_two_averages() -> None:
 def test_copies_per_kind() -> None:
     assert [history_copies(past, 6) for past in ("stash", "latest", "ema", "momentum", "blend")] == [6, 0, 1, 0, 2]
     assert [history_copies("blend", n) for n in (0, 1, 2, 3, 9)] == [0, 0, 1, 2, 2]
-    assert history_copies("blend", 9, order=3) == 3
+    assert history_copies("blend:order=3", 9) == 3
     with pytest.raises(ValueError, match="unknown"):
         history_copies("guess", 3)
     none = stage_memory(weights=100, largest=60, activations=7, delay=0, past="blend")

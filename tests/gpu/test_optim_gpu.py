@@ -19,9 +19,9 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9, "past": "blend"}),
     ("SGD", {"momentum": 0.9, "dampening": 0.5, "past": "ema"}),
     ("SGD", {"momentum": 0.9, "past": "stash"}),
-    ("SGD", {"momentum": 0.9, "past": "blend", "past_norm": "match"}),
-    ("AdamW", {"past": "blend", "order": 3}),
-    ("AdamW", {"past": "blend", "materialize": True}),
+    ("SGD", {"momentum": 0.9, "past": lk.Blend(norm="match")}),
+    ("AdamW", {"past": lk.Blend(order=3)}),
+    ("AdamW", {"past": lk.Blend(materialize=True)}),
 ]
 
 

@@ -15,19 +15,19 @@ from tests.conftest import needs_cpp
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9, "past": "blend"}),
-    ("SGD", {"momentum": 0.9, "past": "blend", "materialize": True}),
+    ("SGD", {"momentum": 0.9, "past": lk.Blend(materialize=True)}),
     ("SGD", {"momentum": 0.9, "past": "momentum"}),
     ("SGD", {"momentum": 0.9, "dampening": 0.5, "past": "ema"}),
-    ("SGD", {"momentum": 0.9, "past": "ema", "ema_of": "gradient"}),
+    ("SGD", {"momentum": 0.9, "past": lk.EMA(of="gradient")}),
     ("SGD", {"momentum": 0.9, "past": "stash"}),
     ("SGD", {"past": "latest"}),
-    ("SGD", {"momentum": 0.9, "past": "blend", "past_norm": "match"}),
+    ("SGD", {"momentum": 0.9, "past": lk.Blend(norm="match")}),
     ("Adam", {"past": "ema", "amsgrad": True}),
-    ("AdamW", {"past": "blend", "order": 3}),
-    ("SGD", {"momentum": 0.9, "past": "blend", "ema_decay": "coupled"}),
-    ("AdamW", {"past": "blend", "order": 3, "ema_decay": "coupled"}),
-    ("AdamW", {"past": "blend", "materialize": True, "past_norm": "match"}),
-    ("AdamW", {"past": "blend", "ema_dtype": torch.bfloat16}),
+    ("AdamW", {"past": lk.Blend(order=3)}),
+    ("SGD", {"momentum": 0.9, "past": lk.Blend(decay="coupled")}),
+    ("AdamW", {"past": lk.Blend(order=3, decay="coupled")}),
+    ("AdamW", {"past": lk.Blend(materialize=True, norm="match")}),
+    ("AdamW", {"past": lk.Blend(dtype=torch.bfloat16)}),
 ]
 
 
@@ -62,7 +62,7 @@ class Pair:
         for param, twin in zip(self.params, self.twins, strict=True):
             torch.testing.assert_close(param, twin, rtol=2e-6, atol=2e-6)
             close = {"rtol": 2e-6, "atol": 5e-6}
-            if self.plain.param_groups[0]["ema_dtype"] is not None:
+            if lk.past.parse(self.plain.param_groups[0]["past"]).dtype is not None:
                 close = {"rtol": 1e-2, "atol": 1e-2}  # what is rounded differs in its last digit, so may its rounding
             torch.testing.assert_close(self.optimizer.past_weight(param), self.plain.past_weight(twin), **close)
         assert int(self.optimizer.param_groups[0]["updates"]) == self.plain.param_groups[0]["updates"]
@@ -156,7 +156,8 @@ def test_a_step_that_may_overflow_never_looks_at_a_tensor(name: str, options: di
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
         with Forbidden():
             optimizer.step()
-    if options["past"] in ("stash", "latest") or options.get("materialize"):
+    past = lk.past.parse(options["past"])
+    if past.kind in ("stash", "latest") or past.materialize:
         with Forbidden():
             optimizer.past_weight(params[0])
 
@@ -179,7 +180,7 @@ def test_capturable_keeps_the_clock_in_a_tensor_and_changes_no_result(name: str,
             pasts.append(optimizer.past_weight(param))
         results.append(torch.stack([param.detach(), *pasts]))
         assert isinstance(optimizer.param_groups[0]["updates"], Tensor) == capturable
-    close = {"rtol": 1e-2, "atol": 1e-2} if options.get("ema_dtype") else {"rtol": 2e-6, "atol": 2e-6}
+    close = {"rtol": 1e-2, "atol": 1e-2} if lk.past.parse(options["past"]).dtype else {"rtol": 2e-6, "atol": 2e-6}
     torch.testing.assert_close(*results, **close)
 
 

@@ -25,10 +25,10 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 PASTS: list[dict[str, Any]] = [
     {"past": "stash"},
     {"past": "ema"},
-    {"past": "blend", "order": 3},
-    {"past": "blend", "materialize": True},
-    {"past": "blend", "past_norm": "match"},
-    {"past": "ema", "ema_dtype": BF16},
+    {"past": lk.Blend(order=3)},
+    {"past": lk.Blend(materialize=True)},
+    {"past": lk.Blend(norm="match")},
+    {"past": lk.EMA(dtype=BF16)},
 ]
 
 
@@ -172,7 +172,7 @@ MAKERS: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("past", [*PASTS, {"past": "stash", "past_norm": "match"}], ids=str)
+@pytest.mark.parametrize("past", [*PASTS, {"past": lk.Latest(norm="match")}], ids=str)
 def test_a_parameter_that_never_had_a_gradient_goes_through_a_checkpoint(kind: str, past: dict[str, Any]) -> None:
     make, theirs = MAKERS[kind]
     params, others = parameters(), parameters()
@@ -202,11 +202,11 @@ def test_a_parameter_that_never_had_a_gradient_goes_through_a_checkpoint(kind: s
 
 
 def test_a_norm_that_was_not_recorded_is_the_present_one() -> None:
-    """With ``past_norm`` from the middle of a run on, too: no past weights of norm 0."""
+    """With ``norm="match"`` from the middle of a run on, too: no past weights of norm 0."""
     params = parameters()
     optimizer = lk.SGD(params, lr=1e-4, momentum=0.9, delay=4, past="blend")
     steps(optimizer, params, 9, seed=1)
-    optimizer.param_groups[0]["past_norm"] = "match"
+    optimizer.param_groups[0]["past"] = lk.Blend(norm="match")
     for param in params:
         torch.testing.assert_close(optimizer.past_weight(param).norm(), param.detach().norm())
 
@@ -370,11 +370,11 @@ def halves(_: int) -> float:
 def test_a_decay_that_is_a_function_stays_where_it_is(kind: Any) -> None:
     """A checkpoint with one could not be loaded with ``weights_only=True``."""
     params, others = parameters(), parameters()
-    optimizer, other = (kind(p, delay=3, past="ema", ema_decay=halves) for p in (params, others))
+    optimizer, other = (kind(p, delay=3, past=lk.EMA(decay=halves)) for p in (params, others))
     steps(optimizer, params, 5, seed=1)
     take(others, params)
     other.load_state_dict(saved(optimizer))
-    assert other.param_groups[0]["ema_decay"] is halves
+    assert other.param_groups[0]["past"].decay is halves
     steps(optimizer, params, 3, seed=2)
     steps(other, others, 3, seed=2)
     for a, b in zip(params, others, strict=True):

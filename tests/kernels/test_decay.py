@@ -34,7 +34,7 @@ def test_resolve_takes_names_numbers_and_functions() -> None:
 
 @pytest.mark.parametrize("rule", ["fast", 1.0, -0.1, float("nan"), lambda n: 2.0])
 def test_resolve_refuses_what_is_no_decay(rule: decay.DecayRule) -> None:
-    with pytest.raises(ValueError, match="ema_decay"):
+    with pytest.raises(ValueError, match="decay"):
         decay.resolve(rule, 6)
 
 

@@ -161,7 +161,7 @@ def test_a_compiled_step_and_a_compiled_training_step_agree(kind: str, past: dic
 
 COMPILED: dict[str, Any] = {
     "SGD": lambda params: lk.SGD(params, lr=0.1, momentum=0.9, delay=3),
-    "AdamW": lambda params: lk.AdamW(params, lr=0.1, delay=3, ema_dtype=torch.bfloat16),
+    "AdamW": lambda params: lk.AdamW(params, lr=0.1, delay=3, past=lk.Blend(dtype=torch.bfloat16)),
     "Lamb": lambda params: lk.Lamb(params, lr=0.1, delay=3),
     "PastWeights": lambda params: lk.PastWeights(torch.optim.SGD(params, lr=0.1, momentum=0.9), delay=3),
 }

@@ -17,11 +17,11 @@ def nadam(params: Any, lr: float, **past: Any) -> lk.PastWeights:
 
 
 KINDS = [
-    pytest.param(kind, options, id=f"{kind.__name__}-{options['past']}{'-match' * ('past_norm' in options)}")
+    pytest.param(kind, options, id=f"{kind.__name__}-{options['past']}")
     for kind, options in (
         (lk.SGD, {"momentum": 0.9, "past": "blend"}),
         (lk.SGD, {"momentum": 0.9, "past": "stash"}),
-        (lk.SGD, {"momentum": 0.9, "past": "blend", "past_norm": "match"}),
+        (lk.SGD, {"momentum": 0.9, "past": lk.Blend(norm="match")}),
         (lk.AdamW, {"past": "blend"}),
         (lk.Lamb, {"past": "ema"}),
         (nadam, {"past": "blend"}),

@@ -13,12 +13,12 @@ from layerpipe_kernels.history import KINDS
 from tests.conftest import BACKENDS
 from tests.kernels.runs import Run
 
-COUPLED: dict[str, Any] = {"past": "blend", "ema_decay": "coupled"}
+COUPLED: dict[str, Any] = {"past": "blend:decay=coupled"}
 ESTIMATES = ["ema", "momentum", "blend"]
 AVERAGES: list[dict[str, Any]] = [
-    *({"past": "ema", "ema_decay": rule} for rule in ("matched", "white", "window", 0.9, 0.1)),
-    *({"past": "blend", "order": k} for k in (1, 2, 3)),
-    *({"past": "blend", "order": k, "ema_decay": "coupled"} for k in (2, 3)),
+    *({"past": lk.EMA(decay=rule)} for rule in ("matched", "white", "window", 0.9, 0.1)),
+    *({"past": lk.Blend(order=k)} for k in (1, 2, 3)),
+    *({"past": lk.Blend(order=k, decay="coupled")} for k in (2, 3)),
 ]
 
 
@@ -62,9 +62,7 @@ def test_averages_are_exact_again_after_a_restart(past: str) -> None:
         torch.testing.assert_close(run.optimizer.past_weight(run.param), run.versions[20], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "past", [{"past": "ema", "ema_decay": "matched"}, {"past": "blend", "order": 2}, COUPLED], ids=str
-)
+@pytest.mark.parametrize("past", [{"past": "ema"}, {"past": "blend"}, COUPLED], ids=str)
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_constant_updates_are_reconstructed_exactly_in_the_long_run(past: dict[str, Any], momentum: float) -> None:
     run = Run(delay=6, noise=0.0, momentum=momentum, **past)
@@ -73,7 +71,7 @@ def test_constant_updates_are_reconstructed_exactly_in_the_long_run(past: dict[s
 
 
 def test_matched_is_exact_for_updates_that_drift_linearly() -> None:
-    run = Run(delay=6, past="ema", ema_decay="matched", momentum=0.0)
+    run = Run(delay=6, past="ema", momentum=0.0)
     for t in range(200):
         run.param.grad = run.drift * t
         run.optimizer.step()
@@ -86,9 +84,9 @@ def test_kinds_rank_as_the_theory_says(n: int) -> None:
     errors = {}
     for name, options in {
         "coupled": COUPLED,
-        "blend": {"past": "blend", "order": 2},
+        "blend": {"past": lk.Blend(order=2)},
         "matched": {"past": "ema"},
-        "window": {"past": "ema", "ema_decay": "window"},
+        "window": {"past": lk.EMA(decay="window")},
         "latest": {"past": "latest"},
     }.items():
         torch.manual_seed(0)
@@ -118,7 +116,7 @@ def test_momentum_is_the_geometric_extrapolation() -> None:
 @pytest.mark.parametrize("materialize", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_momentum_is_extrapolated_with_that_of_the_last_update(backend: str, materialize: bool) -> None:
-    run = Run(delay=6, past="momentum", momentum=0.95, backend=backend, materialize=materialize)
+    run = Run(delay=6, past=lk.Momentum(materialize=materialize), momentum=0.95, backend=backend)
     run.step(10)
     (group,) = run.optimizer.param_groups
     for momentum in (0.85, 0.86):
@@ -137,7 +135,7 @@ def test_materialized_past_weights_are_those_made_later(backend: str, past: str)
     torch.manual_seed(1)
     later = Run(delay=4, past=past, backend=backend)
     torch.manual_seed(1)
-    by_step = Run(delay=4, past=past, backend=backend, materialize=True)
+    by_step = Run(delay=4, past=f"{past}:materialize=true", backend=backend)
     for run in (later, by_step):
         torch.manual_seed(2)
         run.step(9)
@@ -146,12 +144,12 @@ def test_materialized_past_weights_are_those_made_later(backend: str, past: str)
     assert by_step.optimizer.past_view(by_step.param) is by_step.optimizer.state[by_step.param]["past"]
 
 
-@pytest.mark.parametrize("materialize", [False, True])
-@pytest.mark.parametrize("past", [{"past": "stash"}, {"past": "ema"}, {"past": "blend"}, COUPLED], ids=str)
-def test_a_parameter_without_gradient_stood_still(past: dict[str, Any], materialize: bool) -> None:
-    if past["past"] == "stash" and materialize:
+@pytest.mark.parametrize("materialize", ["", ":materialize=true"])
+@pytest.mark.parametrize("past", ["stash", "ema", "blend", "blend:decay=coupled"])
+def test_a_parameter_without_gradient_stood_still(past: str, materialize: str) -> None:
+    if past == "stash" and materialize:
         return
-    run = Run(delay=3, materialize=materialize, **past)
+    run = Run(delay=3, past=past + materialize)
     run.step(3)
     run.step(3, grad=False)  # from here on W(t-3) is W(t)
     past_weight = run.optimizer.past_weight(run.param)
@@ -162,13 +160,13 @@ def test_a_parameter_without_gradient_stood_still(past: dict[str, Any], material
     torch.testing.assert_close(run.optimizer.past_weight(run.param), run.versions[-1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("past", [{"past": "ema"}, {"past": "blend"}, {"order": 3, **COUPLED}], ids=str)
-def test_no_gradient_is_an_update_of_zero(past: dict[str, Any]) -> None:
+@pytest.mark.parametrize("past", ["ema", "blend", "blend:order=3:decay=coupled"])
+def test_no_gradient_is_an_update_of_zero(past: str) -> None:
     first = torch.randn(9, dtype=torch.float64)
     without, zero = (first.clone().requires_grad_() for _ in range(2))
     grads = [torch.randn_like(first) for _ in range(9)]
     for param, still in ((without, None), (zero, torch.zeros_like(first))):
-        optimizer = lk.SGD([param], lr=0.1, delay=3, **past)
+        optimizer = lk.SGD([param], lr=0.1, delay=3, past=past)
         for t, grad in enumerate(grads):
             param.grad = still if t in (4, 5, 7) else grad
             optimizer.step()
@@ -195,7 +193,7 @@ def test_average_of_gradients_and_of_updates_agree_for_plain_sgd_at_constant_lr(
     results = []
     for of in ("update", "gradient"):
         torch.manual_seed(3)
-        run = Run(delay=n, past="ema", momentum=0.0, weight_decay=0.1, ema_of=of)
+        run = Run(delay=n, past=lk.EMA(of=of), momentum=0.0, weight_decay=0.1)
         run.step(25)
         results.append(run.optimizer.past_weight(run.param))
     torch.testing.assert_close(*results, rtol=1e-13, atol=1e-13)
@@ -204,7 +202,7 @@ def test_average_of_gradients_and_of_updates_agree_for_plain_sgd_at_constant_lr(
 def test_average_of_gradients_is_wrong_under_a_schedule_where_that_of_updates_is_not() -> None:
     errors = []
     for of in ("update", "gradient"):
-        run = Run(delay=6, past="ema", momentum=0.0, noise=0.0, ema_of=of)
+        run = Run(delay=6, past=lk.EMA(of=of), momentum=0.0, noise=0.0)
         for t in range(1, 60):
             run.optimizer.param_groups[0]["lr"] = 0.002 * t
             run.step()
@@ -228,8 +226,8 @@ def test_no_delay_keeps_nothing() -> None:
         ({"past": "latest"}, 0),
         ({"past": "momentum"}, 0),
         ({"past": "ema"}, 1),
-        ({"past": "blend", "order": 3}, 3),
-        ({"past": "ema", "materialize": True}, 2),
+        ({"past": lk.Blend(order=3)}, 3),
+        ({"past": lk.EMA(materialize=True)}, 2),
     ],
     ids=str,
 )

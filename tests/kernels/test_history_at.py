@@ -14,9 +14,9 @@ from tests.kernels.runs import Run
 
 KINDS: list[dict[str, Any]] = [
     {"past": "ema"},
-    {"past": "blend", "order": 2},
-    {"past": "blend", "order": 3},
-    {"past": "blend", "ema_decay": "coupled"},
+    {"past": lk.Blend(order=2)},
+    {"past": lk.Blend(order=3)},
+    {"past": lk.Blend(decay="coupled")},
     {"past": "blend", "nesterov": True},
 ]
 
@@ -86,7 +86,7 @@ def test_taps_for_the_delay_itself_are_those_of_the_design(past: dict[str, Any])
     assert (*taps, update_tap) == pytest.approx((*made.design.taps, made.design.update_tap), rel=1e-6)
 
 
-@pytest.mark.parametrize("past", [*KINDS, {"past": "momentum"}, {"past": "blend", "past_norm": "match"}], ids=str)
+@pytest.mark.parametrize("past", [*KINDS, {"past": "momentum"}, {"past": lk.Blend(norm="match")}], ids=str)
 def test_a_clock_on_the_device_gives_the_same(past: dict[str, Any]) -> None:
     torch.manual_seed(0)
     host = Run(delay=4, **past)
@@ -104,7 +104,7 @@ def test_a_clock_on_the_device_gives_the_same(past: dict[str, Any]) -> None:
 
 
 def test_norms_are_those_of_that_age() -> None:
-    run = Run(delay=4, past="ema", past_norm="match")
+    run = Run(delay=4, past=lk.EMA(norm="match"))
     run.step(12)
     for age in range(1, 5):
         norm = run.optimizer.past_weight(run.param, age).norm()
@@ -114,9 +114,9 @@ def test_norms_are_those_of_that_age() -> None:
 @pytest.mark.parametrize("past", ["ema", "blend"])
 def test_materialized_past_weights_are_those_of_the_delay(past: str) -> None:
     runs = []
-    for materialize in (False, True):
+    for materialize in ("", ":materialize=true"):
         torch.manual_seed(0)
-        runs.append(Run(delay=4, past=past, materialize=materialize))
+        runs.append(Run(delay=4, past=past + materialize))
         torch.manual_seed(1)
         runs[-1].step(12)
     for age in range(4):

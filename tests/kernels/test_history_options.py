@@ -28,15 +28,8 @@ P = torch.nn.Parameter
         ({"delay": 2.5}, "delay"),
         ({"delay": True}, "delay"),
         ({"past": "yesterday"}, "stash, latest, ema, momentum, blend"),
-        ({"past": "blend", "order": 4}, "order"),
-        ({"past": "blend", "order": 2, "ema_decay": "matched"}, "designs its decays"),
-        ({"past": "blend", "order": 2, "ema_decay": (0.5, 0.8, 0.9)}, "order=2 takes 2 decays, got ema_decay"),
-        ({"past": "ema", "ema_decay": "fast"}, "ema_decay"),
-        ({"past": "ema", "ema_decay": (0.1, 0.2)}, "one ema_decay"),
-        ({"past": "ema", "ema_of": "loss"}, "ema_of"),
-        ({"past": "blend", "ema_of": "gradient"}, "ema_of"),
+        ({"past": "blend:order=4"}, "order must be 1, 2 or 3"),
         ({"past": "momentum", "momentum": 0.0}, "momentum in"),
-        ({"past": "stash", "materialize": True}, "materialize"),
         ({"differentiable": True}, "differentiable"),
         ({"past": "yesterday", "delay": 0}, "past='yesterday'"),
         ({"backend": "magic"}, "backend='magic'"),
@@ -58,7 +51,7 @@ def test_averages_of_float64_weights_are_refused_any_other_dtype_before_a_step(
 ) -> None:
     params = [P(torch.ones(3)), P(torch.ones(3, dtype=torch.float64))]
     with pytest.raises(ValueError, match=r"param_groups\[0\]\['params'\]\[1\] of dtype torch.float64"):
-        make(params, delay=4, ema_dtype=ema_dtype)
+        make(params, delay=4, past=lk.Blend(dtype=ema_dtype))
 
 
 def test_a_nan_learning_rate_is_refused_before_any_group_is_written() -> None:

@@ -96,9 +96,9 @@ def test_a_parameter_of_another_size_at_the_same_place_is_noticed(sizes: tuple[i
 
 
 def test_more_averages_than_there_were_begin_anew() -> None:
-    run = Run(delay=6, past="blend", order=1)
+    run = Run(delay=6, past=lk.Blend(order=1))
     run.step(3)
-    run.optimizer.param_groups[0]["order"] = 3
+    run.optimizer.param_groups[0]["past"] = lk.Blend(order=3)
     run.step(3)
     assert run.optimizer.state[run.param]["ema"].shape == (3, 50)
 
@@ -158,12 +158,13 @@ def test_a_schedule_that_fills_the_learning_rate_does_not_reach_the_last_update(
 @pytest.mark.parametrize("past", ["ema", "momentum"])
 def test_past_weights_that_are_no_longer_materialized_are_made_again(past: str, capturable: bool) -> None:
     """What the last step wrote before the change must not be taken for the past for ever."""
-    runs = [Run(delay=4, past=past, materialize=m, capturable=capturable) for m in (True, False)]
+    by_step = f"{past}:materialize=true"
+    runs = [Run(delay=4, past=kind, capturable=capturable) for kind in (by_step, past)]
     with torch.no_grad():
         runs[1].param.copy_(runs[0].param)
     runs[1].drift = runs[0].drift
-    for begun in (True, False):
-        runs[0].optimizer.param_groups[0]["materialize"] = begun
+    for kind in (by_step, past):
+        runs[0].optimizer.param_groups[0]["past"] = kind
         for run in runs:
             torch.manual_seed(5)
             run.step(6)
@@ -172,9 +173,12 @@ def test_past_weights_that_are_no_longer_materialized_are_made_again(past: str, 
 
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("option", "values"), [("momentum", (0.9, 0.0)), ("momentum", (0.0, 0.9)), ("order", (1, 3))])
+@pytest.mark.parametrize(
+    ("option", "values"),
+    [("momentum", (0.9, 0.0)), ("momentum", (0.0, 0.9)), ("past", (lk.Blend(order=1), lk.Blend(order=3)))],
+)
 def test_averages_of_another_number_are_no_past(
-    option: str, values: tuple[float, float], backend: str, capturable: bool
+    option: str, values: tuple[Any, Any], backend: str, capturable: bool
 ) -> None:
     """Between the change of an option and the next gradient, no memory behind the old averages is read."""
     params = [torch.nn.Parameter(torch.randn(20)) for _ in range(2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 from collections.abc import Callable
 from typing import Any
@@ -26,16 +27,16 @@ def nadam(params: Any, **past: Any) -> lk.PastWeights:
 
 KINDS: list[tuple[Make, dict[str, Any]]] = [
     (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": "blend"}),
-    (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": "blend", "ema_dtype": torch.bfloat16, "order": 3}),
-    (lk.SGD, {"lr": 0.1, "past": "ema", "materialize": True}),
+    (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": lk.Blend(dtype=torch.bfloat16, order=3)}),
+    (lk.SGD, {"lr": 0.1, "past": lk.EMA(materialize=True)}),
     (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": "stash"}),
     (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": "blend", "capturable": True}),
     (lk.SGD, {"lr": 0.1, "momentum": 0.9, "past": "stash", "capturable": True}),
     (lk.AdamW, {"past": "blend", "amsgrad": True}),
-    (lk.AdamW, {"past": "blend", "past_norm": "match", "materialize": True}),
+    (lk.AdamW, {"past": lk.Blend(norm="match", materialize=True)}),
     (lk.Lamb, {"past": "blend"}),
     (nadam, {"past": "ema"}),
-    (nadam, {"past": "blend", "ema_dtype": torch.bfloat16, "materialize": True}),
+    (nadam, {"past": lk.Blend(dtype=torch.bfloat16, materialize=True)}),
 ]
 IDS = [f"{make.__name__}-{options['past']}-{i}" for i, (make, options) in enumerate(KINDS)]
 ORDERS = {
@@ -110,8 +111,9 @@ def test_its_steps_are_routine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("when", ["before a past", "before a step"])
 def test_a_model_may_change_its_order(make: Make, options: dict[str, Any], backend: str, when: str) -> None:
     """``model.to(memory_format=...)`` between steps changes no number but what is rounded stochastically."""
-    if options.get("ema_dtype"):
-        options = {**options, "ema_dtype": None}
+    past = lk.past.parse(options.get("past", "blend"))
+    if past.dtype is not None:
+        options = {**options, "past": dataclasses.replace(past, dtype=None)}
     params = [torch.nn.Parameter(torch.randn(4, 3, 2, 2)) for _ in range(2)]
     params[1].data.copy_(params[0].data)
     runs = [make([p], delay=3, backend=backend, **options) for p in params]
@@ -125,7 +127,7 @@ def test_a_model_may_change_its_order(make: Make, options: dict[str, Any], backe
         if when == "before a past" and step in (4, 8):
             turn(params[0], step)
         want = runs[1].past_weight(params[1])
-        same = torch.testing.assert_close if options.get("past_norm") or make is lk.Lamb else exactly
+        same = torch.testing.assert_close if past.norm or make is lk.Lamb else exactly
         same(runs[0].past_view(params[0]), want)
         same(runs[0].past_weight(params[0]), want)
         same(params[0].detach(), params[1].detach())

@@ -13,9 +13,9 @@ from tests.kernels.test_checkpoint import BF16, F32, F64, parameters, saved, ste
 
 def test_float32_state_survives_on_bfloat16_parameters() -> None:
     params = parameters(BF16)
-    optimizer = lk.SGD(params, lr=0.1, momentum=0.9, delay=4, past="ema", past_norm="match", master_weights=True)
+    optimizer = lk.SGD(params, lr=0.1, momentum=0.9, delay=4, past=lk.EMA(norm="match"), master_weights=True)
     steps(optimizer, params, 5, seed=1)
-    other = lk.SGD(parameters(BF16), lr=0.1, momentum=0.9, delay=4, past="ema", past_norm="match", master_weights=True)
+    other = lk.SGD(parameters(BF16), lr=0.1, momentum=0.9, delay=4, past=lk.EMA(norm="match"), master_weights=True)
     other.load_state_dict(saved(optimizer))
     for a, b in zip(params, other.param_groups[0]["params"], strict=True):
         for key in ("momentum_buffer", "ema", "master", "norms"):
@@ -40,9 +40,9 @@ def test_weights_that_were_loaded_alone_replace_their_masters() -> None:
 
 def test_bfloat16_averages_survive_on_float32_parameters() -> None:
     params = parameters()
-    optimizer = lk.AdamW(params, delay=4, ema_dtype=BF16)
+    optimizer = lk.AdamW(params, delay=4, past=lk.Blend(dtype=BF16))
     steps(optimizer, params, 5, seed=1)
-    other = lk.AdamW(parameters(), delay=4, ema_dtype=BF16)
+    other = lk.AdamW(parameters(), delay=4, past=lk.Blend(dtype=BF16))
     other.load_state_dict(saved(optimizer))
     for a, b in zip(params, other.param_groups[0]["params"], strict=True):
         assert other.state[b]["ema"].dtype == BF16

@@ -1,4 +1,4 @@
-"""past_norm="match": past weights have the norm of the version that they estimate."""
+"""``norm="match"``: past weights have the norm of the version that they estimate."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ OPTIMIZERS: dict[str, Make] = {
     "Lamb": lambda params, **past: lk.Lamb(params, lr=0.05, **past),
     "wrapped": lambda params, **past: lk.PastWeights(torch.optim.RMSprop(params, lr=0.05), **past),
 }
-PASTS: list[dict[str, Any]] = [
-    {"past": "ema"},
-    {"past": "blend", "order": 1},
-    {"past": "blend", "order": 2, "materialize": True},
-    {"past": "latest"},
+PASTS = [
+    lk.EMA(norm="match"),
+    lk.Blend(order=1, norm="match"),
+    lk.Blend(order=2, materialize=True, norm="match"),
+    lk.Latest(norm="match"),
 ]
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("past", PASTS, ids=str)
 @pytest.mark.parametrize("n", [1, 5])
-def test_the_norm_is_that_of_the_true_past_weights(make: Make, past: dict[str, Any], n: int) -> None:
+def test_the_norm_is_that_of_the_true_past_weights(make: Make, past: lk.Past, n: int) -> None:
     params: list[Tensor] = [torch.randn(6, 4, requires_grad=True), torch.randn(9, requires_grad=True)]
-    optimizer = make(params, delay=n, past_norm="match", **past)
+    optimizer = make(params, delay=n, past=past)
     norms = [[float(p.detach().norm()) for p in params]]
     for t in range(1, 4 * n + 3):
         for param in params:
@@ -50,7 +50,7 @@ def test_only_the_length_changes() -> None:
     for norm in (None, "match"):
         torch.manual_seed(1)
         param = torch.randn(50, requires_grad=True)
-        optimizer = lk.SGD([param], lr=0.1, momentum=0.9, delay=4, past="ema", past_norm=norm)
+        optimizer = lk.SGD([param], lr=0.1, momentum=0.9, delay=4, past=lk.EMA(norm=norm))
         for _ in range(11):
             param.grad = torch.randn(50)
             optimizer.step()
@@ -62,7 +62,7 @@ def test_only_the_length_changes() -> None:
 
 def test_weights_of_norm_zero_stay_finite() -> None:
     param = torch.zeros(5, requires_grad=True)
-    optimizer = lk.SGD([param], lr=0.1, delay=2, past="ema", past_norm="match")
+    optimizer = lk.SGD([param], lr=0.1, delay=2, past=lk.EMA(norm="match"))
     for _ in range(4):
         param.grad = torch.zeros(5)
         optimizer.step()
@@ -71,7 +71,7 @@ def test_weights_of_norm_zero_stay_finite() -> None:
 
 def test_it_keeps_n_numbers_per_tensor() -> None:
     param = torch.randn(50, requires_grad=True)
-    optimizer = lk.SGD([param], lr=0.1, delay=6, past="latest", past_norm="match")
+    optimizer = lk.SGD([param], lr=0.1, delay=6, past=lk.Latest(norm="match"))
     param.grad = torch.ones(50)
     optimizer.step()
     assert optimizer.history_bytes() == 6 * 4
@@ -79,7 +79,7 @@ def test_it_keeps_n_numbers_per_tensor() -> None:
 
 def test_bfloat16_weights_keep_their_norms_in_float32() -> None:
     param = torch.randn(500, dtype=torch.bfloat16, requires_grad=True)
-    optimizer = lk.SGD([param], lr=0.1, delay=3, past="ema", past_norm="match", master_weights=True)
+    optimizer = lk.SGD([param], lr=0.1, delay=3, past=lk.EMA(norm="match"), master_weights=True)
     norms = [param.detach().float().norm()]
     for _ in range(8):
         param.grad = torch.randn_like(param)

@@ -25,10 +25,10 @@ MAKE: dict[str, Make] = {
 PASTS: list[dict[str, Any]] = [
     {"past": "stash"},
     {"past": "latest"},
-    {"past": "ema", "ema_dtype": torch.bfloat16},
-    {"past": "blend", "order": 2, "ema_decay": "coupled"},
-    {"past": "blend", "order": 3, "materialize": True},
-    {"past": "blend", "order": 1, "past_norm": "match"},
+    {"past": lk.EMA(dtype=torch.bfloat16)},
+    {"past": lk.Blend(order=2, decay="coupled")},
+    {"past": lk.Blend(order=3, materialize=True)},
+    {"past": lk.Blend(order=1, norm="match")},
     {"past": "blend", "spike_compensation": 1.0, "weight_prediction": 0.5},
 ]
 SHAPES = ((6, 5), (7,), (4, 3, 2, 2), (6, 5), (5, 5))
@@ -79,7 +79,7 @@ def test_the_past_is_exact_while_the_pipe_fills_and_near_afterwards(make: Make, 
     run.step(1)
     run.optimizer.restart_history()
     run.versions = [[p.detach().clone() for p in run.params]]
-    close = {"rtol": 1e-3, "atol": 1e-3} if past.get("ema_dtype") else {"rtol": 2e-6, "atol": 2e-6}
+    close = {"rtol": 1e-3, "atol": 1e-3} if lk.past.parse(past["past"]).dtype else {"rtol": 2e-6, "atol": 2e-6}
     errors, changes = [0.0] * len(SHAPES), [0.0] * len(SHAPES)
     for t in range(1, 16):
         run.step(1, seed=t)

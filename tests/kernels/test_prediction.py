@@ -301,7 +301,7 @@ REFUSED: list[tuple[Callable[..., Any], dict[str, Any], str]] = [
     (lk.SGD, {"spike_compensation": 1.0, "nesterov": True, "momentum": 0.9}, "nesterov and spike_compensation"),
     (lk.SGD, {"spike_compensation": 1.0, "momentum": 1.0}, "momentum below 1"),
     (lk.SGD, {"weight_prediction": 1.0, "momentum": 0.9, "delay": 3, "past": "momentum"}, "past='momentum'.*blend"),
-    (lk.SGD, {"weight_prediction": 1.0, "delay": 3, "past": "ema", "ema_of": "gradient"}, "ema_of='update'"),
+    (lk.SGD, {"weight_prediction": 1.0, "delay": 3, "past": lk.EMA(of="gradient")}, "EMA of='update'"),
 ]
 
 

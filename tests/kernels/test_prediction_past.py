@@ -13,16 +13,13 @@ from tests.conftest import needs_cpp
 from tests.kernels.quadratics import give_gradients, gradient, parameters
 
 
-@pytest.mark.parametrize(("past", "materialize"), [("blend", False), ("blend", True), ("ema", False), ("ema", True),
-                                                   ("stash", False)])  # fmt: skip
+@pytest.mark.parametrize("past", ["blend", "blend:materialize=true", "ema", "ema:materialize=true", "stash"])
 @pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("make", [lk.SGD, lk.AdamW])
-def test_past_weights_of_a_filling_delay_are_the_predicted_ones(
-    past: str, materialize: bool, told: bool, make: Any
-) -> None:
+def test_past_weights_of_a_filling_delay_are_the_predicted_ones(past: str, told: bool, make: Any) -> None:
     params = parameters()
     options = {"momentum": 0.9} if make is lk.SGD else {}
-    optimizer = make(params, lr=0.05, delay=6, past=past, weight_prediction=1.0, materialize=materialize, **options)
+    optimizer = make(params, lr=0.05, delay=6, past=past, weight_prediction=1.0, **options)
     first = [p.detach().clone() for p in params]
     for t in range(6):
         give_gradients(params, t)
@@ -59,7 +56,9 @@ def test_past_weights_of_steady_updates_are_exact(make: Any, order: int, told: b
     """A constant gradient: all updates are alike, up to Adam's eps, and so is what is ahead of them."""
     param = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     options = {"momentum": 0.5} if make is lk.SGD else {"weight_decay": 0.0}
-    optimizer = make([param], lr=0.1, delay=5, order=order, weight_prediction=1.0, spike_compensation=1.0, **options)
+    optimizer = make(
+        [param], lr=0.1, delay=5, past=lk.Blend(order=order), weight_prediction=1.0, spike_compensation=1.0, **options
+    )
     versions = []
     for _ in range(200):
         param.grad = torch.ones_like(param)

@@ -20,13 +20,13 @@ Optimizer = Callable[..., Any]
 KINDS: list[tuple[Optimizer, dict[str, Any]]] = [
     (lk.SGD, {"momentum": 0.9, "past": "blend"}),
     (lk.SGD, {"momentum": 0.9, "past": "momentum"}),
-    (lk.SGD, {"past": "ema", "ema_of": "gradient"}),
-    (lk.SGD, {"momentum": 0.9, "nesterov": True, "past": "blend", "order": 3, "ema_dtype": torch.bfloat16}),
-    (lk.SGD, {"momentum": 0.9, "past": "blend", "materialize": True}),
+    (lk.SGD, {"past": lk.EMA(of="gradient")}),
+    (lk.SGD, {"momentum": 0.9, "nesterov": True, "past": lk.Blend(order=3, dtype=torch.bfloat16)}),
+    (lk.SGD, {"momentum": 0.9, "past": lk.Blend(materialize=True)}),
     (lk.SGD, {"momentum": 0.9, "past": "stash"}),
-    (lk.SGD, {"momentum": 0.9, "past": "blend", "past_norm": "match"}),
+    (lk.SGD, {"momentum": 0.9, "past": lk.Blend(norm="match")}),
     (lk.AdamW, {"past": "blend"}),
-    (lk.SGD, {"momentum": 0.9, "past": "blend", "ema_decay": "coupled"}),
+    (lk.SGD, {"momentum": 0.9, "past": lk.Blend(decay="coupled")}),
     (lk.Adam, {"past": "latest", "amsgrad": True}),
 ]
 

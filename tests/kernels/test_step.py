@@ -268,7 +268,7 @@ ADAM_OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 @pytest.mark.parametrize("options", ADAM_OPTIONS, ids=str)
-@pytest.mark.parametrize("past", [{"delay": 0}, {"delay": 4, "past": "blend", "materialize": True}], ids=str)
+@pytest.mark.parametrize("past", [{"delay": 0}, {"delay": 4, "past": lk.Blend(materialize=True)}], ids=str)
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_adam_must_agree_with_torch(
     backend: str, name: str, options: dict[str, Any], past: dict[str, Any], dtype: torch.dtype
@@ -324,7 +324,7 @@ def test_cases_are_described_by_what_they_change() -> None:
 def test_a_single_number_is_averaged_in_bfloat16_by_the_reference() -> None:
     """Beside Adam's step count, a tensor without dimensions too, it must not become float64."""
     param = torch.nn.Parameter(torch.tensor(1.0))
-    optimizer = lk.AdamW([param], lr=0.1, delay=2, ema_dtype=torch.bfloat16, backend="reference")
+    optimizer = lk.AdamW([param], lr=0.1, delay=2, past=lk.Blend(dtype=torch.bfloat16), backend="reference")
     for _ in range(4):
         param.grad = torch.tensor(1.0)
         optimizer.step()

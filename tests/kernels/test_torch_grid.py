@@ -34,7 +34,7 @@ ERRORS = [
     for name, entry in DATABASE.items()
     for error in entry.optim_error_inputs_func(device="cpu", dtype=torch.float32)
 ]
-PASTS: list[dict[str, Any]] = [{}, {"delay": 6, "past": "blend", "order": 2}]
+PASTS: list[dict[str, Any]] = [{}, {"delay": 6, "past": lk.Blend(order=2)}]
 
 
 def problem(params: list[Tensor], step: int) -> list[Tensor]:
@@ -144,7 +144,7 @@ def test_what_torch_refuses_is_refused(name: str, error: Any) -> None:
         ({"foreach": True, "fused": True}, RuntimeError, "`fused` and `foreach` cannot be `True` together"),
         ({"differentiable": True, "fused": True}, RuntimeError, "`fused` does not support `differentiable`"),
         ({"differentiable": True}, ValueError, "differentiable=True is not supported; use torch.optim"),
-        ({"past_norm": "same"}, ValueError, "past_norm must be None or 'match'"),
+        ({"past": "blend:norm=same"}, ValueError, "norm of past='blend' must be None or 'match'"),
     ],
     ids=str,
 )

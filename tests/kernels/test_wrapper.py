@@ -25,10 +25,10 @@ PASTS: list[dict[str, Any]] = [
     {"past": "stash"},
     {"past": "latest"},
     {"past": "ema"},
-    {"past": "blend", "order": 2},
-    {"past": "blend", "order": 2, "ema_decay": "coupled"},
-    {"past": "blend", "order": 2, "materialize": True},
-    {"past": "blend", "order": 1, "past_norm": "match"},
+    {"past": lk.Blend(order=2)},
+    {"past": lk.Blend(order=2, decay="coupled")},
+    {"past": lk.Blend(order=2, materialize=True)},
+    {"past": lk.Blend(order=1, norm="match")},
 ]
 
 
@@ -225,7 +225,8 @@ def test_bytes_count_the_history_apart_from_the_optimizers_state() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"), [({"past": "momentum"}, "use past='ema' or past='blend'"), ({"order": 7}, "order must be")]
+    ("wrong", "message"),
+    [({"past": "momentum"}, "use past='ema' or past='blend'"), ({"past": "blend:order=7"}, "order must be")],
 )
 def test_a_wrapping_that_failed_leaves_nothing_behind(wrong: dict[str, Any], message: str) -> None:
     inner = INNER["sgd"]([torch.randn(3, requires_grad=True)])

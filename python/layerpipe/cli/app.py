@@ -118,7 +118,7 @@ def _train(
             directory.config(config, baseline=baseline)
         console.print(
             f"{config.model} of width {config.width} on {config.data} with {config.optimizer}: {config.stages} stages, "
-            f"{config.schedule}, past weights by {_kind(config)}, {config.executor}; "
+            f"{config.schedule}, past weights by {config.past}, {config.executor}; "
             f"{config.total_steps(len(images.train_x))} minibatches of {config.batch_size}. Writing {directory.path}/"
         )
         for name, each in runs.items():
@@ -158,11 +158,6 @@ def _of_run(context: typer.Context, path: Path) -> tuple[TrainConfig, bool]:
     if given:
         raise UsageError(f"--resume goes on with the run's own options; leave out --{', --'.join(given)}")
     return read_config(path)
-
-
-def _kind(config: TrainConfig) -> str:
-    kind = f"{config.past} of order {config.order}" if config.past == "blend" else config.past
-    return f"{kind}, their norm matched" if config.past_norm else kind
 
 
 def _write_plots(path: Path, results: dict[str, Result], config: TrainConfig) -> None:

@@ -18,30 +18,22 @@ from layerpipe.cli.signals import exit_status
 from layerpipe.cli.training import Result
 from layerpipe.errors import UsageError
 from layerpipe.schedule import NAMES
+from layerpipe_kernels.past import parse
 
 
-@with_options_of(TrainConfig, without=("past", "ema_decay", "schedule", "split_backward", "checkpoint_every"), width=8)
+@with_options_of(TrainConfig, without=("past", "schedule", "split_backward", "checkpoint_every"), width=8)
 def compare(
     base: TrainConfig,
     past: Annotated[
         str,
         typer.Option(
-            help="Kinds to compare, with commas; blend:1 is a blend of order 1, ema+match one with --past-norm match, "
-            "blend+coupled one with --ema-decay coupled.",
+            help="Kinds to compare, with commas, each as layerpipe train takes it: ema,blend:order=3:decay=coupled.",
             rich_help_panel=o.METHOD,
         ),
     ] = "stash,latest,ema,blend",
     seeds: Annotated[
         int, typer.Option(min=1, help="Seeds per kind: --seed, --seed + 1, ...", rich_help_panel=o.TRAINING)
     ] = 3,
-    ema_decay: Annotated[
-        str | None,
-        typer.Option(
-            help="Decay of ema's average: matched, white, window, or a number. Default: matched.",
-            rich_help_panel=o.METHOD,
-            show_default=False,
-        ),
-    ] = None,
     schedule: Annotated[
         str,
         typer.Option(
@@ -55,7 +47,7 @@ def compare(
     if base.executor == "distributed":
         raise UsageError("compare trains in this process alone; leave --executor distributed to layerpipe train")
     base.check()
-    kinds = _kinds(base, past.split(","), schedule.split(","), ema_decay)
+    kinds = _kinds(base, past.split(","), schedule.split(","))
     if baseline:
         kinds = {"sequential": sequential(base), **kinds}
     console = Console()
@@ -89,40 +81,22 @@ def compare(
     return 0 if ended_by is None else exit_status(ended_by)
 
 
-def _kinds(
-    base: TrainConfig, names: Sequence[str], schedules: Sequence[str], ema_decay: str | None
-) -> dict[str, TrainConfig]:
+def _kinds(base: TrainConfig, names: Sequence[str], schedules: Sequence[str]) -> dict[str, TrainConfig]:
     """Every kind of past weights under every schedule."""
-    if ema_decay is not None and not any(name.strip().split("+")[0] == "ema" for name in names):
-        raise UsageError("--ema-decay is that of ema, which --past does not name; of a blend there is blend+coupled")
     for schedule in schedules:
         if schedule not in NAMES:
             raise UsageError(f"--schedule {schedule!r} is unknown; there are: {', '.join(NAMES)}")
     return {
         name if len(schedules) == 1 else f"{name} {schedule}": dataclasses.replace(
-            _of_kind(base, name, ema_decay), schedule=cast(Any, schedule)
+            base, past=_checked(name.strip()), schedule=cast(Any, schedule)
         )
         for name in names
         for schedule in schedules
     }
 
 
-def _of_kind(base: TrainConfig, name: str, ema_decay: str | None) -> TrainConfig:
-    from layerpipe_kernels.decay import COUPLED
-    from layerpipe_kernels.history import KINDS
-
-    first, *more = name.strip().split("+")
-    kind, _, order = first.partition(":")
-    ordered = not order or (kind == "blend" and order in ("1", "2", "3"))
-    if kind not in KINDS or not ordered or not {*more} <= ({"match", COUPLED} if kind == "blend" else {"match"}):
-        raise UsageError(
-            f"--past {name!r} is unknown; there are: {', '.join(KINDS)}, blend:1, blend:2, blend:3, each also with "
-            "+match, a blend with +coupled"
-        )
-    return dataclasses.replace(
-        base,
-        past=cast(Any, kind),
-        order=int(order) if order else base.order,
-        ema_decay=COUPLED if COUPLED in more else ema_decay if kind == "ema" else None,
-        past_norm="match" if "match" in more else base.past_norm,
-    )
+def _checked(past: str) -> str:
+    try:
+        return str(parse(past))
+    except ValueError as error:
+        raise UsageError(f"--past {past!r}: {error}") from None

@@ -30,9 +30,6 @@ class TrainConfig:
     balance: o.Balance = "flops"
     at: tuple[str, ...] | None = None  # where the model was cut, once that has been measured
     past: o.Past = "blend"
-    order: o.Order = 2
-    ema_decay: o.EmaDecay = None
-    past_norm: o.PastNorm = None
     schedule: o.Schedule = "lockstep"
     executor: o.ExecutorName = "threads"
     split_backward: o.SplitBackward = False
@@ -92,17 +89,13 @@ class TrainConfig:
         return self.default_steps
 
     def check(self) -> None:
-        """Refuse options that contradict each other, or that this kind of past weights has no use for.
+        """Refuse options that contradict each other.
 
         Raises:
             UsageError: there are some.
         """
         if self.steps is not None and self.epochs is not None:
             raise UsageError(f"--steps {self.steps} and --epochs {self.epochs:g} both say how long; leave one out")
-        if self.order != type(self).order and self.past != "blend":
-            raise UsageError(f"--order {self.order} is a blend's; --past {self.past} has none")
-        if self.ema_decay is not None and self.past not in ("ema", "blend"):
-            raise UsageError(f"--ema-decay {self.ema_decay} is that of averages; --past {self.past} keeps none")
 
     def check_length(self, images: int) -> None:
         """Refuse a run on so many images that would end before its learning rate has risen.
@@ -117,14 +110,6 @@ class TrainConfig:
     def of_all_processes(self) -> dict[str, Any]:
         """The options that all processes of a run must have alike."""
         return {name: value for name, value in self.to_json().items() if name not in ("data_dir", "device")}
-
-    def past_options(self) -> dict[str, Any]:
-        """``past``, ``order`` and the decay as the library takes them.
-
-        Raises:
-            ValueError: a decay that is neither a rule nor numbers.
-        """
-        return {"past": self.past, "order": self.order, "ema_decay": parse_decay(self.ema_decay)}
 
     def lr_factor(self, step: int, steps: int) -> float:
         """What the learning rate is multiplied with in a step: a linear warm-up, then the schedule."""
@@ -238,20 +223,3 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is float:
         return isinstance(value, float | int) and not isinstance(value, bool)
     return type(value) is (str if kind is Path else kind)
-
-
-def parse_decay(text: str | None) -> str | float | tuple[float, ...] | None:
-    """``matched``, ``coupled``, ``0.9`` or ``0.5,0.8``."""
-    if text is None:
-        return None
-    from layerpipe_kernels.decay import COUPLED, RULES
-
-    if text in RULES or text == COUPLED:
-        return text
-    try:
-        numbers = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise UsageError(
-            f"--ema-decay {text!r} is neither a rule ({', '.join((*RULES, COUPLED))}) nor numbers with commas"
-        ) from None
-    return numbers[0] if len(numbers) == 1 else numbers

@@ -69,7 +69,7 @@ def check(config: TrainConfig) -> None:
     Raises:
         UsageError: there is one.
     """
-    if config.past == "momentum" and config.optimizer != "sgd":
+    if lk.past.parse(config.past).kind == "momentum" and config.optimizer != "sgd":
         raise UsageError(f"--past momentum extrapolates sgd's momentum; --optimizer {config.optimizer} has none")
     if config.executor == "graphs" and config.optimizer in ("nadam", "muon", "soap"):
         raise UsageError(f"--executor graphs captures the optimizer's steps, and cannot those of {config.optimizer}")
@@ -81,7 +81,6 @@ def factory(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
     With spike compensation, SOAP averages gradients the longer the later they are.
     """
     knobs: dict[str, Any] = {
-        "past_norm": config.past_norm,
         "spike_compensation": config.spike_compensation,
         "weight_prediction": config.weight_prediction,
     }

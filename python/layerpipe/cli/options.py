@@ -13,6 +13,7 @@ from layerpipe.cli.optimizers import described
 from layerpipe.data import LOADERS
 from layerpipe.models import MODELS
 from layerpipe.models.factory import is_name
+from layerpipe_kernels.past import parse
 
 NETWORK, METHOD, TRAINING, RUN = "Network and data", "Pipeline", "Training", "Run"
 
@@ -63,7 +64,12 @@ def _known(*names: str) -> Callable[[str | None], str | None]:
     return check
 
 
-PastName = Literal["stash", "latest", "ema", "momentum", "blend"]
+def _past(value: str) -> str:
+    try:
+        return str(parse(value))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
 
 Model = Annotated[
     str,
@@ -110,28 +116,13 @@ Balance = Annotated[
     _option("What every stage gets an equal share of: forward FLOPs, measured time, or parameters.", METHOD),
 ]
 Past = Annotated[
-    PastName,
+    str,
     _option(
         "The weights a delayed backward sees. stash: kept copies, exact. latest: the current ones. ema: one average of "
-        "the updates. momentum: the momentum buffer, extrapolated. blend: a few averages and the newest update.",
+        "the updates. momentum: the momentum buffer, extrapolated. blend: a few averages and the newest update. Its "
+        "options follow between colons, as in blend:order=3:decay=coupled, ema:decay=window, ema:norm=match.",
         METHOD,
-    ),
-]
-Order = Annotated[int, _option("Averages in a blend.", METHOD, min=1, max=3)]
-EmaDecay = Annotated[
-    str | None,
-    _option(
-        "Decay of the averages: matched, white, window, or a number; for a blend numbers with commas, or coupled. "
-        "Default: matched for ema, designed for blend.",
-        METHOD,
-    ),
-]
-PastNorm = Annotated[
-    Literal["match"] | None,
-    _option(
-        "match: scale past weights to the norm that the true ones had. Default: leave them as they are.",
-        METHOD,
-        show_default=False,
+        callback=_past,
     ),
 ]
 Schedule = Annotated[

@@ -59,7 +59,6 @@ def plan(
         _option("Delays and memory are this one's. gpipe delays nothing, as sequential.", CUT, shown=True),
     ] = "lockstep",
     past: o.Past = "blend",
-    order: o.Order = 2,
     momentum: Annotated[float, _option("SGD's momentum.", CUT, min=0.0, max=1.0, shown=True)] = 0.9,
     balance: Annotated[
         Literal["roofline", "flops", "time", "params", "bytes"],
@@ -111,7 +110,7 @@ def plan(
             profile(network, inputs, measure=measure),
             stages=stages,
             memory_per_stage=memory,
-            schedule=schedule, past=past, order=order, momentum=momentum, balance=balance, machine=machine,
+            schedule=schedule, past=past, momentum=momentum, balance=balance, machine=machine,
             microbatches=min(8, batch_size) if microbatches is None else microbatches, accumulate=accumulate,
         )  # fmt: skip
     except (ValueError, ImportError) as error:

@@ -155,7 +155,7 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
         sync_steps=config.sync_steps,
         max_norm=config.max_norm,
         split_backward=config.split_backward,
-        **config.past_options(),
+        past=config.past,
     )
 
 

@@ -15,7 +15,7 @@ from layerpipe.executors.ranks import Ranks
 from layerpipe.optimizer import options_of
 
 #: What says of a parameter group which stage it is of.
-_OF_A_STAGE = ("delay", "past", "order", "ema_decay")
+_OF_A_STAGE = ("delay", "past")
 
 
 def check_same(ranks: Ranks, stages: Sequence[nn.Module], options: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import functools
 from typing import NamedTuple
 
 from layerpipe_kernels import history
+from layerpipe_kernels.past import Past, Stash, parse
 
 
 class Memory(NamedTuple):
@@ -24,20 +25,19 @@ class Memory(NamedTuple):
 
 
 @functools.cache
-def history_copies(past: str, delay: int, *, order: int = 2, momentum: float = 0.9) -> int:
-    """Copies of a stage's weights that its history keeps.
+def history_copies(past: str | Past, delay: int, *, momentum: float = 0.9) -> int:
+    """Returns how many copies of a stage's weights its history keeps.
 
     Raises:
         ValueError: an unknown kind, or options that it cannot work with.
     """
-    if past not in history.KINDS:
-        raise ValueError(f"past={past!r} is unknown; there are: {', '.join(history.KINDS)}")
+    kind = parse(past)
     if not delay:
         return 0
-    if past == "stash":
+    if isinstance(kind, Stash):
         return delay
-    settings = history.Settings(delay=delay, order=order, momentum=momentum, correlation=momentum, newest=momentum > 0)
-    return history.make(past, settings).emas
+    settings = history.Settings(delay, kind, momentum=momentum, correlation=momentum, newest=momentum > 0)
+    return history.make(settings).emas
 
 
 def stage_memory(
@@ -46,8 +46,7 @@ def stage_memory(
     largest: int,
     activations: int,
     delay: int,
-    past: str,
-    order: int = 2,
+    past: str | Past,
     momentum: float = 0.9,
     no_past: int = 0,
 ) -> Memory:
@@ -58,11 +57,11 @@ def stage_memory(
         largest: bytes of the largest one.
         activations: bytes kept for the backwards of all minibatches in flight.
         delay: its ``n``.
-        past: kind of past weights, with the ``order`` of a blend.
+        past: kind of past weights.
         momentum: of SGD; without there is no buffer.
         no_past: bytes of parameters whose past no backward reads.
     """
-    copies = history_copies(past, delay, order=order, momentum=momentum)
+    copies = history_copies(past, delay, momentum=momentum)
     # A stashed version is handed out where it lies; everything else is written before the backward reads it.
-    scratch = largest if delay and past != "stash" else 0
+    scratch = largest if delay and not isinstance(parse(past), Stash) else 0
     return Memory(weights, weights, weights if momentum else 0, copies * (weights - no_past), scratch, activations)

@@ -20,6 +20,7 @@ from layerpipe.planning.memory import Memory, history_copies, stage_memory
 from layerpipe.planning.parts import Parts
 from layerpipe.retiming import Derivation
 from layerpipe.simulate import BUILDERS, Report, StageCost, Timeline, layerpipe, report, run, together
+from layerpipe_kernels.past import Past
 
 #: Schedules that a plan compares.
 SCHEDULES = (*BUILDERS, "layerpipe")
@@ -113,8 +114,7 @@ def plan(
     stages: int | None = None,
     memory_per_stage: float | None = None,
     schedule: str = "lockstep",
-    past: str = "blend",
-    order: int = 2,
+    past: str | Past = "blend",
     momentum: float = 0.9,
     balance: str = "roofline",
     machine: Machine = A100,
@@ -140,19 +140,19 @@ def plan(
     """
     _check(simulate, SCHEDULES, "simulate")
     retiming.clocking(schedule)
-    history_copies(past, 1, order=order, momentum=momentum)
+    history_copies(past, 1, momentum=momentum)
     costs = [machine.cost(layer, layers.crossing[i]) for i, layer in enumerate(layers.layers)]
     weights = [cost.seconds for cost in costs] if balance == "roofline" else costs_by(layers, balance)
 
     parts = Parts(layers)
 
-    def memory_of(stage: int, at: Any, delay: int, in_flight: int, kind: str) -> Memory:
+    def memory_of(stage: int, at: Any, delay: int, in_flight: int, kind: str | Past) -> Memory:
         return stage_memory(
             weights=parts.weights[at],
             no_past=0 if stage else parts.no_past[at],
             largest=(parts.largest if stage else parts.largest_past)[at],
             activations=in_flight * parts.activations[at],
-            delay=delay, past=kind, order=order, momentum=momentum,
+            delay=delay, past=kind, momentum=momentum,
         )  # fmt: skip
 
     def cut(count: int) -> list[int]:

@@ -18,7 +18,7 @@ from layerpipe.stage.foreign import Owners, check_held
 from layerpipe.stage.network_norm import NetworkNorm
 from layerpipe.stage.random_numbers import RandomNumbers
 from layerpipe.stage.stage import Stage
-from layerpipe_kernels import mark_embeddings_and_output
+from layerpipe_kernels import Past, mark_embeddings_and_output
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 
@@ -27,7 +27,7 @@ def build(
     modules: Sequence[nn.Module],
     optimizer: OptimizerFactory,
     *,
-    past: dict[str, Any],
+    past: str | Past,
     accumulations: Sequence[Accumulation],
     names: Sequence[str],
     random: Sequence[RandomNumbers | None],
@@ -43,7 +43,7 @@ def build(
         optimizer: called for every stage with parameters.
         loss: whose weights the last stage trains.
         network_norm: whether ``max_norm`` is of all stages' gradients together.
-        past: what it is told besides the delay: ``past``, ``order`` and ``ema_decay``.
+        past: what it is given besides the delay.
         options: of :class:`Stage`, the same for all.
 
     Raises:
@@ -51,7 +51,7 @@ def build(
         Exception: what a factory raised in this process; a RuntimeError where it was another one.
         ValueError: the factory gives one stage's optimizer other options in another process.
     """
-    advice = divergence_advice(past["past"], past["order"], max(a.delay for a in accumulations))
+    advice = divergence_advice(past, max(a.delay for a in accumulations))
 
     owners = Owners(modules, names)
 
@@ -59,7 +59,7 @@ def build(
         params = [p for p in modules[i].parameters() if p.requires_grad]
         if i == len(modules) - 1 and not params:
             params = [*loss.trained.values()]
-        return optimizer(params, delay=accumulations[i].delay, **past) if params else None
+        return optimizer(params, delay=accumulations[i].delay, past=past) if params else None
 
     def make(i: int) -> Stage:
         last = i == len(modules) - 1
