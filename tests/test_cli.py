@@ -23,7 +23,7 @@ from typer.main import get_command
 
 from layerpipe.cli import main
 from layerpipe.cli.app import app
-from layerpipe.cli.config import TrainConfig, parse_decay
+from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.runs import prepare
 from layerpipe.cli.training import make_stages
 from tests.engine.fake_device import fake_device
@@ -305,11 +305,3 @@ def test_learning_rate_warms_up_and_falls() -> None:
 def test_steps_go_before_epochs() -> None:
     assert TrainConfig(steps=7, epochs=3).total_steps(1000) == 7
     assert TrainConfig(epochs=2.5, batch_size=10).total_steps(100) == 25
-
-
-def test_decays_as_text() -> None:
-    assert parse_decay(None) is None
-    assert parse_decay("white") == "white"
-    assert parse_decay("0.9") == 0.9
-    assert parse_decay("coupled") == "coupled"
-    assert parse_decay("0.5,0.8") == (0.5, 0.8)

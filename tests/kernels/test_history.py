@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
-from layerpipe_kernels.history import KINDS
+from layerpipe_kernels.past import KINDS
 from tests.conftest import BACKENDS
 from tests.kernels.runs import Run
 
