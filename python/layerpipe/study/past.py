@@ -27,16 +27,16 @@ _OPTIONS = {"ema": {"decay": "matched"}, "blend": {"order": "2", "decay": "desig
 
 
 def parse(text: str) -> tuple[str, dict[str, str]]:
-    """``blend:order=2,decay=coupled`` as its kind and options, the defaults filled in.
+    """``blend:order=2:decay=coupled`` as its kind and options, the defaults filled in.
 
     Raises:
         ValueError: an unknown kind or option, or a value that it cannot have.
     """
-    kind, _, rest = text.partition(":")
+    kind, *rest = text.split(":")
     if kind not in KINDS:
         raise ValueError(f"past {text!r} is unknown; there are: {', '.join(KINDS)}, such as ema:decay=0.9")
     options = dict(_OPTIONS.get(kind, {}))
-    for part in filter(None, rest.split(",")):
+    for part in rest:
         name, _, value = part.partition("=")
         if name not in options or not value:
             raise ValueError(f"past {text!r}: {kind} has these options: {', '.join(options) or 'none'}; not {part!r}")
