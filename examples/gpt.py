@@ -55,8 +55,9 @@ def adamw(params: list[Tensor], **past: Any) -> lk.AdamW:
 
 def soap(params: list[Tensor], **past: Any) -> lk.SOAP:
     """The later its gradients are, the longer a stage averages them, and the further it trains ahead."""
-    betas = lk.decay.of_gradients(past["delay"]), 0.95
-    return lk.SOAP(params, lr=1e-3, betas=betas, spike_compensation=1.0, weight_prediction=0.5, **past)
+    return lk.SOAP(
+        params, lr=1e-3, betas=(0.9, 0.95), beta1_delay=14, spike_compensation=1.0, weight_prediction=0.5, **past
+    )
 
 
 OPTIMIZERS = {"soap": soap, "nadam": nadam, "adamw": adamw}

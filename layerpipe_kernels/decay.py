@@ -271,15 +271,20 @@ def _window_power(n: int, rho: float, horizon: float) -> float:
     return float(wanted @ (np.float64(rho) ** abs(ages[:, None] - ages)) @ wanted)
 
 
-def of_gradients(delay: float, least: float = 0.9) -> float:
-    """``max(least, 1 - 1 / (14 n))``: a decay for the average of gradients that are ``n`` updates late.
+def of_gradients(delay: float, least: float = 0.9, factor: float = 14.0) -> float:
+    """Returns ``max(least, 1 - 1 / (factor n))``: a decay for the average of gradients that are ``n`` updates late.
 
     For optimizers with spike compensation: the later the gradients, the longer the average that the newest one is
     weighed against may be. The 14 was found in simulations of SOAP on a GPT of eight stages (docs/delay.md).
 
+    Args:
+        delay: ``n`` in updates, which may be a mean.
+        least: the decay of gradients that are not late.
+        factor: updates that are averaged, per update of delay.
+
     Raises:
-        ValueError: a negative delay, or a ``least`` outside [0, 1).
+        ValueError: a negative delay or factor, or a ``least`` outside [0, 1).
     """
-    if not delay >= 0 or not 0.0 <= least < 1.0:
-        raise ValueError(f"a delay is at least 0 and a decay in [0, 1), got {delay} and {least}")
-    return max(least, 1 - 1 / (14 * delay)) if delay else least
+    if not delay >= 0 or not factor >= 0 or not 0.0 <= least < 1.0:
+        raise ValueError(f"a delay and its factor are at least 0 and a decay in [0, 1), got {delay}, {factor}, {least}")
+    return max(least, 1 - 1 / (factor * delay)) if factor * delay else least

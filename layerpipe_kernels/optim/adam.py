@@ -10,7 +10,7 @@ from torch import Tensor
 from layerpipe_kernels import history
 from layerpipe_kernels.optim.arguments import Group, check_adam_group, check_flags, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
-from layerpipe_kernels.optim.prediction import newest_share
+from layerpipe_kernels.optim.prediction import beta1_of, newest_share
 from layerpipe_kernels.optim.settings import PastOptions, past_of, past_options
 from layerpipe_kernels.optim.undo import adam_undone
 from layerpipe_kernels.options import AdamOptions
@@ -28,6 +28,9 @@ class Adam(FusedOptimizer):
         lr, betas, eps, weight_decay, amsgrad, maximize, decoupled_weight_decay: as in torch.
         capturable: let the device count the updates, so that a CUDA graph can replay them; needed with a delay.
         foreach, fused, differentiable: as in :class:`layerpipe_kernels.SGD`.
+        beta1_delay: ``k``. Where gradients are ``n`` updates late, ``beta1`` is at least ``1 - 1 / (k n)``: the later
+            they are, the more of them are averaged. Goes with spike compensation; 14 is a good value, and 0 leaves
+            ``beta1`` as it is.
         spike_compensation: ``c``. Where gradients are ``n`` updates late, the newest one weighs ``b = 1 - beta1**(c
             n)``: the direction is ``((1 - b) mhat + b g) / (sqrt(qhat) + eps)``, also with AMSGrad's largest ``qhat``.
         delay, past, weight_prediction, master_weights, backend: as in :class:`layerpipe_kernels.SGD`.
@@ -57,6 +60,7 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         delay: int = 0,
         past: str | Past = "blend",
+        beta1_delay: float = 0.0,
         spike_compensation: float = 0.0,
         weight_prediction: float = 0.0,
         master_weights: bool = False,
@@ -76,6 +80,7 @@ class Adam(FusedOptimizer):
             **past_options(type(self).__name__, options),
             "lr": lr,
             "betas": (float(betas[0]), float(betas[1])),
+            "beta1_delay": beta1_delay,
             "eps": eps,
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
@@ -96,7 +101,7 @@ class Adam(FusedOptimizer):
 
     def _options(self, group: Group) -> AdamOptions:
         require_finite(group, ("lr", "eps", "weight_decay"))
-        beta1, beta2 = map(float, group["betas"])
+        beta1, beta2 = beta1_of(group), float(group["betas"][1])
         return AdamOptions(
             learning_rate(group),
             beta1,
@@ -141,6 +146,11 @@ class Adam(FusedOptimizer):
     def _reset_caches(self) -> None:
         super()._reset_caches()
         self._stepped_with: dict[int, AdamOptions] = {}  # what a group's last step had, while it is the same group
+
+    def _change_beta1(self, group: Group, before: float, after: float) -> None:
+        super()._change_beta1(group, before, after)
+        if (options := self._stepped_with.get(id(group))) is not None:
+            self._stepped_with[id(group)] = options._replace(beta1=after)
 
     def _states(self, group: Group) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from layerpipe_kernels import ops
 from layerpipe_kernels.optim.arguments import Group
-from layerpipe_kernels.optim.settings import averages_gradients, past_of
+from layerpipe_kernels.optim.settings import averages_gradients, beta1_at, past_of
+from layerpipe_kernels.optim.undo import bias_correction
 
 
 def check_prediction(group: Group) -> None:
@@ -25,8 +26,8 @@ def check_prediction(group: Group) -> None:
     Raises:
         ValueError: names the option.
     """
-    for name in ("spike_compensation", "weight_prediction"):
-        value = group[name]
+    for name in ("spike_compensation", "weight_prediction", "beta1_delay"):
+        value = group.get(name, 0.0)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < math.inf:
             raise ValueError(f"{name} must be a number of at least 0, got {value!r}")
     if group["staleness"] is not None:
@@ -58,6 +59,11 @@ def staleness_of(group: Group) -> float:
     """How many updates late the group's gradients are: its delay, unless ``set_staleness`` has said otherwise."""
     staleness = group["staleness"]
     return float(group["delay"]) if staleness is None else float(staleness)
+
+
+def beta1_of(group: Group) -> float:
+    """Returns the decay of a group's average of gradients, as late as they are."""
+    return beta1_at(group, staleness_of(group))
 
 
 def horizon_of(group: Group) -> float:
@@ -92,9 +98,10 @@ class PredictedWeights:
     def set_staleness(self, staleness: float | None) -> None:
         """Say how many updates late the gradients of the following steps are; ``None`` for every group's ``delay``.
 
-        Spike compensation and weight prediction follow it from the next step on: with 0, for as long as a pipeline runs
-        its minibatches one after the other, steps are those without them. A step that a CUDA graph has captured keeps
-        the staleness that it was captured with.
+        Spike compensation, weight prediction and ``beta1_delay`` follow it from the next step on: with 0, for as long
+        as a pipeline runs its minibatches one after the other, steps are those without them. Where Adam's ``beta1``
+        changes, its average of gradients is scaled so that the one without bias stays what it is. A step that a CUDA
+        graph has captured keeps the staleness that it was captured with.
 
         Raises:
             ValueError: not a number of at least 0.
@@ -103,7 +110,21 @@ class PredictedWeights:
             check_staleness(staleness)
             staleness = float(staleness)
         for group in self.param_groups:
+            before = beta1_of(group) if group.get("beta1_delay") else 0.0
             group["staleness"] = staleness
+            if group.get("beta1_delay") and beta1_of(group) != before:
+                self._change_beta1(group, before, beta1_of(group))
+
+    @torch.no_grad()
+    def _change_beta1(self, group: Group, before: float, after: float) -> None:
+        """Scale ``m`` in place so that ``mhat`` stays what it is with the other decay."""
+        for param in group["params"]:
+            state = self.state.get(param, {})
+            mean, step = state.get("exp_avg"), state.get("step")
+            if mean is None or step is None:
+                continue
+            ratio = bias_correction(step, after) / bias_correction(step, before)
+            mean.mul_(torch.where(step > 0, ratio, 1.0).to(mean.device, mean.dtype))
 
     @property
     def training(self) -> bool:

@@ -8,6 +8,7 @@ from typing import TypedDict
 import torch
 
 from layerpipe_kernels import backend, history
+from layerpipe_kernels.decay import of_gradients
 from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.past import EMA, Past, option, parse
 
@@ -57,6 +58,12 @@ def past_of(group: Group) -> Past:
     return parse(group["past"])
 
 
+def beta1_at(group: Group, staleness: float) -> float:
+    """Returns the decay of a group's average of gradients that come so many updates late, by its ``beta1_delay``."""
+    least, factor = float(group["betas"][0]), group.get("beta1_delay", 0.0)
+    return of_gradients(staleness, least, factor) if factor else least
+
+
 def averages_gradients(group: Group) -> bool:
     past = past_of(group)
     return isinstance(past, EMA) and past.of == "gradient"
@@ -90,9 +97,9 @@ def check_past(group: Group, names: Sequence[str]) -> None:
 
 def settings_of(group: Group) -> history.Settings:
     """What a group's history is made with: for the correlation that its averages were designed for, if they were."""
-    momentum, betas, correlation = group.get("momentum", 0.0), group.get("betas"), group.get("designed_for")
+    momentum, correlation = group.get("momentum", 0.0), group.get("designed_for")
     if correlation is None:
-        correlation = float(betas[0] if betas else momentum)
+        correlation = beta1_at(group, group["delay"]) if group.get("betas") else float(momentum)
     return history.Settings(
         delay=group["delay"],
         past=past_of(group),

@@ -13,7 +13,7 @@ from layerpipe_kernels.optim.arguments import Group, check_adam_group
 from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
 from layerpipe_kernels.optim.matrices import sides
 from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
-from layerpipe_kernels.optim.prediction import newest_share
+from layerpipe_kernels.optim.prediction import beta1_of, newest_share
 from layerpipe_kernels.optim.settings import PastOptions, past_options
 from layerpipe_kernels.optim.stacks import Array, Stack
 from layerpipe_kernels.options import AdamOptions
@@ -46,6 +46,7 @@ class SOAP(PreconditionedOptimizer):
     Args:
         params: parameters, named parameters, or dicts of groups. Names say which are embeddings and output layers.
         lr, betas, eps, weight_decay: as in :class:`torch.optim.AdamW`; the defaults are SOAP's.
+        beta1_delay: as in :class:`layerpipe_kernels.Adam`.
         shampoo_beta: ``b``; ``betas[1]`` where it is negative.
         precondition_frequency: steps from one refresh of a basis to the next.
         max_precond_dim: longer sides are not turned.
@@ -80,12 +81,14 @@ class SOAP(PreconditionedOptimizer):
         precondition: bool | None = None,
         state_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        beta1_delay: float = 0.0,
         **options: Unpack[PastOptions],
     ) -> None:
         defaults = {
             **past_options("SOAP", options),
             "lr": lr,
             "betas": betas,
+            "beta1_delay": beta1_delay,
             "shampoo_beta": shampoo_beta,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -122,7 +125,7 @@ class SOAP(PreconditionedOptimizer):
         return super()._is_matrix(group, i) and any(_turned(group, *sides(group["params"][i])))
 
     def _adam(self, group: Group) -> AdamOptions:
-        beta1, beta2 = map(float, group["betas"])
+        beta1, beta2 = beta1_of(group), float(group["betas"][1])
         return AdamOptions(1.0, beta1, beta2, float(group["eps"]), newest_share=newest_share(group, beta1))
 
     def _stack(self, group: Group, params: list[Tensor], states: list[State]) -> Stack:

@@ -15,6 +15,11 @@ from torch import Tensor
 from layerpipe_kernels.options import AdamOptions
 
 
+def bias_correction(step: Tensor, beta: float) -> Tensor:
+    """Returns Adam's ``1 - beta**step``, a float64 scalar ``()`` where the count lies."""
+    return -torch.expm1(step.double() * (math.log(beta) if beta else -math.inf))
+
+
 @torch.no_grad()
 def adam_undone(param: Tensor, state: dict[str, Any], lr: float | Tensor, o: AdamOptions) -> Tensor:
     """The weights before the last update, a fresh tensor ``(*)`` in the dtype of the state.
@@ -25,9 +30,9 @@ def adam_undone(param: Tensor, state: dict[str, Any], lr: float | Tensor, o: Ada
         lr: of that update; a tensor may lie on a device.
         o: of that update, but for the learning rate.
     """
-    mean, square, step = state["exp_avg"], state["exp_avg_sq"], state["step"].double()
+    mean, square, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
     largest = state.get("max_exp_avg_sq", square)
-    correction1, correction2 = (-torch.expm1(step * (math.log(b) if b else -math.inf)) for b in (o.beta1, o.beta2))
+    correction1, correction2 = bias_correction(step, o.beta1), bias_correction(step, o.beta2)
     root, rate = correction2.sqrt().to(mean.dtype), (lr / correction1).to(mean.dtype)
     before: Tensor = (largest.sqrt() / root).add_(o.eps).reciprocal_().mul_(mean).mul_(rate)
     before.add_(state.get("master", param))

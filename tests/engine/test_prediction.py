@@ -30,11 +30,15 @@ class Formula:
     Args:
         adam: Adam's preconditioner and decoupled decay, or SGD's momentum in torch's scaling.
         c, h, n: spike compensation, weight prediction, staleness.
+        k: β₁ is at least ``1 - 1 / (k n)``.
     """
 
-    def __init__(self, params: list[nn.Parameter], *, adam: bool, lr: float, c: float, h: float, n: float) -> None:
+    def __init__(
+        self, params: list[nn.Parameter], *, adam: bool, lr: float, c: float, h: float, n: float, k: float = 0
+    ) -> None:
         self.params, self.adam, self.lr, self.h, self.n = params, adam, lr, h, n
-        self.share = 0.9 ** (c * n)
+        self.beta = max(0.9, 1 - 1 / (k * n)) if k * n else 0.9
+        self.share = self.beta ** (c * n)
         self.weights = [p.detach().clone() for p in params]
         self.m = [torch.zeros_like(p) for p in params]
         self.q = [torch.zeros_like(p) for p in params]
@@ -48,10 +52,10 @@ class Formula:
             grad, weight = param.grad, self.weights[i]
             assert grad is not None
             if self.adam:
-                self.m[i] = 0.9 * self.m[i] + 0.1 * grad
+                self.m[i] = self.beta * self.m[i] + (1 - self.beta) * grad
                 self.q[i] = 0.99 * self.q[i] + 0.01 * grad * grad
                 root = (self.q[i] / (1 - 0.99**self.t)).sqrt() + 1e-8
-                update = self.lr * (a * self.m[i] / (1 - 0.9**self.t) + b * grad) / root + self.lr * WD * weight
+                update = self.lr * (a * self.m[i] / (1 - self.beta**self.t) + b * grad) / root + self.lr * WD * weight
             else:
                 grad = grad + WD * weight
                 self.m[i] = 0.9 * self.m[i] + grad
@@ -129,11 +133,16 @@ def data64(count: int) -> list[tuple[Tensor, Tensor]]:
     return [(x.double(), y) for x, y in minibatches(count)]
 
 
-@pytest.mark.parametrize("adam", [False, True])
-@pytest.mark.parametrize(("c", "h"), [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5)])
+@pytest.mark.parametrize(
+    ("adam", "c", "h", "k"),
+    [
+        *((adam, c, h, 0.0) for adam in (False, True) for c, h in ((0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (0.5, 0.5))),
+        (True, 0.5, 0.5, 14.0),
+    ],
+)
 @pytest.mark.parametrize(("schedule", "accumulate"), [("lockstep", 1), ("1f1b", 1), ("lockstep", 4)])
 def test_stash_equals_a_simulation_with_the_plain_formula(
-    adam: bool, c: float, h: float, schedule: str, accumulate: int
+    adam: bool, c: float, h: float, k: float, schedule: str, accumulate: int
 ) -> None:
     data, simulated = data64(36), double(chain())
     factor = 2 if schedule == "lockstep" else 1
@@ -142,14 +151,15 @@ def test_stash_equals_a_simulation_with_the_plain_formula(
     made = DelayedTraining(
         simulated,
         F.cross_entropy,
-        lambda params: Formula(params, adam=adam, lr=lr, c=c, h=h, n=next(staleness)),  # type: ignore[arg-type,return-value]
+        lambda params: Formula(params, adam=adam, lr=lr, c=c, h=h, n=next(staleness), k=k),  # type: ignore[arg-type,return-value]
         schedule=schedule,
         past="stash",
         accumulate=accumulate,
     )
     losses = made.train(data)
     options = {"past": "stash", "schedule": schedule, "accumulate": accumulate}
-    with layerpipe.Pipeline(double(chain()), F.cross_entropy, factory(adam, c, h), **options) as pipe:
+    make = factory(adam, c, h, **({"beta1_delay": k} if adam else {}))
+    with layerpipe.Pipeline(double(chain()), F.cross_entropy, make, **options) as pipe:
         torch.testing.assert_close(torch.stack(train(pipe, data)), torch.stack(losses), rtol=1e-6, atol=1e-8)
         weights = {
             name: made.optimizers[s].weights[i]  # type: ignore[union-attr]

@@ -96,7 +96,7 @@ def factory(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
             return lk.PastWeights(inner, **knobs, **past)
         if config.optimizer == "muon":
             return lk.Muon(params, lr, decay, config.momentum, adamw_lr_ratio=_MUON_ADAMW, **knobs, **past)
-        beta1 = lk.decay.of_gradients(past["delay"]) if config.spike_compensation else 0.9
-        return lk.SOAP(params, lr, (beta1, 0.95), weight_decay=decay, **knobs, **past)
+        longer = 14.0 if config.spike_compensation else 0.0
+        return lk.SOAP(params, lr, (0.9, 0.95), weight_decay=decay, beta1_delay=longer, **knobs, **past)
 
     return make
