@@ -3,6 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
 #include "collect.h"
 #include "routine.h"
 #include "run.h"
@@ -10,6 +14,46 @@
 namespace py = pybind11;
 using namespace py::literals;
 using namespace layerpipe;
+
+namespace {
+
+// An array as Python has it: its address and the number of its dtype.
+using Address = std::pair<uint64_t, int>;
+
+Array array_of(const Address& given) { return {at<void*>(given.first), dtype_of(given.second)}; }
+
+// Device, stream and threads.
+using Place = std::tuple<int, uint64_t, int>;
+
+Target target_of(const Place& given) { return {std::get<0>(given), at<void*>(std::get<1>(given)), std::get<2>(given)}; }
+
+void reconstruct_call(const Place& place, const Address& out, const Address& weight, int64_t numel,
+                      const std::vector<Address>& terms, const std::vector<double>& taps, uint64_t taps_at) {
+    const Target target = target_of(place);
+    require(terms.size() <= kMaxTerms && taps.size() == (taps_at ? 0 : terms.size()),
+            "reconstruct: 0 to 4 terms, one tap each");
+    require(!taps_at || target.device >= 0, "reconstruct: taps are numbers on the CPU");
+    Reconstruction work{
+        array_of(out), array_of(weight), static_cast<int>(terms.size()), {}, {}, at<const float*>(taps_at), numel};
+    for (size_t k = 0; k < terms.size(); ++k) work.term[k] = array_of(terms[k]);
+    std::copy(taps.begin(), taps.end(), work.tap);
+    run_reconstruct(work, target);
+}
+
+void ema_update_call(const Place& place, const std::vector<Address>& emas, const Address& update, int64_t numel,
+                     const std::vector<double>& decays, uint32_t seed, double turn) {
+    require(emas.size() <= kMaxEmas && decays.size() == emas.size(), "ema_update: 0 to 3 EMAs, one decay each");
+    require(turn == 0.0 || emas.size() > 1, "ema_update: two averages turn, not fewer");
+    Averages work{{}, {}, turn, {}, static_cast<int>(emas.size()), array_of(update), numel};
+    for (size_t k = 0; k < emas.size(); ++k) {
+        work.ema[k] = array_of(emas[k]);
+        work.decay[k] = decays[k];
+        work.key[k] = hash32(hash32(seed) + static_cast<uint32_t>(k));
+    }
+    run_average(work, target_of(place));
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Fused optimizer step, EMA of updates and past-weight reconstruction.";
@@ -51,7 +95,7 @@ PYBIND11_MODULE(_C, m) {
             "step",
             [](StepPlan& plan, double lr, int64_t t, const std::vector<uint8_t>& first, uint64_t lr_at, uint64_t clock,
                uint64_t grad_scale, uint64_t found_inf, double horizon, double horizon_before, uint64_t horizon_at,
-               uint64_t stream, int threads) {
+               const Place& place) {
                 const Moment moment{lr,
                                     at<const float*>(lr_at),
                                     t,
@@ -62,10 +106,10 @@ PYBIND11_MODULE(_C, m) {
                                     horizon_before,
                                     at<float*>(horizon_at)};
                 require(first.empty() || first.size() == plan.grads.size(), "step: one `first` per tensor, or none");
-                run_step(plan, moment, first, stream, threads);
+                run_step(plan, moment, first, target_of(place));
             },
             "lr"_a, "t"_a, "first"_a, "lr_at"_a, "clock"_a, "grad_scale"_a, "found_inf"_a, "horizon"_a,
-            "horizon_before"_a, "horizon_at"_a, "stream"_a, "threads"_a)
+            "horizon_before"_a, "horizon_at"_a, "place"_a)
         .def("table",
              [](const StepPlan& plan) {
                  const auto bytes = plan.table();
@@ -103,10 +147,9 @@ PYBIND11_MODULE(_C, m) {
         },
         "Whether a tensor on the host holds no NaN and no infinity; None for one that these kernels do not read.",
         "tensor"_a, "exchange"_a);
-    m.def("reconstruct", &run_reconstruct, "device"_a, "out"_a, "out_dtype"_a, "weight"_a, "weight_dtype"_a, "numel"_a,
-          "terms"_a, "dtypes"_a, "taps"_a, "taps_at"_a, "stream"_a, "threads"_a);
-    m.def("ema_update", &run_ema_update, "device"_a, "emas"_a, "dtypes"_a, "update"_a, "update_dtype"_a, "numel"_a,
-          "decays"_a, "seed"_a, "turn"_a, "stream"_a, "threads"_a);
+    m.def("reconstruct", &reconstruct_call, "place"_a, "out"_a, "weight"_a, "numel"_a, "terms"_a, "taps"_a,
+          "taps_at"_a);
+    m.def("ema_update", &ema_update_call, "place"_a, "emas"_a, "update"_a, "numel"_a, "decays"_a, "seed"_a, "turn"_a);
 
     m.attr("CHUNK") = kCpuChunk;
 #if defined(LP_CUDA)

@@ -18,7 +18,6 @@ struct alignas(16) Record {
     void* previous;  // the last update, of the type of `state`, where `weight` is predicted; else null
     float* count;    // steps this parameter has made, where the rule depends on it; else null
     int64_t numel;
-    int32_t aligned;  // every array but the gradient starts at a multiple of 16 bytes
 };
 
 // What distinguishes one step from the next. Device pointers take precedence over the values beside them, so that a
@@ -45,24 +44,21 @@ struct TensorScalars {
     PastScalars<T> past;
     Horizon<T> horizon;
     T grad_factor;
-    int form;
     uint32_t key[kMaxEmas];  // of the random bits with which an average is rounded
 };
 
-template <class Rule, int kEmas>
+template <class Rule>
 LP_INLINE TensorScalars<Rule> tensor_scalars(const typename Rule::Options& options,
-                                             const PastDesign<typename Rule::Number>& design, const Moment& m,
+                                             const PastDesign<typename Rule::Number>& design, int emas, const Moment& m,
                                              const Record& r, int tensor, bool first) {
     using T = typename Rule::Number;
     const T count = r.count ? T(*r.count) : T(0);
-    const bool present[kMaxStates] = {r.state[0] != nullptr, r.state[1] != nullptr, r.state[2] != nullptr};
     TensorScalars<Rule> s;
-    s.rule = Rule::at(options, m.lr_at ? T(*m.lr_at) : T(m.lr), count + T(1));
-    s.form = Rule::form(present, r.count ? count == T(0) : first);
-    s.past = past_at<T, kEmas>(design, m.clock ? *m.clock + 1 : m.t);
-    s.horizon = {m.horizon_at ? T(*m.horizon_at) : T(m.horizon_before), T(m.horizon)};
+    s.rule = Rule::at(options, m.lr_at ? T(*m.lr_at) : T(m.lr), count + T(1), r.count ? count == T(0) : first);
+    s.past = past_at<T>(design, emas, m.clock ? *m.clock + 1 : m.t);
+    s.horizon = {m.horizon_at ? T(*m.horizon_at) : T(m.horizon_before), T(m.horizon), Choice<T>(r.previous != nullptr)};
     s.grad_factor = m.grad_scale ? T(1) / T(*m.grad_scale) : T(1);
-    LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) s.key[k] =
+    LP_UNROLL for (int k = 0; k < emas; ++k) s.key[k] =
         hash32(s.past.key + static_cast<uint32_t>(tensor * kMaxEmas + k));
     return s;
 }

@@ -8,9 +8,11 @@
 #include <cuda_fp16.h>
 #define LP_INLINE __host__ __device__ __forceinline__
 #define LP_UNROLL _Pragma("unroll")
+#define LP_NO_UNROLL _Pragma("unroll 1")
 #else
 #define LP_INLINE inline __attribute__((always_inline))
 #define LP_UNROLL
+#define LP_NO_UNROLL
 #endif
 
 namespace layerpipe {

@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <optional>
+#include <utility>
 
 #include "run.h"
 
@@ -81,10 +82,12 @@ bool Routine::ready() {
     return list && fits() && exact_int(item(group_, names().updates)) && collector_.collect(plan_, *list, state_);
 }
 
-std::pair<uint64_t, int> Routine::current() const {
+Target Routine::target() const {
     const py::object found = current_();
-    if (plan_.arrays().device < 0) return {0, found.cast<int>()};
-    return found.cast<std::pair<uint64_t, int>>();
+    const int device = plan_.arrays().device;
+    if (device < 0) return {device, nullptr, found.cast<int>()};
+    const auto [stream, threads] = found.cast<std::pair<uint64_t, int>>();
+    return {device, at<void*>(stream), threads};
 }
 
 std::optional<py::list> Routine::params() const {
@@ -98,9 +101,8 @@ void Routine::step() {
     const auto lr = exact_float(lr_object);
     const auto updates = exact_int(item(group_, names().updates));
     require(lr && updates, "Routine: a step of a group that is not ready");
-    const auto [stream, threads] = current();
     const Moment moment{*lr, nullptr, *updates + 1, nullptr, nullptr, nullptr, horizon_, horizon_, nullptr};
-    run_step(plan_, moment, {}, stream, threads);
+    run_step(plan_, moment, {}, target());
     touched_();
     group_[names().updates] = py::int_(*updates + 1);
     group_[names().last_lr] = py::handle(lr_object);
@@ -124,8 +126,7 @@ bool Routine::past(size_t i, py::handle out) {
     require(there && there->dtype == plan_.arrays().weight && there->numel == plan_.record(i).numel &&
                 collector_.ordered(i, *there),
             "Routine: past weights go into a tensor like the parameter");
-    const auto [stream, threads] = current();
-    run_past(plan_, i, reinterpret_cast<uint64_t>(there->address), newest_tap_, ema_taps_, stream, threads);
+    run_past(plan_, i, const_cast<void*>(there->address), newest_tap_, ema_taps_, target());
     return true;
 }
 

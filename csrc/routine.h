@@ -6,7 +6,6 @@
 
 #include <cstdint>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "collect.h"
@@ -39,7 +38,7 @@ class Routine {
 
    private:
     bool unchanged() const;
-    std::pair<uint64_t, int> current() const;
+    Target target() const;
     std::optional<pybind11::list> params() const;
 
     pybind11::dict group_, state_;

@@ -1,4 +1,4 @@
-// What the module's calls do: numbers and addresses in, a kernel's arguments out.
+// What the module's calls do, on whichever processor a target names.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -27,20 +27,14 @@ P at(uint64_t address) {
     return reinterpret_cast<P>(address);
 }
 
-// `out = weight + sum_k taps[k] terms[k]`; on a GPU the taps may lie at `taps_at` instead.
-void run_reconstruct(int device, uint64_t out, int out_dtype, uint64_t weight, int weight_dtype, int64_t numel,
-                     const std::vector<uint64_t>& terms, const std::vector<int>& dtypes,
-                     const std::vector<double>& taps, uint64_t taps_at, uint64_t stream, int threads);
-
-void run_ema_update(int device, const std::vector<uint64_t>& emas, const std::vector<int>& dtypes, uint64_t update,
-                    int update_dtype, int64_t numel, const std::vector<double>& decays, uint32_t seed, double turn,
-                    uint64_t stream, int threads);
+void run_reconstruct(const Reconstruction& work, const Target& target);
+void run_average(const Averages& work, const Target& target);
 
 // The past weights of a plan's `i`-th tensor: by the newest update, where it has a tap, and its first averages. That
 // update is kept where weights are predicted; elsewhere the momentum buffer tells it.
-void run_past(const StepPlan& plan, size_t i, uint64_t out, double newest_tap, const std::vector<double>& ema_taps,
-              uint64_t stream, int threads);
+void run_past(const StepPlan& plan, size_t i, void* out, double newest_tap, const std::vector<double>& ema_taps,
+              const Target& target);
 
-void run_step(StepPlan& plan, const Moment& moment, const std::vector<uint8_t>& first, uint64_t stream, int threads);
+void run_step(StepPlan& plan, const Moment& moment, const std::vector<uint8_t>& first, const Target& target);
 
 }  // namespace layerpipe

@@ -71,20 +71,20 @@ struct PastScalars {
 
 // `t` counts updates from 1; 0 is long after the delay has filled. While t <= n every EMA is the mean of all updates,
 // so that the sum of the updates, t times the mean, is exact; after that no update may weigh more than in that mean.
-template <class T, int kEmas>
-LP_INLINE PastScalars<T> past_at(const PastDesign<T>& d, int64_t t) {
+template <class T>
+LP_INLINE PastScalars<T> past_at(const PastDesign<T>& d, int emas, int64_t t) {
     PastScalars<T> s;
     const bool filling = t > 0 && t <= d.delay;
     const T mean = t > 0 ? T(t - 1) / T(t) : T(1);
-    LP_UNROLL for (int k = 0; k < kEmas; ++k) {
+    LP_UNROLL for (int k = 0; k < emas; ++k) {
         const bool young = filling || mean < d.decay[k];
         s.decay[k] = young ? mean : d.decay[k];
         s.one_minus_decay[k] = young ? T(1) / T(t) : d.one_minus_decay[k];
         s.tap[k] = !filling ? d.tap[k] : k == 0 ? T(t) : T(0);
     }
     s.turn = Turn<T>(filling ? T(0) : d.turn);
-    s.tap_update = filling && kEmas > 0 ? d.fill_tap : d.tap_update;
-    if (filling && kEmas == 0 && d.tap_update != T(0)) {
+    s.tap_update = filling && emas > 0 ? d.fill_tap : d.tap_update;
+    if (filling && emas == 0 && d.tap_update != T(0)) {
         T sum = 0;
         for (int64_t i = 0; i < t; ++i) sum = fused_multiply_add(sum, d.fill_ratio, T(1));
         s.tap_update = sum;
@@ -116,18 +116,21 @@ LP_INLINE T keep_past(T weight, T update, T gradient, T* ema, const PastScalars<
 template <class T>
 struct Horizon {
     T before, after;
-    LP_INLINE T current(T predicted, T previous) const { return fused_multiply_add(before, previous, predicted); }
-    LP_INLINE T predicted(T weight, T update) const { return fused_multiply_add(-after, update, weight); }
+    Choice<T> on;  // 0 * u would be NaN for an infinite u
+    LP_INLINE T current(T predicted, T previous) const {
+        return on(fused_multiply_add(before, previous, predicted), predicted);
+    }
+    LP_INLINE T predicted(T weight, T update) const { return on(fused_multiply_add(-after, update, weight), weight); }
 };
 
-// Of a rule, `states(form)` says how many arrays a step of a form keeps, `reads(form)` whether it reads them, and
-// `kUpdates` whether it moves weights.
+// A rule keeps kLeast to kStates arrays of state, the same number for all tensors of a group; kUpdates says whether it
+// moves weights. Its `step` returns the update.
 //
-// I/O: read W, g, v; write W, v. Returns u; `gradient` becomes g.
+// I/O: read W, g, v; write W, v. `gradient` becomes g.
 template <class T>
 struct Sgd {
     using Number = T;
-    static constexpr int kStates = 1;  // v
+    static constexpr int kLeast = 0, kStates = 1;  // v
     static constexpr bool kUpdates = true;
 
     struct Options {
@@ -149,29 +152,23 @@ struct Sgd {
                 Choice<T>(o[2] != 0)};
     }
 
-    // The form of a step is known at compile time on the CPU and the same for a whole tensor on a GPU.
-    enum Form { kPlain, kMomentum, kFirst, kForms };
-    LP_INLINE static int form(const bool* present, bool first) {
-        return !present[0] ? kPlain : first ? kFirst : kMomentum;
-    }
-    static constexpr int states(int form) { return form != kPlain; }
-    static constexpr bool reads(int form) { return form == kMomentum; }
-
     struct Scalars {
         Options o;
         T lr;
+        Choice<T> first;  // v holds nothing yet, whatever lies there
     };
-    LP_INLINE static Scalars at(const Options& options, T lr, T) { return {options, lr}; }
+    LP_INLINE static Scalars at(const Options& options, T lr, T, bool first) { return {options, lr, Choice<T>(first)}; }
 
-    LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s, int form) {
+    template <int kKept>
+    LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s) {
         T g = s.o.sign * gradient;
         const T decayed = fused_multiply_add(weight, s.o.weight_decay, g);
         g = s.o.decay(decayed, g);  // 0 * W would be NaN for an infinite W
         gradient = g;
         T d = g;
-        if (form != kPlain) {
+        if constexpr (kKept > 0) {
             T& v = state[0];
-            v = form == kFirst ? g : fused_multiply_add(g, s.o.one_minus_dampening, s.o.momentum * v);
+            v = s.first(g, fused_multiply_add(g, s.o.one_minus_dampening, s.o.momentum * v));
             const T mixed = fused_multiply_add(v, s.o.of_v, s.o.of_g * g);
             d = s.o.mixes(mixed, v);
         }
@@ -184,7 +181,7 @@ struct Sgd {
 template <class T>
 struct Adam {
     using Number = T;
-    static constexpr int kStates = 3;  // m, q, max q
+    static constexpr int kLeast = 2, kStates = 3;  // m, q and, with AMSGrad, max q
     static constexpr bool kUpdates = true;
 
     struct Options {
@@ -213,23 +210,19 @@ struct Adam {
                 decoupled};
     }
 
-    enum Form { kPlain, kAmsgrad, kForms };
-    LP_INLINE static int form(const bool* present, bool) { return present[2] ? kAmsgrad : kPlain; }
-    static constexpr int states(int form) { return 2 + form; }
-    static constexpr bool reads(int) { return true; }
-
     struct Scalars {
         Options o;
         T step_size, root_correction, keep, shrink, of_g;
     };
-    LP_INLINE static Scalars at(const Options& o, T lr, T step) {
+    LP_INLINE static Scalars at(const Options& o, T lr, T step, bool) {
         const T correction1 = one_minus_exp(step * o.log_beta1), correction2 = one_minus_exp(step * o.log_beta2);
         const T shrink = o.decoupled ? lr * o.weight_decay : T(0);
         return {o, lr / correction1, square_root(correction2), T(1) - shrink, shrink, o.newest_share * correction1};
     }
 
     // Before the step size.
-    LP_INLINE static T direction(T g, T* state, const Scalars& s, int form) {
+    template <int kKept>
+    LP_INLINE static T direction(T g, T* state, const Scalars& s) {
         T &m = state[0], &q = state[1];
         // From the end that is nearer, as torch's lerp does.
         const T from_m = fused_multiply_add(s.o.one_minus_beta1, g - m, m);
@@ -237,17 +230,18 @@ struct Adam {
         m = s.o.from_m(from_m, from_g);
         q = fused_multiply_add(s.o.one_minus_beta2 * g, g, s.o.beta2 * q);
         T largest = q;
-        if (form == kAmsgrad) largest = state[2] = q <= state[2] ? state[2] : q;  // a NaN stays one
+        if constexpr (kKept > 2) largest = state[2] = q <= state[2] ? state[2] : q;  // a NaN stays one
         const T mixed = fused_multiply_add(s.of_g, g, s.o.one_minus_share * m);
         return s.o.mixes(mixed, m) / (square_root(largest) / s.root_correction + s.o.eps);
     }
 
-    LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s, int form) {
+    template <int kKept>
+    LP_INLINE static T step(T& weight, T& gradient, T* state, const Scalars& s) {
         T g = s.o.sign * gradient;
         const T decayed = fused_multiply_add(weight, s.o.weight_decay, g);
         g = s.o.decay(decayed, g);
         gradient = g;
-        const T d = direction(g, state, s, form);
+        const T d = direction<kKept>(g, state, s);
         const T u = fused_multiply_add(s.step_size, d, s.shrink * weight);
         weight = fused_multiply_add(-s.step_size, d, s.keep * weight);
         return u;
@@ -258,24 +252,21 @@ struct Adam {
 // I/O: read g, m, q; write m, q and, in the weight's place, the direction.
 template <class T>
 struct AdamDirection : Adam<T> {
-    static constexpr int kStates = 2;
+    static constexpr int kLeast = 2, kStates = 2;
     static constexpr bool kUpdates = false;
 
-    enum Form { kPlain, kForms };
-    LP_INLINE static int form(const bool*, bool) { return kPlain; }
-    static constexpr int states(int) { return 2; }
-
-    LP_INLINE static T step(T& weight, T& gradient, T* state, const typename Adam<T>::Scalars& s, int) {
-        weight = s.step_size * Adam<T>::direction(s.o.sign * gradient, state, s, Adam<T>::kPlain);
+    template <int kKept>
+    LP_INLINE static T step(T& weight, T& gradient, T* state, const typename Adam<T>::Scalars& s) {
+        weight = s.step_size * Adam<T>::template direction<kKept>(s.o.sign * gradient, state, s);
         return weight;
     }
 };
 
-// I/O: read W and, in the gradient's place, d; write W. Returns u.
+// I/O: read W and, in the gradient's place, d; write W.
 template <class T>
 struct Direction {
     using Number = T;
-    static constexpr int kStates = 0;
+    static constexpr int kLeast = 0, kStates = 0;
     static constexpr bool kUpdates = true;
 
     struct Options {
@@ -284,20 +275,16 @@ struct Direction {
     static constexpr int kOptions = 1;
     static Options options(const double* o) { return {T(o[0])}; }
 
-    enum Form { kPlain, kForms };
-    LP_INLINE static int form(const bool*, bool) { return kPlain; }
-    static constexpr int states(int) { return 0; }
-    static constexpr bool reads(int) { return false; }
-
     struct Scalars {
         T lr, keep, shrink;
     };
-    LP_INLINE static Scalars at(const Options& o, T lr, T) {
+    LP_INLINE static Scalars at(const Options& o, T lr, T, bool) {
         const T shrink = lr * o.weight_decay;
         return {lr, T(1) - shrink, shrink};
     }
 
-    LP_INLINE static T step(T& weight, T& direction, T*, const Scalars& s, int) {
+    template <int>
+    LP_INLINE static T step(T& weight, T& direction, T*, const Scalars& s) {
         const T u = fused_multiply_add(s.lr, direction, s.shrink * weight);
         weight = fused_multiply_add(-s.lr, direction, s.keep * weight);
         return u;

@@ -1,29 +1,47 @@
-// What one thread of a GPU does: its share of a chunk, in packs of 16 bytes. Compiled for the host as well, where tests
-// run it in a loop over blocks and threads.
+// What one thread of a GPU does: its share of an array, in packs of 4 elements. Compiled for the host as well, where
+// tests run it in a loop over blocks and threads.
 #pragma once
 
 #include <type_traits>
+#include <utility>
 
-#include "group.h"
+#include "chunks.h"
+#include "pass.h"
 
 namespace layerpipe {
 
 constexpr int kThreads = 256;
 constexpr int64_t kGpuChunk = 1 << 13;
 constexpr int kMaxGrads = 400;  // what fits into a kernel's 4 KB of arguments, everything else included
+// A pack is one access to each array: 16 bytes of float, 8 of a 16-bit type. The threads of a warp together then read
+// and write without gaps whatever types stand beside each other; packs of 8 would leave every second 16 bytes of a
+// float array to another instruction, which writes half sectors.
+constexpr int kPack = 4;
 
 struct alignas(16) Bytes16 {
     uint32_t word[4];
 };
+struct alignas(8) Bytes8 {
+    uint32_t word[2];
+};
 
-// One access of 2, 4 or 16 bytes. The intrinsics also tell the compiler what it cannot know of a pointer that was
-// itself loaded: that it points to global memory. Everything is read once per step, so loads are streamed.
+// N elements of S: one access.
+template <class S, int N>
+using Word = std::conditional_t<
+    N * sizeof(S) == 16, Bytes16,
+    std::conditional_t<N * sizeof(S) == 8, Bytes8, std::conditional_t<N * sizeof(S) == 4, uint32_t, uint16_t>>>;
+
+// The intrinsics also tell the compiler what it cannot know of a pointer that was itself loaded: that it points to
+// global memory. Everything is read once per pass, so loads are streamed.
 template <class Word>
 LP_INLINE Word read(const Word* p) {
 #if defined(__CUDA_ARCH__)
     if constexpr (sizeof(Word) == 16) {
         const uint4 v = __ldcs(reinterpret_cast<const uint4*>(p));
         return {{v.x, v.y, v.z, v.w}};
+    } else if constexpr (sizeof(Word) == 8) {
+        const uint2 v = __ldcs(reinterpret_cast<const uint2*>(p));
+        return {{v.x, v.y}};
     } else {
         return __ldcs(p);
     }
@@ -32,6 +50,8 @@ LP_INLINE Word read(const Word* p) {
 #endif
 }
 
+// Weights and past weights are what the next forward and backward read; everything else is not touched before the next
+// step, and leaves with a streaming hint.
 template <bool kStreaming, class Word>
 LP_INLINE void write(Word* p, Word v) {
 #if defined(__CUDA_ARCH__)
@@ -40,6 +60,8 @@ LP_INLINE void write(Word* p, Word v) {
         *p = v;
     } else if constexpr (sizeof(Word) == 16) {
         __stcs(reinterpret_cast<uint4*>(p), make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]));
+    } else if constexpr (sizeof(Word) == 8) {
+        __stcs(reinterpret_cast<uint2*>(p), make_uint2(v.word[0], v.word[1]));
     } else {
         __stcs(p, v);
     }
@@ -48,60 +70,86 @@ LP_INLINE void write(Word* p, Word v) {
 #endif
 }
 
-// A pack of N elements of S is N * sizeof(S) / 16 words, a multiple of 16 bytes; a pack of one is one element.
-template <class S, int N>
-struct Packing {
-    using Word = std::conditional_t<N != 1, Bytes16, std::conditional_t<sizeof(S) == 2, uint16_t, uint32_t>>;
-    static constexpr int kPer = sizeof(Word) / sizeof(S), kWords = N / kPer;
-    static_assert(N % kPer == 0, "packs are whole multiples of 16 bytes");
-};
-
-// N elements of S from memory into floats.
-template <class S, int N>
-LP_INLINE void load(const void* base, int64_t at, float* to) {
-    using P = Packing<S, N>;
-    const auto* from = reinterpret_cast<const typename P::Word*>(static_cast<const S*>(base) + at);
-    LP_UNROLL for (int p = 0; p < P::kWords; ++p) {
-        S values[P::kPer];
-        const typename P::Word word = read(from + p);
-        memcpy(values, &word, sizeof(word));
-        LP_UNROLL for (int j = 0; j < P::kPer; ++j) to[p * P::kPer + j] = to_compute(values[j]);
-    }
+// No load moves behind this point: all of a pack's are under way before the first of them is waited for.
+LP_INLINE void all_loads_issued() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("" ::: "memory");
+#endif
 }
 
-struct Nearest {
-    template <class S>
-    LP_INLINE S round(float x, int64_t) const {
-        return round_to<S, float>(x);
-    }
-};
+// One array of a pass, S in memory. Several may share a slot where only the launch or the tensor tells which of them is
+// read: a weight and its master, gradients of either type.
+template <class S, int kSlot, bool kStreaming = false, bool kStochastic = false>
+struct Column {
+    void* base;
+    bool reads, writes;
+    uint32_t key = 0;  // of the random bits; with seed, update, tensor, average and element they are always the same
 
-// The random bits of an element depend on the seed, the update, the tensor, the average and the element alone.
-struct Stochastic {
-    uint32_t key;
-    template <class S>
-    LP_INLINE S round(float x, int64_t at) const {
-        return round_stochastic(x, hash32(key ^ static_cast<uint32_t>(at)));
+    template <int N>
+    LP_INLINE Word<S, N>* at(int64_t i) const {
+        return reinterpret_cast<Word<S, N>*>(static_cast<S*>(base) + i);
     }
-};
-
-// Weights and past weights are what the next forward and backward read; everything else is not touched before the next
-// step, and leaves with a streaming hint.
-template <class S, int N, bool kStreaming, class Rounding>
-LP_INLINE void store(void* base, int64_t at, const float* from, const Rounding& rounding) {
-    using P = Packing<S, N>;
-    auto* to = reinterpret_cast<typename P::Word*>(static_cast<S*>(base) + at);
-    LP_UNROLL for (int p = 0; p < P::kWords; ++p) {
-        S values[P::kPer];
-        LP_UNROLL for (int j = 0; j < P::kPer; ++j) values[j] =
-            rounding.template round<S>(from[p * P::kPer + j], at + p * P::kPer + j);
-        typename P::Word word;
+    template <int N>
+    LP_INLINE bool aligned() const {
+        return reinterpret_cast<uintptr_t>(base) % sizeof(Word<S, N>) == 0 || !(reads || writes);
+    }
+    template <int N>
+    LP_INLINE void fetch(Bytes16& raw, int64_t i) const {
+        if (!reads) return;
+        const auto word = read(at<N>(i));
+        memcpy(&raw, &word, sizeof(word));
+    }
+    template <int N, int kSlots>
+    LP_INLINE void widen(const Bytes16& raw, float (&x)[N][kSlots]) const {
+        if (!reads) return;
+        S values[N];
+        memcpy(values, &raw, sizeof(values));
+        LP_UNROLL for (int n = 0; n < N; ++n) x[n][kSlot] = to_compute(values[n]);
+    }
+    template <int N, int kSlots>
+    LP_INLINE void store(const float (&x)[N][kSlots], int64_t i) const {
+        if (!writes) return;
+        S values[N];
+        LP_UNROLL for (int n = 0; n < N; ++n) {
+            if constexpr (kStochastic)
+                values[n] = round_stochastic(x[n][kSlot], hash32(key ^ static_cast<uint32_t>(i + n)));
+            else
+                values[n] = round_to<S, float>(x[n][kSlot]);
+        }
+        Word<S, N> word;
         memcpy(&word, values, sizeof(word));
-        write<kStreaming>(to + p, word);
+        write<kStreaming>(at<N>(i), word);
     }
+};
+
+// An average: float, or bf16 rounded at random.
+template <class E, int kSlot>
+using AverageColumn = Column<E, kSlot, true, sizeof(E) == 2>;
+
+template <int N, class Pass, class... Columns>
+LP_INLINE void walk_pack(const Pass& pass, int64_t at, const Columns&... column) {
+    Bytes16 raw[sizeof...(Columns)];
+    float x[N][Pass::kSlots] = {};
+    int loaded = 0, widened = 0;
+    (column.template fetch<N>(raw[loaded++], at), ...);
+    all_loads_issued();
+    (column.widen(raw[widened++], x), ...);
+    LP_UNROLL for (int n = 0; n < N; ++n) pass(x[n]);
+    (column.store(x, at), ...);
 }
 
-// The kernel's argument.
+// Everything from `begin` on that belongs to one thread. No round begins before the one before it has ended: it would
+// take registers that other warps hide their memory's latency with.
+template <class Pass, class Index, class... Columns>
+LP_INLINE void walk(const Pass& pass, int64_t begin, Index count, Index thread, Index threads,
+                    const Columns... column) {
+    const Index packed = (column.template aligned<kPack>() && ...) ? count / kPack * kPack : 0;
+    LP_NO_UNROLL for (Index i = thread * kPack; i < packed; i += threads * kPack)
+        walk_pack<kPack>(pass, begin + i, column...);
+    LP_NO_UNROLL for (Index i = packed + thread; i < count; i += threads) walk_pack<1>(pass, begin + i, column...);
+}
+
+// The step kernel's argument.
 template <class Rule>
 struct StepArgs {
     typename Rule::Options options;
@@ -117,175 +165,93 @@ struct StepArgs {
     const void* grads[kMaxGrads];           // of tensors first_tensor, first_tensor + 1, ...
 };
 
-// W: weights, E: averages. I/O: read W or master, g, states, E_k; write W, master, states, E_k, and What if asked for;
-// read and write u_ where weights are predicted.
-template <class Rule, class W, class E, int kEmas, int N>
-LP_INLINE void step_pack(const Record& r, const void* grads, bool float_grads, int64_t at,
-                         const TensorScalars<Rule>& s) {
-    constexpr int kStates = Rule::kStates ? Rule::kStates : 1;  // of the arrays that C++ wants to have elements
-    float w[N], g[N], previous[N], state[kStates][N], ema[kEmas ? kEmas : 1][N];
-    const bool master = sizeof(W) == 2 && r.master;
-    if (master)
-        load<float, N>(r.master, at, w);
-    else if (Rule::kUpdates)
-        load<W, N>(r.weight, at, w);
-    if (Rule::kUpdates && r.previous) {
-        load<float, N>(r.previous, at, previous);
-        LP_UNROLL for (int i = 0; i < N; ++i) w[i] = s.horizon.current(w[i], previous[i]);
-    }
-    if (sizeof(W) == 4 || float_grads)
-        load<float, N>(grads, at, g);
-    else
-        load<W, N>(grads, at, g);
-    LP_UNROLL for (int j = 0; j < Rule::kStates; ++j) {
-        if (r.state[j])
-            load<float, N>(r.state[j], at, state[j]);
-        else
-            LP_UNROLL for (int i = 0; i < N; ++i) state[j][i] = 0;
-    }
-    LP_UNROLL for (int k = 0; k < kEmas; ++k) load<E, N>(r.ema, at + k * r.numel, ema[k]);
+// A step's kernel by what is known when it is compiled. W: weights, E: averages.
+template <class Rule_, class W, class E, int kKept, int kEmas>
+struct StepWalk {
+    using Rule = Rule_;
+    using Args = StepArgs<Rule>;
+    using Pass = Step<Rule, kKept, kEmas, Rule::kUpdates, Rule::kUpdates>;
 
-    LP_UNROLL for (int i = 0; i < N; ++i) {
-        float own[kStates], averages[kEmas ? kEmas : 1];
-        LP_UNROLL for (int j = 0; j < Rule::kStates; ++j) own[j] = state[j][i];
-        LP_UNROLL for (int k = 0; k < kEmas; ++k) averages[k] = ema[k][i];
-        float gradient = g[i] * s.grad_factor;
-        const float update = previous[i] = Rule::step(w[i], gradient, own, s.rule, s.form);
-        if (Rule::kUpdates && r.previous) w[i] = s.horizon.predicted(w[i], update);
-        g[i] = keep_past<float, kEmas>(w[i], update, gradient, averages, s.past);
-        LP_UNROLL for (int j = 0; j < Rule::kStates; ++j) state[j][i] = own[j];
-        LP_UNROLL for (int k = 0; k < kEmas; ++k) ema[k][i] = averages[k];
+    // Everything of one chunk that belongs to one thread. The chunk and the record are copies: stores could otherwise
+    // change them, as far as the compiler knows.
+    LP_INLINE static void chunk(const Args& a, const Chunk c, int thread, int threads) {
+        columns(a, c, thread, threads, std::make_integer_sequence<int, kKept>(),
+                std::make_integer_sequence<int, kEmas>());
     }
 
-    store<W, N, false>(r.weight, at, w, Nearest{});
-    if (master) store<float, N, true>(r.master, at, w, Nearest{});
-    LP_UNROLL for (int j = 0; j < Rule::kStates; ++j) if (r.state[j])
-        store<float, N, true>(r.state[j], at, state[j], Nearest{});
-    if (Rule::kUpdates && r.previous) store<float, N, true>(r.previous, at, previous, Nearest{});
-    LP_UNROLL for (int k = 0; k < kEmas; ++k) {
-        void* average = static_cast<E*>(r.ema) + k * r.numel;
-        if constexpr (sizeof(E) == 2)
-            store<E, N, true>(average, at, ema[k], Stochastic{s.key[k]});
-        else
-            store<E, N, true>(average, at, ema[k], Nearest{});
+    // After every block has read the counts, the last one adds to them.
+    LP_INLINE static void count(const Args& a, int thread, int threads) {
+        for (int i = thread; i < a.tensors; i += threads)
+            if (float* count = a.records[a.first_tensor + i].count) *count += 1.0f;
+        if (thread != 0 || !a.advance_clock) return;
+        if (a.moment.clock) *a.moment.clock += 1;
+        if (a.moment.horizon_at) *a.moment.horizon_at = static_cast<float>(a.moment.horizon);
     }
-    if (r.past) store<W, N, false>(r.past, at, g, Nearest{});
-}
 
-// Everything of one chunk that belongs to one thread.
-template <class Rule, class W, class E, int kEmas>
-LP_INLINE void step_chunk(const StepArgs<Rule>& a, const Chunk& c, int thread, int threads) {
-    const Record& r = a.records[c.tensor];
-    const int slot = c.tensor - a.first_tensor;
-    const void* grads = a.grads[slot];
-    const bool first = (a.first[slot / 32] >> (slot % 32)) & 1u;
-    const TensorScalars<Rule> s = tensor_scalars<Rule, kEmas>(a.options, a.design, a.moment, r, c.tensor, first);
-    constexpr bool kNarrow = sizeof(W) == 2 || (kEmas > 0 && sizeof(E) == 2);
-    constexpr int kPack = kNarrow ? 8 : 4;  // 16 bytes of the narrowest type
-    const bool packs = r.aligned && reinterpret_cast<uintptr_t>(grads) % 16 == 0;
-    const int packed = packs ? c.count / kPack * kPack : 0;
-    for (int i = thread * kPack; i < packed; i += threads * kPack)
-        step_pack<Rule, W, E, kEmas, kPack>(r, grads, a.float_grads, c.begin + i, s);
-    for (int i = packed + thread; i < c.count; i += threads)
-        step_pack<Rule, W, E, kEmas, 1>(r, grads, a.float_grads, c.begin + i, s);
-}
-
-// After every block has read the counts, the last one adds to them.
-template <class Rule>
-LP_INLINE void count_step(const StepArgs<Rule>& a, int thread, int threads) {
-    for (int i = thread; i < a.tensors; i += threads)
-        if (float* count = a.records[a.first_tensor + i].count) *count += 1.0f;
-    if (thread != 0 || !a.advance_clock) return;
-    if (a.moment.clock) *a.moment.clock += 1;
-    if (a.moment.horizon_at) *a.moment.horizon_at = static_cast<float>(a.moment.horizon);
-}
-
-// Past weights of one tensor, or the update of one tensor's averages; `terms` float or bf16.
-struct ReconstructArgs {
-    void* out;
-    const void* weight;
-    const void* term[kMaxTerms];
-    float tap[kMaxTerms];
-    const float* taps_at;  // instead of `tap`
-    int64_t numel;
-    int32_t terms, half_terms;  // bit k: term k is bf16
-    int32_t float_weight;       // `weight` is a float master of a narrower `out`
-    int32_t aligned;
-};
-
-template <class W>
-struct Reconstruct {
-    using Args = ReconstructArgs;
-
-    template <int N>
-    LP_INLINE static void pack(const Args& a, int64_t at) {
-        float past[N], term[N];
-        if (sizeof(W) == 4 || a.float_weight)
-            load<float, N>(a.weight, at, past);
-        else
-            load<W, N>(a.weight, at, past);
-        LP_UNROLL for (int k = 0; k < kMaxTerms; ++k) {
-            if (k >= a.terms) continue;
-            if ((a.half_terms >> k) & 1)
-                load<bf16, N>(a.term[k], at, term);
-            else
-                load<float, N>(a.term[k], at, term);
-            const float tap = a.taps_at ? a.taps_at[k] : a.tap[k];
-            LP_UNROLL for (int i = 0; i < N; ++i) past[i] = fused_multiply_add(tap, term[i], past[i]);
-        }
-        store<W, N, false>(a.out, at, past, Nearest{});
+   private:
+    template <int... J, int... K>
+    LP_INLINE static void columns(const Args& a, const Chunk& c, int thread, int threads,
+                                  std::integer_sequence<int, J...>, std::integer_sequence<int, K...>) {
+        const Record r = a.records[c.tensor];
+        const int slot = c.tensor - a.first_tensor;
+        void* const grads = const_cast<void*>(a.grads[slot]);
+        const bool first = (a.first[slot / 32] >> (slot % 32)) & 1u;
+        const Pass pass{tensor_scalars<Rule>(a.options, a.design, kEmas, a.moment, r, c.tensor, first)};
+        const bool master = sizeof(W) == 2 && r.master, wide = sizeof(W) == 2 && a.float_grads;
+        const bool predicted = Rule::kUpdates && r.previous, past = Rule::kUpdates && r.past;
+        walk(pass, c.begin, c.count, thread, threads,                              //
+             Column<W, Pass::kWeight>{r.weight, Rule::kUpdates && !master, true},  //
+             Column<float, Pass::kWeight, true>{r.master, master, master},         //
+             Column<W, Pass::kGrad>{grads, !wide, false},                          //
+             Column<float, Pass::kGrad>{grads, wide, false},                       //
+             Column<float, Pass::kState + J, true>{r.state[J], true, true}...,     //
+             Column<float, Pass::kPrevious, true>{r.previous, predicted, predicted},
+             AverageColumn<E, Pass::kEma + K>{static_cast<E*>(r.ema) + K * r.numel, true, true, pass.s.key[K]}...,
+             Column<W, Pass::kPast>{r.past, false, past});
     }
 };
 
-struct EmaArgs {
-    void* ema[kMaxEmas];
-    const void* update;
-    float decay[kMaxEmas], one_minus_decay[kMaxEmas], turn;
-    uint32_t key[kMaxEmas];
-    int64_t numel;
-    int32_t emas, half_emas;  // bit k: ema k is bf16
-    int32_t aligned;
-};
+// W: the past weights.
+template <class W, int kTerms>
+struct ReconstructWalk {
+    using Args = Reconstruction;
+    using Pass = Reconstruct<float, kTerms>;
 
-template <class U>
-struct EmaUpdate {
-    using Args = EmaArgs;
+    LP_INLINE static void run(const Args& a, int64_t thread, int64_t threads) {
+        columns(a, thread, threads, std::make_integer_sequence<int, kTerms>());
+    }
 
-    template <int N>
-    LP_INLINE static void pack(const Args& a, int64_t at) {
-        float update[N], ema[kMaxEmas][N] = {};
-        const Turn<float> turn(a.turn);
-        load<U, N>(a.update, at, update);
-        LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) {
-            if (k >= a.emas) continue;
-            if ((a.half_emas >> k) & 1)
-                load<bf16, N>(a.ema[k], at, ema[k]);
-            else
-                load<float, N>(a.ema[k], at, ema[k]);
-        }
-        LP_UNROLL for (int i = 0; i < N; ++i) {
-            float averages[kMaxEmas];
-            LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) averages[k] = ema[k][i];
-            ema_update<float, kMaxEmas>(averages, update[i], a.decay, a.one_minus_decay, turn);
-            LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) ema[k][i] = averages[k];
-        }
-        LP_UNROLL for (int k = 0; k < kMaxEmas; ++k) {
-            if (k >= a.emas) continue;
-            if ((a.half_emas >> k) & 1)
-                store<bf16, N, true>(a.ema[k], at, ema[k], Stochastic{a.key[k]});
-            else
-                store<float, N, true>(a.ema[k], at, ema[k], Nearest{});
-        }
+   private:
+    template <int... K>
+    LP_INLINE static void columns(const Args& a, int64_t thread, int64_t threads, std::integer_sequence<int, K...>) {
+        const bool wide = sizeof(W) == 2 && a.weight.dtype == Dtype::f32;
+        walk(Pass(a), 0, a.numel, thread, threads,                      //
+             Column<W, Pass::kOut>{a.out.base, false, true},            //
+             Column<W, Pass::kWeight>{a.weight.base, !wide, false},     //
+             Column<float, Pass::kWeight>{a.weight.base, wide, false},  //
+             Column<float, Pass::kTerm + K>{a.term[K].base, a.term[K].dtype == Dtype::f32, false}...,
+             Column<bf16, Pass::kTerm + K>{a.term[K].base, a.term[K].dtype == Dtype::bf16, false}...);
     }
 };
 
-// Everything of one tensor that belongs to one thread; a pack is 16 bytes of the narrowest type.
-template <class Work>
-LP_INLINE void tensor_walk(const typename Work::Args& a, int64_t thread, int64_t threads) {
-    constexpr int kPack = 8;
-    const int64_t packed = a.aligned ? a.numel / kPack * kPack : 0;
-    for (int64_t i = thread * kPack; i < packed; i += threads * kPack) Work::template pack<kPack>(a, i);
-    for (int64_t i = packed + thread; i < a.numel; i += threads) Work::template pack<1>(a, i);
-}
+// U: the update.
+template <class U, int kEmas>
+struct AverageWalk {
+    using Args = Averages;
+    using Pass = Average<float, kEmas>;
+
+    LP_INLINE static void run(const Args& a, int64_t thread, int64_t threads) {
+        columns(a, thread, threads, std::make_integer_sequence<int, kEmas>());
+    }
+
+   private:
+    template <int... K>
+    LP_INLINE static void columns(const Args& a, int64_t thread, int64_t threads, std::integer_sequence<int, K...>) {
+        const auto is = [&a](int k, Dtype dtype) { return a.ema[k].dtype == dtype; };
+        walk(Pass(a), 0, a.numel, thread, threads, Column<U, Pass::kUpdate>{a.update.base, true, false},
+             AverageColumn<float, Pass::kEma + K>{a.ema[K].base, is(K, Dtype::f32), is(K, Dtype::f32)}...,
+             AverageColumn<bf16, Pass::kEma + K>{a.ema[K].base, is(K, Dtype::bf16), is(K, Dtype::bf16), a.key[K]}...);
+    }
+};
 
 }  // namespace layerpipe

@@ -54,6 +54,17 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _array(tensor: Tensor) -> tuple[int, int]:
+    """As the kernels have it: address and dtype."""
+    return tensor.data_ptr(), DTYPES[tensor.dtype]
+
+
+def _place(device: torch.device) -> tuple[int, int, int]:
+    """Where the kernels are to work: device, stream, and threads of the CPU."""
+    number = device_number(device)
+    return number, current_stream(number), torch.get_num_threads() if number < 0 else 1
+
+
 class NativeRunner:
     """One group's pointers, chunks and, on a GPU, the table of them in its memory."""
 
@@ -110,7 +121,6 @@ class NativeRunner:
         if grads:
             self.plan.set_grads([g.data_ptr() for g in grads])
         lr, lr_at = (0.0, options.lr.data_ptr()) if isinstance(options.lr, Tensor) else (options.lr, 0)
-        stream, threads = self.current()
         self.plan.step(
             lr,
             moment.t,
@@ -122,8 +132,7 @@ class NativeRunner:
             moment.horizon,
             moment.horizon_before,
             _pointer(moment.horizon_at),
-            stream,
-            threads,
+            (self.number, *self.current()),
         )
 
     def current(self) -> tuple[int, int]:
@@ -167,17 +176,16 @@ def mix(
     out: Tensor,
 ) -> None:
     """:func:`layerpipe_kernels.ops.mix`: the averages by address, because cutting them out takes longest."""
-    terms, dtypes, taps = [], [], []
+    terms, taps = [], []
     if velocity is not None:
-        terms.append(velocity.data_ptr())
-        dtypes.append(DTYPES[velocity.dtype])
+        terms.append(_array(velocity))
         taps.append(velocity_tap)
     if ema is not None:
-        begin, step = ema.data_ptr(), weight.numel() * ema.element_size()
-        terms += [begin + k * step for k in range(len(ema_taps))]
-        dtypes += [DTYPES[ema.dtype]] * len(ema_taps)
+        begin, step, dtype = ema.data_ptr(), weight.numel() * ema.element_size(), DTYPES[ema.dtype]
+        terms += [(begin + k * step, dtype) for k in range(len(ema_taps))]
         taps += ema_taps
-    _reconstruct(weight, terms, dtypes, taps, 0, out, weight.numel())
+    numel = weight.numel()
+    _extension.reconstruct(_place(weight.device), _array(out), _array(weight), numel, terms, taps, 0)
 
 
 def reconstruct(
@@ -187,49 +195,18 @@ def reconstruct(
     if weight.is_cpu and isinstance(taps, Tensor):
         taps = taps.tolist()
     numbers, at = ((), taps.data_ptr()) if isinstance(taps, Tensor) else (taps, 0)
-    _reconstruct(weight, pointers(terms), [DTYPES[t.dtype] for t in terms], numbers, at, out, numel)
-
-
-def _reconstruct(
-    weight: Tensor,
-    terms: Sequence[int],
-    dtypes: Sequence[int],
-    taps: Sequence[float],
-    taps_at: int,
-    out: Tensor,
-    numel: int,
-) -> None:
-    """``terms`` by address; ``taps`` numbers, or at the address ``taps_at``."""
-    number = device_number(weight.device)
-    _extension.reconstruct(
-        number,
-        out.data_ptr(),
-        DTYPES[out.dtype],
-        weight.data_ptr(),
-        DTYPES[weight.dtype],
-        numel,
-        terms,
-        dtypes,
-        taps,
-        taps_at,
-        current_stream(number),
-        torch.get_num_threads() if number < 0 else 1,
-    )
+    arrays = [_array(term) for term in terms]
+    _extension.reconstruct(_place(weight.device), _array(out), _array(weight), numel, arrays, numbers, at)
 
 
 def ema_update_(emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int, turn: float) -> None:
     """:func:`layerpipe_kernels.reference.ema_update_`, in the order of memory."""
-    number = device_number(update.device)
     _extension.ema_update(
-        number,
-        pointers(emas),
-        [DTYPES[e.dtype] for e in emas],
-        update.data_ptr(),
-        DTYPES[update.dtype],
+        _place(update.device),
+        [_array(e) for e in emas],
+        _array(update),
         update.numel(),
         decays,
         seed & 0xFFFFFFFF,
         turn,
-        current_stream(number),
-        torch.get_num_threads() if number < 0 else 1,
     )

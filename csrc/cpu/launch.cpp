@@ -1,5 +1,6 @@
 #include "launch.h"
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <system_error>
@@ -33,14 +34,15 @@ struct Progress {
     std::atomic<size_t> next{0}, done{0};
 };
 
+}  // namespace
+
 // Threads are started per call: a step large enough to share takes milliseconds, a start microseconds, and no idle
 // pool competes with torch's own threads or breaks after a fork.
 //
 // Nobody waits for a thread, only for chunks: where torch's threads still spin after an operation, one that has just
 // been started may come to run milliseconds after this one has done all the work. It then finds nothing to do, and does
 // not look at `work`, which is gone.
-template <class Work>
-void parallel_chunks(size_t chunks, int64_t numel, int threads, const Work& work) {
+void parallel_chunks(size_t chunks, int64_t numel, int threads, const std::function<void(size_t)>& work) {
     if (threads <= 1 || numel <= 4 * kSmallWork || chunks <= 1) {
         for (size_t i = 0; i < chunks; ++i) work(i);
         return;
@@ -62,54 +64,27 @@ void parallel_chunks(size_t chunks, int64_t numel, int threads, const Work& work
     while (progress->done.load(std::memory_order_acquire) < chunks) std::this_thread::yield();
 }
 
+namespace {
+
 template <class Work>
-void parallel_range(int64_t numel, int threads, const Work& work) {
-    const size_t chunks = static_cast<size_t>((numel + kCpuChunk - 1) / kCpuChunk);
-    parallel_chunks(chunks, numel, threads, [&](size_t i) {
+void parallel_range(void (*run)(const Work&, int64_t, int64_t), const Work& work, int threads) {
+    const size_t chunks = static_cast<size_t>((work.numel + kCpuChunk - 1) / kCpuChunk);
+    parallel_chunks(chunks, work.numel, threads, [&](size_t i) {
         const int64_t begin = static_cast<int64_t>(i) * kCpuChunk;
-        work(begin, std::min(begin + kCpuChunk, numel));
+        run(work, begin, std::min(begin + kCpuChunk, work.numel));
     });
 }
-
-StepSpan<Sgd<float>> span(const Sgd<float>*) { return instruction_set().f32.sgd; }
-StepSpan<Sgd<double>> span(const Sgd<double>*) { return instruction_set().f64.sgd; }
-StepSpan<Adam<float>> span(const Adam<float>*) { return instruction_set().f32.adam; }
-StepSpan<Adam<double>> span(const Adam<double>*) { return instruction_set().f64.adam; }
-StepSpan<AdamDirection<float>> span(const AdamDirection<float>*) { return instruction_set().f32.adam_direction; }
-StepSpan<AdamDirection<double>> span(const AdamDirection<double>*) { return instruction_set().f64.adam_direction; }
-StepSpan<Direction<float>> span(const Direction<float>*) { return instruction_set().f32.direction; }
-StepSpan<Direction<double>> span(const Direction<double>*) { return instruction_set().f64.direction; }
 
 }  // namespace
 
-template <class Rule>
-void cpu_step(const CpuStep<Rule>& s, int threads) {
-    const auto run = span(static_cast<const Rule*>(nullptr));
-    parallel_chunks(s.chunks.size(), s.numel, threads, [&](size_t i) {
-        const Chunk& c = s.chunks[i];
-        run(s.records[c.tensor], s.grads[c.tensor], s.layout, s.scalars[c.tensor], c.begin, c.begin + c.count);
-    });
+void cpu_reconstruct(const Reconstruction& work, int threads) {
+    const auto& set = instruction_set();
+    parallel_range(work.out.dtype == Dtype::f64 ? set.f64.reconstruct : set.f32.reconstruct, work, threads);
 }
 
-template void cpu_step<Sgd<float>>(const CpuStep<Sgd<float>>&, int);
-template void cpu_step<Sgd<double>>(const CpuStep<Sgd<double>>&, int);
-template void cpu_step<Adam<float>>(const CpuStep<Adam<float>>&, int);
-template void cpu_step<Adam<double>>(const CpuStep<Adam<double>>&, int);
-template void cpu_step<AdamDirection<float>>(const CpuStep<AdamDirection<float>>&, int);
-template void cpu_step<AdamDirection<double>>(const CpuStep<AdamDirection<double>>&, int);
-template void cpu_step<Direction<float>>(const CpuStep<Direction<float>>&, int);
-template void cpu_step<Direction<double>>(const CpuStep<Direction<double>>&, int);
-
-void cpu_reconstruct(const Reconstruction& work, int64_t numel, int threads) {
+void cpu_average(const Averages& work, int threads) {
     const auto& set = instruction_set();
-    const auto run = work.out.dtype == Dtype::f64 ? set.f64.reconstruct : set.f32.reconstruct;
-    parallel_range(numel, threads, [&](int64_t begin, int64_t end) { run(work, begin, end); });
-}
-
-void cpu_ema_update(const Averages& work, int64_t numel, int threads) {
-    const auto& set = instruction_set();
-    const auto run = work.update.dtype == Dtype::f64 ? set.f64.average : set.f32.average;
-    parallel_range(numel, threads, [&](int64_t begin, int64_t end) { run(work, begin, end); });
+    parallel_range(work.update.dtype == Dtype::f64 ? set.f64.average : set.f32.average, work, threads);
 }
 
 bool all_finite(const void* array, Dtype dtype, int64_t numel) { return instruction_set().finite(array, dtype, numel); }

@@ -2,36 +2,16 @@
 #pragma once
 
 #include <cstdint>
+#include <tuple>
 
-#include "../group.h"
+#include "../pass.h"
 
 namespace layerpipe {
 
-// What the arrays of a group hold. `state` and `master` are of the type that is computed with.
+// What the arrays of a group hold. `state`, `previous` and `master` are of the type that is computed with.
 struct Layout {
     Dtype weight, grad, average;
-    int emas;
-};
-
-// One array as the loop sees it: of any dtype in memory.
-struct Array {
-    void* base;
-    Dtype dtype;
-};
-
-struct Reconstruction {
-    Array out, weight;
-    Array term[kMaxTerms];
-    double tap[kMaxTerms];
-    int terms;
-};
-
-struct Averages {
-    Array ema[kMaxEmas];
-    double decay[kMaxEmas], one_minus_decay[kMaxEmas], turn;
-    uint32_t key[kMaxEmas];
-    int emas;
-    Array update;
+    int states, emas;
 };
 
 template <class Rule>
@@ -39,20 +19,29 @@ using StepSpan = void (*)(const Record&, const void* grads, const Layout&, const
                           int64_t end);
 
 template <class T>
-struct SpanKernels {
-    StepSpan<Sgd<T>> sgd;
-    StepSpan<Adam<T>> adam;
-    StepSpan<AdamDirection<T>> adam_direction;
-    StepSpan<Direction<T>> direction;
+struct TensorSpans {
     void (*reconstruct)(const Reconstruction&, int64_t begin, int64_t end);
     void (*average)(const Averages&, int64_t begin, int64_t end);
 };
 
+template <class T>
+using StepSpans = std::tuple<StepSpan<Sgd<T>>, StepSpan<Adam<T>>, StepSpan<AdamDirection<T>>, StepSpan<Direction<T>>>;
+
 struct InstructionSet {
     const char* name;
-    SpanKernels<float> f32;
-    SpanKernels<double> f64;
+    StepSpans<float> f32_steps;
+    StepSpans<double> f64_steps;
+    TensorSpans<float> f32;
+    TensorSpans<double> f64;
     bool (*finite)(const void* array, Dtype dtype, int64_t numel);
+
+    template <class Rule>
+    StepSpan<Rule> step() const {
+        if constexpr (sizeof(typename Rule::Number) == 4)
+            return std::get<StepSpan<Rule>>(f32_steps);
+        else
+            return std::get<StepSpan<Rule>>(f64_steps);
+    }
 };
 
 const InstructionSet& instruction_set();

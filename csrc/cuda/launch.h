@@ -1,21 +1,20 @@
-// What the rest of the module knows of CUDA.
+// What the rest of the module knows of CUDA. All throw std::runtime_error with CUDA's words.
 #pragma once
 
-#include <cstdint>
-
+#include "../plan.h"
 #include "../walk.h"
 
 namespace layerpipe {
 
-struct CudaTarget {
-    int device;
-    void* stream;  // cudaStream_t; 0 is the default stream
-};
-
-// One launch of `chunks` blocks; weights and averages of the dtypes given. Throws std::runtime_error with CUDA's words.
+// A step's kernel as compiled for what a group keeps: one launch of `blocks` blocks, a chunk each.
 template <class Rule>
-void cuda_step(const StepArgs<Rule>& args, int64_t chunks, Dtype weight, Dtype average, int emas, CudaTarget target);
-void cuda_reconstruct(const ReconstructArgs& args, Dtype out, CudaTarget target);
-void cuda_ema_update(const EmaArgs& args, Dtype update, CudaTarget target);
+using StepLaunch = void (*)(const StepArgs<Rule>& args, unsigned blocks, const Target& target);
+
+// W: the type of the weights.
+template <class Rule, class W>
+StepLaunch<Rule> step_launch(Dtype average, int states, int emas);
+
+void cuda_reconstruct(const Reconstruction& work, const Target& target);
+void cuda_average(const Averages& work, const Target& target);
 
 }  // namespace layerpipe

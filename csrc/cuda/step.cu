@@ -1,61 +1,75 @@
 // The step's kernels for one dtype of weights, LP_WEIGHT, and one rule, LP_RULE; compiled once per pair.
 //
-// Bytes per float32 parameter, from walk.h: SGD with momentum 20, Adam 28, a given direction 12; each float32 average
-// 8 more, the past weights 4, the last update of predicted weights 8. Adam's direction alone 24.
+// Bytes per parameter, and the roofline: parameters per second (1e12) at the 4.8 TB/s of an H200's data sheet.
+//
+//                                        float32      bfloat16, float32 state
+//   SGD with momentum                    20  0.24     14  0.34
+//   Adam                                 28  0.17     22  0.22
+//   a given direction                    12  0.40      6  0.80
+//   Adam's direction alone               24  0.20      -
+//   + each float32 average, or the last update where weights are predicted: 8; a bfloat16 average: 4
+//   + past weights                        4            2
+//
+// Launch bounds: to fill memory whose reads take about 0.8 us, each of 132 multiprocessors must have 4.8 TB/s * 0.8 us
+// / 132 = 29 KB of them under way. A thread reads 4 elements of every array at a time. 4 blocks of 256 threads, which
+// may use 64 registers each, have 48 KB under way with 3 float32 arrays (32 KB where weights and gradients have 16
+// bits); with more than 4 arrays, for whose addresses and values 64 registers are too few, 2 blocks have at least 36
+// KB.
 #include "device.cuh"
 #include "launch.h"
 
 namespace layerpipe {
 namespace {
 
-template <class Rule, class W, class E, int kEmas>
-__global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant__ StepArgs<Rule> args) {
+// Blocks per multiprocessor by a group's arrays of weights, gradients, states and averages.
+constexpr int blocks_per_multiprocessor(int arrays) { return arrays <= 4 ? 4 : 2; }
+
+// Adds 1 to the finished blocks, and says whether this one is the last. What the block's threads have read before the
+// barrier counts as read before the addition: released by each block, acquired by the last.
+__device__ __forceinline__ bool is_last(uint32_t* blocks_done) {
+    uint32_t before;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(__cvta_generic_to_global(blocks_done)), "r"(gridDim.x - 1)
+                 : "memory");
+    return before == gridDim.x - 1;
+}
+
+template <class Walk>
+__global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(Walk::Pass::kSlots - 2))
+    step_kernel(const __grid_constant__ typename Walk::Args args) {
     if (overflowed(args.moment)) return;
-    step_chunk<Rule, W, E, kEmas>(args, args.chunks[blockIdx.x], threadIdx.x, blockDim.x);
+    Walk::chunk(args, args.chunks[blockIdx.x], threadIdx.x, blockDim.x);
     if (!args.blocks_done) return;
 
     // The counts may change once every thread of every block has read them.
     __shared__ bool last;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        last = atomicInc(args.blocks_done, gridDim.x - 1) == gridDim.x - 1;
-    }
+    if (threadIdx.x == 0) last = is_last(args.blocks_done);
     __syncthreads();
-    if (last) count_step(args, threadIdx.x, blockDim.x);
+    if (last) Walk::count(args, threadIdx.x, blockDim.x);
 }
 
-template <class Rule, class W, class E, int kEmas>
-void launch(const StepArgs<Rule>& args, int64_t chunks, cudaStream_t stream) {
-    step_kernel<Rule, W, E, kEmas><<<static_cast<unsigned>(chunks), kThreads, 0, stream>>>(args);
-}
-
-template <class Rule, class W, class E>
-void launch_emas(const StepArgs<Rule>& args, int64_t chunks, int emas, cudaStream_t stream) {
-    switch (emas) {
-        case 1: return launch<Rule, W, E, 1>(args, chunks, stream);
-        case 2: return launch<Rule, W, E, 2>(args, chunks, stream);
-        default: return launch<Rule, W, E, 3>(args, chunks, stream);
-    }
+template <class Walk>
+void launch(const typename Walk::Args& args, unsigned blocks, const Target& target) {
+    const OnDevice on(target.device);
+    step_kernel<Walk><<<blocks, kThreads, 0, static_cast<cudaStream_t>(target.stream)>>>(args);
+    check(cudaGetLastError(), "launching the optimizer step");
 }
 
 }  // namespace
 
 template <class Rule, class W>
-void cuda_step_of(const StepArgs<Rule>& args, int64_t chunks, Dtype average, int emas, CudaTarget target) {
-    const OnDevice on(target.device);
-    const auto stream = static_cast<cudaStream_t>(target.stream);
-    if (emas == 0)
-        launch<Rule, W, float, 0>(args, chunks, stream);
-    else if constexpr (Rule::kUpdates) {
-        if (average == Dtype::bf16)
-            launch_emas<Rule, W, bf16>(args, chunks, emas, stream);
-        else
-            launch_emas<Rule, W, float>(args, chunks, emas, stream);
-    }
-    check(cudaGetLastError(), "launching the optimizer step");
+StepLaunch<Rule> step_launch(Dtype average, int states, int emas) {
+    return with_constant<Rule::kLeast, Rule::kStates>(states, [&](auto kept) -> StepLaunch<Rule> {
+        return with_constant<0, Rule::kUpdates * kMaxEmas>(emas, [&](auto k) -> StepLaunch<Rule> {
+            if constexpr (k > 0)
+                if (average == Dtype::bf16) return launch<StepWalk<Rule, W, bf16, kept, k>>;
+            return launch<StepWalk<Rule, W, float, kept, k>>;
+        });
+    });
 }
 
-template void cuda_step_of<LP_RULE<float>, LP_WEIGHT>(const StepArgs<LP_RULE<float>>&, int64_t, Dtype, int, CudaTarget);
+template StepLaunch<LP_RULE<float>> step_launch<LP_RULE<float>, LP_WEIGHT>(Dtype, int, int);
 
 }  // namespace layerpipe

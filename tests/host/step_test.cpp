@@ -1,10 +1,12 @@
 // The code of a GPU thread, called on the host in a loop over blocks and threads, beside the CPU's own step: both must
 // write the same bits, every element, and nothing else. Meant to be compiled with -fsanitize=address,undefined.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <random>
 
+#include "../../csrc/cpu/launch.h"
 #include "../../csrc/plan.h"
 #include "../../csrc/walk.h"
 
@@ -128,45 +130,28 @@ Design design(int emas, int64_t delay) {
 }
 
 // A plan that runs the kernel's code on the host: the records and chunks are those that a GPU would read.
-template <class Rule, class W, class E, int kEmas>
-void walk(const Group<Rule>& group, const Design& d, const std::vector<double>& options, const Moment& moment,
-          bool first, int64_t chunk, int threads) {
-    StepArgs<Rule> args{};
-    args.options = Rule::options(options.data());
-    args.design.delay = d.delay;
-    args.design.tap_update = static_cast<float>(d.tap_update);
-    args.design.fill_tap = static_cast<float>(d.fill_tap);
-    args.design.fill_ratio = static_cast<float>(d.fill_ratio);
-    args.design.seed = d.seed;
-    args.design.turn = static_cast<float>(d.turn);
-    for (int k = 0; k < kEmas; ++k) {
-        args.design.decay[k] = static_cast<float>(d.decays[k]);
-        args.design.one_minus_decay[k] = static_cast<float>(1.0 - d.decays[k]);
-        args.design.tap[k] = static_cast<float>(d.taps[k]);
-    }
+template <class Walk>
+void walk(const Group<typename Walk::Rule>& group, const Design& d, const std::vector<double>& options,
+          const Moment& moment, bool first, int64_t chunk, int threads) {
+    typename Walk::Args args{};
+    args.options = Walk::Rule::options(options.data());
+    args.design = d.as<float>();
     args.moment = moment;
     args.float_grads = group.shape.grad != group.shape.weight;
     args.advance_clock = 1;
     args.tensors = static_cast<int>(group.numels.size());
     std::vector<Record> records;
-    for (size_t i = 0; i < group.numels.size(); ++i) {
+    for (int i = 0; i < args.tensors; ++i) {
         Record r{};
-        uint64_t bits = 0;
-        const auto take = [&](const std::vector<Memory>& list) -> void* {
-            if (list.empty()) return nullptr;
-            bits |= list[i].address();
-            return list[i].at();
-        };
+        const auto take = [i](const std::vector<Memory>& list) { return list.empty() ? nullptr : list[i].at(); };
         r.weight = take(group.weights);
         r.master = take(group.masters);
         for (size_t j = 0; j < group.states.size(); ++j) r.state[j] = take(group.states[j]);
         r.ema = take(group.averages);
         r.past = take(group.pasts);
         r.previous = take(group.previous);
-        r.count = group.counts.empty() ? nullptr : reinterpret_cast<float*>(group.counts[i].at());
+        r.count = reinterpret_cast<float*>(take(group.counts));
         r.numel = group.numels[i];
-        if (kEmas > 1) bits |= static_cast<uint64_t>(r.numel) * sizeof(E);
-        r.aligned = bits % 16 == 0;
         records.push_back(r);
         args.grads[i] = group.grads[i].at();
         if (first) args.first[i / 32] |= 1u << (i % 32);
@@ -176,8 +161,8 @@ void walk(const Group<Rule>& group, const Design& d, const std::vector<double>& 
     args.chunks = chunks.data();
     if (overflowed(args.moment)) return;
     for (const Chunk& c : chunks)
-        for (int thread = 0; thread < threads; ++thread) step_chunk<Rule, W, E, kEmas>(args, c, thread, threads);
-    for (int thread = 0; thread < threads; ++thread) count_step(args, thread, threads);
+        for (int thread = 0; thread < threads; ++thread) Walk::chunk(args, c, thread, threads);
+    for (int thread = 0; thread < threads; ++thread) Walk::count(args, thread, threads);
 }
 
 int cases = 0;
@@ -202,8 +187,10 @@ void check(const Shape& shape, const char* rule, const std::vector<double>& opti
     const auto moment = [&](int i) {
         return Moment{0.0, &lr, 0, clocks + i, &scale, &found_inf, 3.0, 0.0, horizons + i};
     };
-    plan->step(moment(0), std::vector<uint8_t>(sizes.size(), first), nullptr, 2);
-    walk<Rule, W, E, kEmas>(on_gpu, d, options, moment(1), first, chunk, kGroupThreads);
+    plan->step(moment(0), std::vector<uint8_t>(sizes.size(), first), {-1, nullptr, 2});
+    with_constant<Rule::kLeast, Rule::kStates>(shape.states, [&](auto kept) {
+        walk<StepWalk<Rule, W, E, kept, kEmas>>(on_gpu, d, options, moment(1), first, chunk, kGroupThreads);
+    });
 
     const auto cpu = on_cpu.written(), gpu = on_gpu.written(), before = original.written();
     bool same = clocks[0] == clocks[1] && clocks[0] == 3 + !overflow;
@@ -230,15 +217,10 @@ void check(const Shape& shape, const char* rule, const std::vector<double>& opti
     exit(1);
 }
 
-// How many kinds of state a rule may keep.
-struct Kinds {
-    int least, most;
-};
-
 template <class Rule, class W, class E, int kEmas>
-void all_arrays(const char* rule, Kinds kinds, const std::vector<std::vector<double>>& options, std::mt19937& random) {
+void all_arrays(const char* rule, const std::vector<std::vector<double>>& options, std::mt19937& random) {
     constexpr bool kHalf = sizeof(W) == 2;
-    const bool adam = kinds.least == 2;
+    const bool adam = Rule::kLeast == 2;
     for (const bool wide_grad : {false, true})
         for (const bool master : {false, true})
             for (const bool previous : {false, true})
@@ -256,7 +238,7 @@ void all_arrays(const char* rule, Kinds kinds, const std::vector<std::vector<dou
                             previous,
                             offset};
                     for (const bool past : {false, true})
-                        for (int states = kinds.least; states <= kinds.most; ++states) {
+                        for (int states = Rule::kLeast; states <= Rule::kStates; ++states) {
                             s.past = past && Rule::kUpdates;
                             s.states = states;
                             check<Rule, W, E, kEmas>(s, rule, options[cases % options.size()], !adam && cases % 2,
@@ -269,12 +251,92 @@ void all_arrays(const char* rule, Kinds kinds, const std::vector<std::vector<dou
 }
 
 template <template <class> class Rule, class W>
-void all_averages(const char* rule, Kinds kinds, const std::vector<std::vector<double>>& options,
-                  std::mt19937& random) {
-    all_arrays<Rule<float>, W, float, 0>(rule, kinds, options, random);
-    all_arrays<Rule<float>, W, float, 1>(rule, kinds, options, random);
-    all_arrays<Rule<float>, W, float, 3>(rule, kinds, options, random);
-    all_arrays<Rule<float>, W, bf16, 2>(rule, kinds, options, random);
+void all_averages(const char* rule, const std::vector<std::vector<double>>& options, std::mt19937& random) {
+    all_arrays<Rule<float>, W, float, 0>(rule, options, random);
+    all_arrays<Rule<float>, W, float, 1>(rule, options, random);
+    all_arrays<Rule<float>, W, float, 3>(rule, options, random);
+    all_arrays<Rule<float>, W, bf16, 2>(rule, options, random);
+}
+
+// Memory that the CPU's code and a GPU thread's code write, each its own copy.
+struct Twice {
+    Memory cpu, gpu;
+    Twice(size_t count, Dtype dtype, size_t offset, std::mt19937& random) : cpu(count, dtype, offset), gpu(cpu) {
+        for (size_t i = 0; i < count * size_of(dtype); i += 2) {
+            // Finite and near 1: 0x3c00 to 0x3fff are a half, a bfloat16 and the upper half of a float.
+            const uint16_t bits = static_cast<uint16_t>(0x3c00 + random() % 0x400 + (random() % 2) * 0x8000);
+            memcpy(cpu.at() + i, &bits, 2);
+            memcpy(gpu.at() + i, &bits, 2);
+        }
+    }
+    bool same() const { return memcmp(cpu.at(), gpu.at(), cpu.bytes()) == 0; }
+};
+
+void require_same(const Twice& written, const char* what, Dtype dtype, int arrays, size_t count, size_t offset) {
+    ++cases;
+    if (written.same()) return;
+    printf("%s %s with %d of %zu elements, offset %zu: CPU and GPU code differ\n", what, kNames[int(dtype)], arrays,
+           count, offset);
+    exit(1);
+}
+
+// Past weights and averages of one tensor, with arrays of both types beside each other.
+template <class W>
+void tensors(std::mt19937& random) {
+    constexpr Dtype kType = DtypeOf<W>::value;
+    const Dtype kinds[] = {Dtype::f32, Dtype::bf16};
+    for (const size_t count : {0, 1, 3, 4, 5, 127, 128, 129, 1000})
+        for (const size_t offset : {0, 1, 2})
+            for (int n = 0; n <= kMaxTerms; ++n) {
+                std::vector<Twice> arrays;
+                for (int k = 0; k < n; ++k) arrays.emplace_back(count, kinds[(k + n) % 2], offset, random);
+                Twice out(count, kType, offset, random), weight(count, n % 2 ? Dtype::f32 : kType, offset, random);
+                const auto reconstruction = [&](const auto& at) {
+                    Reconstruction work{
+                        {at(out), kType},           {at(weight), n % 2 ? Dtype::f32 : kType}, n, {}, {}, nullptr,
+                        static_cast<int64_t>(count)};
+                    for (int k = 0; k < n; ++k) {
+                        work.term[k] = {at(arrays[k]), kinds[(k + n) % 2]};
+                        work.tap[k] = 0.3 - k;
+                    }
+                    return work;
+                };
+                const auto averages = [&](const auto& at) {
+                    Averages work{{},
+                                  {},
+                                  n > 1 ? 0.1 : 0.0,
+                                  {},
+                                  n,
+                                  {at(weight), n % 2 ? Dtype::f32 : kType},
+                                  static_cast<int64_t>(count)};
+                    for (int k = 0; k < std::min(n, kMaxEmas); ++k) {
+                        work.ema[k] = {at(arrays[k]), kinds[(k + n) % 2]};
+                        work.decay[k] = 0.5 + 0.1 * k;
+                        work.key[k] = hash32(k);
+                    }
+                    return work;
+                };
+                const auto on_cpu = [](const Twice& m) { return m.cpu.at(); };
+                const auto on_gpu = [](const Twice& m) { return m.gpu.at(); };
+                constexpr int kGroupThreads = 32;
+                cpu_reconstruct(reconstruction(on_cpu), 1);
+                with_constant<0, kMaxTerms>(n, [&](auto terms) {
+                    for (int t = 0; t < kGroupThreads; ++t)
+                        ReconstructWalk<W, terms>::run(reconstruction(on_gpu), t, kGroupThreads);
+                });
+                require_same(out, "past weights", kType, n, count, offset);
+                if (n == 0 || n > kMaxEmas || (n % 2 == 0 && kType == Dtype::f32)) continue;
+                cpu_average(averages(on_cpu), 1);
+                with_constant<1, kMaxEmas>(n, [&](auto emas) {
+                    for (int t = 0; t < kGroupThreads; ++t) {
+                        if (n % 2)
+                            AverageWalk<float, emas>::run(averages(on_gpu), t, kGroupThreads);
+                        else
+                            AverageWalk<W, emas>::run(averages(on_gpu), t, kGroupThreads);
+                    }
+                });
+                for (const Twice& array : arrays) require_same(array, "averages", kType, n, count, offset);
+            }
 }
 
 // Every 16-bit number to float and back.
@@ -303,15 +365,18 @@ int main() {
     const std::vector<std::vector<double>> adam = {
         {0.9, 0.999, 1e-8, 0.01, 1, 0, 0.3}, {0.3, 0.9, 1e-3, 0.1, 0, 1, 0.0}, {0.0, 0.5, 1e-8, 0.0, 1, 0, 1.0}};
     const std::vector<std::vector<double>> direction = {{0.01}, {0.0}};
-    all_averages<Sgd, float>("sgd", {0, 1}, sgd, random);
-    all_averages<Sgd, bf16>("sgd", {0, 1}, sgd, random);
-    all_averages<Sgd, f16>("sgd", {0, 1}, sgd, random);
-    all_averages<Adam, float>("adam", {2, 3}, adam, random);
-    all_averages<Adam, bf16>("adam", {2, 3}, adam, random);
-    all_averages<Adam, f16>("adam", {2, 3}, adam, random);
-    all_averages<Direction, float>("direction", {0, 0}, direction, random);
-    all_averages<Direction, bf16>("direction", {0, 0}, direction, random);
-    all_averages<Direction, f16>("direction", {0, 0}, direction, random);
-    all_arrays<AdamDirection<float>, float, float, 0>("adam_direction", {2, 2}, adam, random);
+    all_averages<Sgd, float>("sgd", sgd, random);
+    all_averages<Sgd, bf16>("sgd", sgd, random);
+    all_averages<Sgd, f16>("sgd", sgd, random);
+    all_averages<Adam, float>("adam", adam, random);
+    all_averages<Adam, bf16>("adam", adam, random);
+    all_averages<Adam, f16>("adam", adam, random);
+    all_averages<Direction, float>("direction", direction, random);
+    all_averages<Direction, bf16>("direction", direction, random);
+    all_averages<Direction, f16>("direction", direction, random);
+    all_arrays<AdamDirection<float>, float, float, 0>("adam_direction", adam, random);
+    tensors<float>(random);
+    tensors<bf16>(random);
+    tensors<f16>(random);
     printf("%d cases\n", cases);
 }
