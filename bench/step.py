@@ -5,9 +5,10 @@
 
 Every variant makes an optimizer step, averages the updates and writes the past weights of the same parameters. Rounds
 interleave the variants, so that a change of the machine's speed meets all of them; ratios are formed within a round and
-the table shows medians. *GB/s* is by declared bytes (:mod:`layerpipe_kernels.traffic`), *of copy* relates it to
-``torch.Tensor.copy_`` of as many bytes in the same round, *call* is the Python time of ``step()`` until it returns (on
-a CUDA device; below the table for ResNet-18's list with one element per tensor).
+the table shows medians. *GB/s* is by declared bytes (:mod:`layerpipe_kernels.traffic`). On a CUDA device every variant
+works on as many buffers in turn as are twice the L2 cache; *of copy* relates GB/s to ``torch.Tensor.copy_`` of as many
+random bytes in the same round (a CPU's copy may read what it overwrites, so there it is left out), and *call* is the
+Python time of ``step()`` until it returns (below the table for ResNet-18's list with one element per tensor).
 
 A variant is timed only after its results have been compared with a float64 reference.
 """

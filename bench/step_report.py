@@ -25,7 +25,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             row["variant"],
             f"{row['ms']:.3g}",
             f"{row['gb_per_s']:.1f}",
-            f"{100 * row['of_copy']:.0f} %",
+            "–" if row["of_copy"] is None else f"{100 * row['of_copy']:.0f} %",
             f"{row['times_ours']:.2f} ({low:.2f}–{high:.2f})",
             "–" if row["launches"] is None else str(row["launches"]),
             "–" if row["call_us"] is None else f"{row['call_us']:.1f}",

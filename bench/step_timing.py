@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,37 +41,63 @@ class Clock:
         return start.elapsed_time(end) / 1e3 / repeats, called
 
 
+class Rotation:
+    """The same work on several copies in turn, so that none finds its memory in a cache where the last left it."""
+
+    def __init__(self, works: Sequence[Callable[[], None]]) -> None:
+        self.works, self.next = works, 0
+
+    def __call__(self) -> None:
+        self.works[self.next]()
+        self.next = (self.next + 1) % len(self.works)
+
+
+def copies(case: Case) -> int:
+    """How many buffers are used in turn: on a GPU as many as are twice its L2 cache; on a CPU one, whose caches hold
+    what the size says."""
+    if case.device == "cpu":
+        return 1
+    cache = int(torch.cuda.get_device_properties(case.device).L2_cache_size)
+    return min(64, 1 + 2 * cache // max(1, case.numel * case.traffic.one_pass()))
+
+
+def copying(case: Case, count: int) -> Callable[[], None]:
+    """Copies as many bytes as the fused step moves: half of them are read, and as many written."""
+    size = max(case.numel * case.traffic.one_pass() // 2, 1)
+    noise = torch.randint(0, 256, (min(size, 1 << 20),), dtype=torch.uint8, device=case.device)
+    sources = [noise.repeat(-(-size // len(noise)))[:size] for _ in range(count)]
+    targets = [torch.empty_like(source) for source in sources]
+    return Rotation([functools.partial(t.copy_, s) for t, s in zip(targets, sources, strict=True)])
+
+
 def measure(case: Case, rounds: int, compiled: bool, seconds: float) -> list[dict[str, Any]]:
     clock = Clock(case.device)
-    todo = variants(case, compiled)
-    for variant in todo:
+    first = variants(case, compiled)
+    for variant in first:
         verify(variant)
         if isinstance(variant, Ours):
             variant.count_launches()
-    # A copy reads and writes: half of the bytes each. The same bytes as the fused step moves.
-    bytes_moved = case.numel * case.traffic.one_pass()
-    source = torch.empty(max(bytes_moved // 2, 1), dtype=torch.uint8, device=case.device).fill_(1)
-    target = torch.empty_like(source)
-    repeats = {id(v): 1 for v in todo}
-    for variant in todo:
-        clock.seconds(variant.step, 3)
-        once, _ = clock.seconds(variant.step, 3)
-        repeats[id(variant)] = max(1, min(1000, math.ceil(seconds / max(once, 1e-7))))
-    copy_repeats = max(1, min(1000, math.ceil(seconds / max(clock.seconds(lambda: target.copy_(source), 3)[0], 1e-7))))
-    times: dict[int, list[tuple[float, float]]] = {id(v): [] for v in todo}
-    copies = []
+    count = copies(case)
+    others = [variants(case, compiled, fresh=False) for _ in range(count - 1)]
+    steps = [Rotation([v.step for v in same]) for same in zip(first, *others, strict=True)]
+    works: list[Callable[[], None]] = [*steps, copying(case, count)]
+    repeats = []
+    for work in works:
+        clock.seconds(work, 3 * count)
+        once, _ = clock.seconds(work, 3 * count)
+        repeats.append(max(count, min(1000, math.ceil(seconds / max(once, 1e-7)))))
+    times: list[list[tuple[float, float]]] = [[] for _ in works]
     for _ in range(rounds):
-        copies.append(clock.seconds(lambda: target.copy_(source), copy_repeats)[0])
-        for variant in todo:
-            times[id(variant)].append(clock.seconds(variant.step, repeats[id(variant)]))
-    ours = [t for t, _ in times[id(todo[0])]]
+        for taken, work, times_each in zip(times, works, repeats, strict=True):
+            taken.append(clock.seconds(work, times_each))
+    ours, copied = [t for t, _ in times[0]], [t for t, _ in times[-1]]
     rows = []
-    for variant in todo:
-        device = [t for t, _ in times[id(variant)]]
+    for variant, taken in zip(first, times, strict=False):
+        device = [t for t, _ in taken]
         ratios = [t / o for t, o in zip(device, ours, strict=True)]
-        of_copy = [
-            c / t * (variant.bytes_per_parameter / case.traffic.one_pass()) for c, t in zip(copies, device, strict=True)
-        ]
+        share = variant.bytes_per_parameter / case.traffic.one_pass()
+        # A CPU's copy reads what it writes before it writes it, or not: no measure of what the memory gives.
+        of_copy = statistics.median(c / t * share for c, t in zip(copied, device, strict=True)) if clock.cuda else None
         rows.append(
             {
                 "case": case.name,
@@ -78,16 +105,17 @@ def measure(case: Case, rounds: int, compiled: bool, seconds: float) -> list[dic
                 "dtype": str(case.dtype).removeprefix("torch."),
                 "tensors": len(case.shapes),
                 "parameters": case.numel,
+                "buffers": count,
                 "variant": variant.name,
                 "ms": statistics.median(device) * 1e3,
                 "bytes_per_parameter": variant.bytes_per_parameter,
                 "gb_per_s": variant.bytes_per_parameter * case.numel / statistics.median(device) / 1e9,
-                "of_copy": statistics.median(of_copy),
+                "of_copy": of_copy,
                 "times_ours": statistics.median(ratios),
                 "times_ours_quartiles": quartiles(ratios),
                 "launches": variant.launches,
-                "call_us": statistics.median([c for _, c in times[id(variant)]]) * 1e6 if clock.cuda else None,
-                "copy_gb_per_s": bytes_moved / statistics.median(copies) / 1e9,
+                "call_us": statistics.median([c for _, c in taken]) * 1e6 if clock.cuda else None,
+                "copy_gb_per_s": case.numel * case.traffic.one_pass() / statistics.median(copied) / 1e9,
             }
         )
     return rows

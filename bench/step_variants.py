@@ -12,10 +12,10 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from bench.parameter_lists import Shape, parameters
 from layerpipe_kernels import reference
-from layerpipe_kernels.options import Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import AdamOptions, Moment, PastDesign, SgdOptions
 from layerpipe_kernels.traffic import Traffic
 
-LR, MOMENTUM, DELAY = 1e-3, 0.9, 6
+LR, MOMENTUM, WEIGHT_DECAY, DELAY = 1e-3, 0.9, 1e-2, 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,25 +123,34 @@ class Chain(Variant):
         return self.out
 
 
+def _reference_steps(
+    weights: Any, grads: Any, states: Any, counts: Any, emas: Any, pasts: Any, decay: Any, tap: Any
+) -> None:
+    """The reference's step of every tensor: what ``torch.compile`` is given."""
+    design = PastDesign(0, (decay,), (tap,))
+    for i, (w, g, own, e, past) in enumerate(zip(weights, grads, states, emas, pasts, strict=True)):
+        if counts:
+            options = AdamOptions(LR, weight_decay=WEIGHT_DECAY)
+            reference.adam_step_(w, g, own[0], own[1], None, counts[i], e, past, options, design)
+        else:
+            reference.sgd_step_(w, g, own[0], e, past, SgdOptions(LR, MOMENTUM), design)
+
+
 class Compiled(Variant):
-    """``torch.compile`` of the reference, for SGD."""
+    """``torch.compile`` of the reference."""
 
     def __init__(self, case: Case) -> None:
         super().__init__("torch.compile of the reference", case)
         self.bytes_per_parameter = case.traffic.one_pass()
         full = reference.state_dtype(case.dtype)
-        self.velocities = [torch.zeros_like(p, dtype=full, requires_grad=False) for p in self.params]
+        kinds = 1 if case.optimizer == "sgd" else 2
+        self.states = [
+            [torch.zeros_like(p, dtype=full, requires_grad=False) for _ in range(kinds)] for p in self.params
+        ]
+        self.counts = [torch.zeros((), device=p.device) for p in self.params] if kinds == 2 else []
         self.emas = [torch.zeros((1, *p.shape), dtype=full, device=p.device) for p in self.params]
         self.out = [torch.empty_like(p, requires_grad=False) for p in self.params]
-        options = SgdOptions(LR, MOMENTUM)
-
-        def all_tensors(weights: Any, grads: Any, velocities: Any, emas: Any, pasts: Any, decay: Any, tap: Any) -> None:
-            design = PastDesign(0, (decay,), (tap,))
-            for w, g, v, e, past in zip(weights, grads, velocities, emas, pasts, strict=True):
-                reference.sgd_step_(w, g, v, e, past, options, design)
-
-        torch.compiler.reset()  # earlier cases count against how often one function may be compiled
-        self.compiled = torch.compile(all_tensors, dynamic=False)
+        self.compiled = torch.compile(_reference_steps, dynamic=False)
         self.scalars: dict[float, Tensor] = {}  # as tensors, so that another value is not another program
         self.t = 0
 
@@ -154,7 +163,7 @@ class Compiled(Variant):
         decay, tap = (
             self.scalars.setdefault(x, torch.tensor(x, device=weights[0].device)) for x in (decays[0], taps[0])
         )
-        self.compiled(weights, grads, self.velocities, self.emas, self.out, decay, tap)
+        self.compiled(weights, grads, self.states, self.counts, self.emas, self.out, decay, tap)
 
     def pasts(self) -> Sequence[Tensor]:
         return self.out
@@ -179,21 +188,27 @@ def verify(variant: Variant) -> None:
             torch.testing.assert_close(pasts[i].double(), past, rtol=2e-2 if case.dtype != torch.float32 else 1e-4,
                                        atol=1e-5 if case.dtype == torch.float32 else 2e-2)  # fmt: skip
         else:
-            q, count, options = torch.zeros_like(w), torch.zeros((), device=w.device), lk.options.AdamOptions(LR)
-            options = options._replace(weight_decay=1e-2)
+            q, count, options = (
+                torch.zeros_like(w),
+                torch.zeros((), device=w.device),
+                AdamOptions(LR, weight_decay=WEIGHT_DECAY),
+            )
             for t in range(1, 4):
                 reference.adam_step_(w, g.double(), v, q, None, count, e, None, options, design, Moment(t=t))
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if case.dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(variant.params[i].detach().double(), w, **tolerance)
 
 
-def variants(case: Case, compiled: bool) -> list[Variant]:
+def variants(case: Case, compiled: bool, *, fresh: bool = True) -> list[Variant]:
+    """Every way to do a case's work, on copies of its own; ``fresh`` forgets what was compiled for another case."""
     backends = [b for b in lk.available_backends() if (b == "cpp") == (case.device == "cpu") and b != "reference"]
     made: list[Variant] = [Ours(backend, case) for backend in backends]
     for implementation in ("fused", "foreach"):
         # torch 2.13's fused SGD left blocks of 16-bit parameters on the CPU as they were: never a measure there.
         if case.device == "cuda" or case.dtype == torch.float32 or implementation == "foreach":
             made.append(Chain(implementation, case))
-    if compiled and case.optimizer == "sgd" and len(case.shapes) <= 64:
+    if compiled and len(case.shapes) <= 64:  # longer lists compile for minutes
+        if fresh:
+            torch.compiler.reset()  # earlier cases count against how often one function may be compiled
         made.append(Compiled(case))
     return made
