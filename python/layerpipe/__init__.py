@@ -12,6 +12,7 @@ pipe.drain()
 """
 
 from layerpipe import delays
+from layerpipe.deferred_init import DeferredInit, deferred_init
 from layerpipe.errors import CheckpointError, DivergenceError, StageError, StageInterrupted
 from layerpipe.measured import StageMemory
 from layerpipe.partition import split
@@ -21,11 +22,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "DeferredInit",
     "DivergenceError",
     "Pipeline",
     "StageError",
     "StageInterrupted",
     "StageMemory",
+    "deferred_init",
     "delays",
     "split",
 ]

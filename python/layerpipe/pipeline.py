@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from layerpipe import arguments, checkpoint, delays, executors
+from layerpipe import arguments, checkpoint, delays, executors, own_part
 from layerpipe import schedule as schedules
 from layerpipe.actions import Actions
 from layerpipe.current_weights import CurrentWeights
@@ -24,6 +24,7 @@ from layerpipe.loss import LossWeights
 from layerpipe.measured import StageMemory, stage_memory
 from layerpipe.network import Network
 from layerpipe.optimizer import common_optimizer
+from layerpipe.own_part import Materialize
 from layerpipe.pacing import Pacing
 from layerpipe.partition import share_threads
 from layerpipe.schedule import Action, Schedule, Sequential
@@ -57,6 +58,8 @@ class Pipeline(Network):
             ``"graphs"``; ``"distributed"`` is ``"serial"`` with the stages in all processes of torch's default group.
         mesh: which process holds which stages (``"pp"``) of which replica (``"dp"``), see
             :mod:`layerpipe.executors.mesh`; by default one process has all. Gradients are averaged over the replicas.
+        materialize: called with this process's stages, in order, where they are on the meta device, to give them memory
+            and values, such as :meth:`layerpipe.DeferredInit.materialize`. The others stay there.
         devices: one per stage, which is moved there before its optimizer is made; by default the stages stay where they
             are. Tensors are copied from stage to stage and from the caller to the first and last.
         threads_per_stage: torch's intra-op threads in each worker thread, one number for all or one per stage; by
@@ -98,6 +101,7 @@ class Pipeline(Network):
         schedule: str = "lockstep",
         executor: str = "serial",
         mesh: DeviceMesh | None = None,
+        materialize: Materialize | None = None,
         devices: Sequence[Any] | None = None,
         threads_per_stage: int | Sequence[int] | None = None,
         accumulate: int = 1,
@@ -119,7 +123,9 @@ class Pipeline(Network):
         self._running: Schedule = self.schedule  # while minibatches go through one at a time, another one
         self._accumulations = [Accumulation(lag, accumulate) for lag in self.schedule.delays()]
         self.delays = [accumulation.delay for accumulation in self._accumulations]
-        super().__init__(stages, devices, meshes.make(executor, mesh, len(stages)))
+        ranks = meshes.make(executor, mesh, len(stages))
+        own_part.materialize(stages, ranks, materialize)
+        super().__init__(stages, devices, ranks)
         self.pacing = Pacing(delays.make(delay_policy, sync_steps), self.schedule.ticks(1), self.ranks.mean)
         agreement.check_same(
             self.ranks, stages,

@@ -24,6 +24,8 @@ def place(stages: Sequence[nn.Module], devices: Sequence[Any] | None, own: range
     """
     if devices is None:
         found = [_of(module) for module in stages]
+        if own is not None:  # another process's stages may have no memory here
+            found = [d if i in own or d is None or d.type != "meta" else None for i, d in enumerate(found)]
         last = next((device for device in found if device is not None), torch.device("cpu"))
         return [last := device or last for device in found]
     if isinstance(devices, str) or len(devices) != len(stages):
