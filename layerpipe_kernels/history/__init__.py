@@ -7,6 +7,8 @@
 | ``ema`` | one EMA of updates | ``n E`` |
 | ``momentum`` | nothing beyond the momentum buffer | its geometric extrapolation |
 | ``blend`` | one to three EMAs | the best linear mixture of them and the newest update |
+
+For a delay of 1, ``blend`` keeps nothing where the optimizer can undo its last update.
 """
 
 from layerpipe_kernels.history.base import Clock, History, Mixture, Settings, copy_into, fade
@@ -17,6 +19,8 @@ from layerpipe_kernels.history.latest import LatestHistory
 from layerpipe_kernels.history.momentum import MomentumHistory
 from layerpipe_kernels.history.norms import Norms
 from layerpipe_kernels.history.stash import StashHistory
+from layerpipe_kernels.history.undo import UndoHistory
+from layerpipe_kernels.past import Blend
 
 _MADE_BY: dict[str, type[History]] = {
     "stash": StashHistory,
@@ -38,6 +42,7 @@ __all__ = [
     "Norms",
     "Settings",
     "StashHistory",
+    "UndoHistory",
     "copy_into",
     "fade",
     "make",
@@ -50,4 +55,8 @@ def make(settings: Settings) -> History:
     Raises:
         ValueError: settings that contradict each other.
     """
-    return _MADE_BY[settings.past.kind](settings)
+    past = settings.past
+    undone = settings.undo is not None and settings.delay == 1 and isinstance(past, Blend) and past.decay is None
+    if undone and not past.materialize:
+        return UndoHistory(settings)
+    return _MADE_BY[past.kind](settings)

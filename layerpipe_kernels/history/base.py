@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from layerpipe_kernels.options import PastDesign
 from layerpipe_kernels.past import Past
 
 State = dict[str, Any]
+
+#: ``undo(param, state, lr)`` returns the weights before an update of this learning rate, ``(*)`` in the state's dtype.
+Undo = Callable[[Tensor, State, float | Tensor], Tensor]
 
 
 class Settings(NamedTuple):
@@ -28,7 +31,7 @@ class Settings(NamedTuple):
     backend: str = "auto"
     designed_horizon: float = 0.0  # of weight prediction where gradients are as late as the past is old
     horizon: float = 0.0  # which the present weights are predicted with
-    undoes: bool = False  # the optimizer can undo its last update
+    undo: Undo | None = None  # where the optimizer can undo its last update
 
 
 class Clock(NamedTuple):
@@ -59,7 +62,6 @@ class History:
     Averages are of ``u``; the newest is kept as ``previous_update``, the one of ``n`` updates ago is estimated.
     """
 
-    undone = False  # whether the optimizer makes the past weights, by undoing its last update
     needs_states: ClassVar[bool] = False  # in :meth:`before_update`
 
     def __init__(self, settings: Settings) -> None:

@@ -11,8 +11,8 @@ from layerpipe_kernels.past import Blend
 class BlendHistory(History):
     """``What(t-n) = W(t) + n (c_0 u(t) + sum_k c_k E_k(t))`` with ``order`` EMAs, designed by :func:`decay.blend`.
 
-    Short delays keep fewer: with the newest update at hand ``n - 1`` EMAs are enough, none at all for ``n = 1``, nor
-    where the optimizer can undo its last update (:mod:`layerpipe_kernels.optim.undo`).
+    Short delays keep fewer: with the newest update at hand ``n - 1`` EMAs are enough, none at all for ``n = 1``; nor
+    where the optimizer can undo its last update, see :mod:`layerpipe_kernels.history.undo`.
 
     ``u(t)`` comes free from SGD's momentum buffer as ``lr v(t)``. Without momentum, with Nesterov's, and with Adam, it
     is gone after the step, and the EMAs do without it, unless the step itself writes the past weights
@@ -25,9 +25,6 @@ class BlendHistory(History):
         assert isinstance(past, Blend)
         if not 0 <= settings.correlation < 1:
             raise ValueError(f"past='blend' needs a momentum in [0, 1), got {settings.correlation}")
-        self.undone = settings.undoes and self.n == 1 and not past.materialize and past.decay is None
-        if self.undone:
-            return
         horizon = settings.designed_horizon
         # The step itself always has the newest update.
         newest = bool(horizon) or settings.newest or past.materialize

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from layerpipe_kernels import history
-from layerpipe_kernels.optim.arguments import Group, check_adam_group, check_flags, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
+from layerpipe_kernels.optim.options import (
+    Group,
+    PastOptions,
+    check_adam_group,
+    check_flags,
+    learning_rate,
+    past_options,
+    require_finite,
+)
 from layerpipe_kernels.optim.prediction import beta1_of, newest_share
-from layerpipe_kernels.optim.settings import PastOptions, past_of, past_options
 from layerpipe_kernels.optim.undo import adam_undone
 from layerpipe_kernels.options import AdamOptions
 from layerpipe_kernels.past import Past
@@ -95,8 +102,6 @@ class Adam(FusedOptimizer):
 
     def _check_group(self, group: Group) -> None:
         check_adam_group(group)
-        if past_of(group).kind == "momentum" and group["delay"]:
-            raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         super()._check_group(group)
 
     def _options(self, group: Group) -> AdamOptions:
@@ -116,26 +121,13 @@ class Adam(FusedOptimizer):
     def _settings(self, group: Group) -> history.Settings:
         known = super()._settings(group)
         # With spike compensation the gradient, which is gone, is part of the update; predicted weights move otherwise.
-        undoes = not (group["spike_compensation"] or group["weight_prediction"] or group["horizon"])
-        return known._replace(undoes=undoes)
+        if group["spike_compensation"] or group["weight_prediction"] or group["horizon"]:
+            return known
+        return known._replace(undo=functools.partial(self._undone, group))
 
-    def _undo(
-        self,
-        group: Group,
-        param: Tensor,
-        state: dict[str, Any],
-        lr: float | Tensor,
-        moved: float | Tensor | None,
-        out: Tensor | None,
-    ) -> Tensor:
-        if "step" not in state or isinstance(moved, float):
-            return history.copy_into(out, param.detach())
+    def _undone(self, group: Group, param: Tensor, state: dict[str, Any], lr: float | Tensor) -> Tensor:
         options = self._stepped_with.get(id(group))
-        before = adam_undone(param, state, lr, self._options(group) if options is None else options)
-        if moved is not None:
-            before = torch.where(moved, before, state.get("master", param))
-        before = before.to(param.dtype)
-        return history.copy_into(out, before)
+        return adam_undone(param, state, lr, self._options(group) if options is None else options)
 
     def _step_group(
         self, index: int, group: Group, options: Any, found: Any, scale: Tensor | None, found_inf: Tensor | None

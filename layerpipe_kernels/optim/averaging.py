@@ -10,10 +10,8 @@ from torch import Tensor
 
 from layerpipe_kernels import checks, layout, ops, reference
 from layerpipe_kernels.history import fade
-from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.base import PastOptimizer
-from layerpipe_kernels.optim.capture import refuse_capture
-from layerpipe_kernels.optim.settings import averages_gradients, past_of
+from layerpipe_kernels.optim.options import Group, averages_gradients, past_of, refuse_capture
 
 
 class AveragingOptimizer(PastOptimizer):
@@ -21,8 +19,6 @@ class AveragingOptimizer(PastOptimizer):
     and a :class:`torch.amp.GradScaler` decides on the host whether it steps."""
 
     def _check_group(self, group: Group) -> None:
-        if group["delay"] and past_of(group).kind == "momentum":
-            raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         super()._check_group(group)
         if averages_gradients(group):
             raise ValueError(f"an EMA of='gradient' is not for {type(self).__name__}, which averages its updates")

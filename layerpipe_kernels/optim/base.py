@@ -12,11 +12,18 @@ from torch import Tensor
 from layerpipe_kernels import history, layout
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
-from layerpipe_kernels.optim.arguments import Group, refuse_negative
 from layerpipe_kernels.optim.checkpoint import CLOCK, GROUP_STATE, HISTORY_KEYS
+from layerpipe_kernels.optim.no_gradient import StillParameters
+from layerpipe_kernels.optim.options import (
+    DESIGNED_BY,
+    PAST_DEFAULTS,
+    Group,
+    check_past,
+    past_of,
+    refuse_negative,
+    settings_of,
+)
 from layerpipe_kernels.optim.prediction import PredictedWeights, check_prediction
-from layerpipe_kernels.optim.settings import DESIGNED_BY, PAST_DEFAULTS, check_past, past_of, settings_of
-from layerpipe_kernels.optim.still import StillParameters
 
 #: What may be different in every step, or is a group's clock.
 _OF_EVERY_STEP = ("params", "lr", *GROUP_STATE)
@@ -35,6 +42,8 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
 
     #: Whether a step may leave other values in the gradients than it found there.
     writes_gradients: ClassVar[bool] = False
+    #: Whether ``past="momentum"`` has a momentum buffer of updates to extrapolate.
+    has_momentum_of_updates: ClassVar[bool] = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._still: set[Tensor] = set()  # parameters without a gradient in the last step
@@ -82,6 +91,8 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
     def _check_group(self, group: Group) -> None:
         check_past(group, [self.name(group, i) for i in range(len(group["params"]))])
         check_prediction(group)
+        if group["delay"] and past_of(group).kind == "momentum" and not self.has_momentum_of_updates:
+            raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
         if group["delay"]:
             history.make(self._settings(group))
 
@@ -236,10 +247,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
-        if past.undone:
-            result = self._undo(group, param, state, lr, None if param not in self._still else 0.0, out)
-        else:
-            result = past.past(param, state, mixture, moved=param not in self._still, out=out)
+        result = past.past(param, state, mixture, moved=param not in self._still, out=out)
         if norms is not None:
             norms.match([result], [state], t, n=mixture.n)
         return result
@@ -257,26 +265,10 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
         moved = self._moved_on_device(param, clock)
-        if past.undone:
-            began = clock.t > 0
-            result = self._undo(group, param, state, clock.lr, began if moved is None else began & (moved > 0), out)
-        else:
-            result = past.past_on_device(param, state, clock, n=n, moved=moved, out=out)
+        result = past.past_on_device(param, state, clock, n=n, moved=moved, out=out)
         if norms is not None:
             norms.match([result], [state], clock, n=n)
         return result
-
-    def _undo(
-        self,
-        group: Group,
-        param: Tensor,
-        state: dict[str, Any],
-        lr: float | Tensor,
-        moved: float | Tensor | None,
-        out: Tensor | None,
-    ) -> Tensor:
-        """The weights before the last update, if that ``moved`` the parameter (``None``: it did)."""
-        raise NotImplementedError
 
     def past_weight(self, param: Tensor, n: int | None = None, *, out: Tensor | None = None) -> Tensor:
         """The weights of ``n`` updates ago, as this parameter's history has them.

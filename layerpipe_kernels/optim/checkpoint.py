@@ -13,8 +13,8 @@ from layerpipe_kernels import reference
 from layerpipe_kernels.past import Past
 
 if TYPE_CHECKING:
-    from layerpipe_kernels.optim.arguments import Group
     from layerpipe_kernels.optim.base import PastOptimizer
+    from layerpipe_kernels.optim.options import Group
 
 StateDict = dict[str, Any]
 

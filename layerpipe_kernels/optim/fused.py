@@ -14,13 +14,11 @@ from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import backend, native, reference
 from layerpipe_kernels.history import Clock, History, MomentumHistory
-from layerpipe_kernels.optim.arguments import Group, scalar_on
 from layerpipe_kernels.optim.arrays import Kept, complete
 from layerpipe_kernels.optim.base import PastOptimizer
-from layerpipe_kernels.optim.capture import refuse_capture
+from layerpipe_kernels.optim.options import Group, past_of, refuse_capture, scalar_on
 from layerpipe_kernels.optim.prediction import horizon_of, keep_horizon_on_device, predicts
 from layerpipe_kernels.optim.routine import PastMaker, Routine
-from layerpipe_kernels.optim.settings import past_of
 from layerpipe_kernels.options import NO_PAST, Moment, Options
 from layerpipe_kernels.plan import Arrays, StepPlan
 

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import reference
-from layerpipe_kernels.optim.arguments import Group, check_adam_group, require_finite
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
-from layerpipe_kernels.optim.settings import PastOptions, past_options
+from layerpipe_kernels.optim.options import Group, PastOptions, check_adam_group, past_options, require_finite
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from layerpipe_kernels.optim.arguments import Group
+from layerpipe_kernels.optim.options import Group
 
 #: A parameter's attribute, by Megatron-Core's name for it: an embedding or the output layer.
 MARK = "is_embedding_or_output_parameter"

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import history, reference
-from layerpipe_kernels.optim.arguments import Group, check_learning_rate, require_finite
 from layerpipe_kernels.optim.matrices import sides
+from layerpipe_kernels.optim.options import Group, PastOptions, check_learning_rate, past_options, require_finite
 from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
 from layerpipe_kernels.optim.prediction import newest_share
-from layerpipe_kernels.optim.settings import PastOptions, past_options
 from layerpipe_kernels.optim.stacks import Array, Scratch, Stack
 from layerpipe_kernels.options import AdamOptions
 

@@ -12,13 +12,11 @@ from torch import Tensor
 
 from layerpipe_kernels import layout, reference
 from layerpipe_kernels.optim import stacks
-from layerpipe_kernels.optim.arguments import Group, learning_rate, require_finite
-from layerpipe_kernels.optim.capture import refuse_capture
 from layerpipe_kernels.optim.checkpoint import HISTORY_KEYS, PREDICTION_KEYS
 from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
 from layerpipe_kernels.optim.fused import FusedOptimizer
 from layerpipe_kernels.optim.matrices import is_preconditioned, sides
-from layerpipe_kernels.optim.settings import past_of
+from layerpipe_kernels.optim.options import Group, learning_rate, refuse_capture, require_finite
 from layerpipe_kernels.optim.stacks import Scratch, Stack
 from layerpipe_kernels.options import AdamOptions, DirectionOptions
 
@@ -86,11 +84,6 @@ class PreconditionedOptimizer(FusedOptimizer):
         """Refuse what cannot be stepped with, before anything is written."""
         if grad.layout != torch.strided:
             raise TypeError(f"the gradient of {self.name(group, i)} is {grad.layout}; only dense ones are supported")
-
-    def _check_group(self, group: Group) -> None:
-        if group["delay"] and past_of(group).kind == "momentum":
-            raise ValueError("past='momentum' extrapolates SGD's momentum buffer; use past='ema' or past='blend'")
-        super()._check_group(group)
 
     def _options(self, group: Group) -> DirectionOptions:
         require_finite(group, ("lr", "eps", "weight_decay"))

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import ops
-from layerpipe_kernels.optim.arguments import Group
-from layerpipe_kernels.optim.settings import averages_gradients, beta1_at, past_of
+from layerpipe_kernels.optim.options import Group, averages_gradients, beta1_at, past_of
 from layerpipe_kernels.optim.undo import bias_correction
 
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from layerpipe_kernels import backend
 from layerpipe_kernels.history import Clock, History
 from layerpipe_kernels.native import EXCHANGE, NativeRunner
-from layerpipe_kernels.optim.arguments import Group
-from layerpipe_kernels.optim.settings import past_of
+from layerpipe_kernels.optim.options import Group, past_of
 from layerpipe_kernels.plan import StepPlan
 
 #: What may differ from step to step; the list of parameters the collector looks at.
@@ -59,7 +58,7 @@ class Routine:
         on_host = plan.device.type == "cpu"
         # Kinds that keep something of their own make their past weights themselves.
         makes_past = past is not None and type(past).past is History.past
-        makes_past = makes_past and not past.settings.past.materialize and not past.undone  # type: ignore[union-attr]
+        makes_past = makes_past and not past_of(group).materialize
         routine = backend.extension().Routine(
             group,
             tuple(key for key in group if key not in _MOVING),

@@ -6,10 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
-from layerpipe_kernels.optim.arguments import Group, check_flags, check_learning_rate, learning_rate, require_finite
 from layerpipe_kernels.optim.fused import FusedOptimizer
+from layerpipe_kernels.optim.options import (
+    Group,
+    PastOptions,
+    check_flags,
+    check_learning_rate,
+    learning_rate,
+    past_options,
+    require_finite,
+)
 from layerpipe_kernels.optim.prediction import newest_share
-from layerpipe_kernels.optim.settings import PastOptions, past_options
 from layerpipe_kernels.options import SgdOptions
 from layerpipe_kernels.past import Past
 
@@ -42,6 +49,7 @@ class SGD(FusedOptimizer):
     """
 
     rule = "sgd"
+    has_momentum_of_updates = True
 
     def __init__(
         self,

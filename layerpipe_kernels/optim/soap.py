@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import reference
-from layerpipe_kernels.optim.arguments import Group, check_adam_group
 from layerpipe_kernels.optim.directions import AdamArrays, AdamDirections
 from layerpipe_kernels.optim.matrices import sides
+from layerpipe_kernels.optim.options import Group, PastOptions, check_adam_group, past_options
 from layerpipe_kernels.optim.preconditioned import PreconditionedOptimizer, State
 from layerpipe_kernels.optim.prediction import beta1_of, newest_share
-from layerpipe_kernels.optim.settings import PastOptions, past_options
 from layerpipe_kernels.optim.stacks import Array, Stack
 from layerpipe_kernels.options import AdamOptions
 

@@ -11,12 +11,11 @@ from torch._compile import _disable_dynamo
 
 from layerpipe_kernels import history, layout, reference
 from layerpipe_kernels.optim import checkpoint
-from layerpipe_kernels.optim.arguments import Group
 from layerpipe_kernels.optim.averaging import AveragingOptimizer
 from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.checkpoint import CLOCK, GROUP_STATE, HISTORY_KEYS, PREDICTION_KEYS
+from layerpipe_kernels.optim.options import PAST_DEFAULTS, Group, PastOptions, past_options
 from layerpipe_kernels.optim.prediction import horizon_of, newest_share, predicts
-from layerpipe_kernels.optim.settings import PAST_DEFAULTS, PastOptions, past_options
 from layerpipe_kernels.past import Past
 
 #: What this optimizer keeps in a parameter's state, beside the wrapped one's.
