@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("rich")
-from bench import stable_steps, staleness
-from layerpipe.planning import stability
+from bench import staleness
+from layerpipe.planning import stability as planning_stability
+from layerpipe.study import stability
 from layerpipe.study.optimizers import DelayedOptimizer
 from layerpipe.study.settings import Settings
 from layerpipe.study.training import DelayedTraining, Horizon, Task, train
@@ -187,14 +188,14 @@ def test_a_run_that_diverges_ends() -> None:
 
 @pytest.mark.parametrize(("n", "beta"), [(0, 0.5), (2, 0.9), (6, 0.99)])
 def test_without_knobs_the_largest_stable_step_is_that_of_an_average(n: int, beta: float) -> None:
-    expected = stability.largest_stable_step(n, beta) / (1 - beta)
-    assert stable_steps.largest_stable_step(n, beta) == pytest.approx(expected, rel=1e-5)
+    expected = planning_stability.largest_stable_step(n, beta) / (1 - beta)
+    assert stability.largest_stable_step(n, beta) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_largest_stable_step_is_the_largest() -> None:
     """A quadratic of this curvature, trained by the optimizer itself."""
     n, settings = 3, Settings(optimizer="sgd", beta1=0.9, spike_compensation=1.0, weight_prediction=0.5, max_norm=0.0)
-    limit = stable_steps.largest_stable_step(n, 0.9, c=1.0, h=0.5)
+    limit = stability.largest_stable_step(n, 0.9, c=1.0, h=0.5)
     final = []
     for lr in (0.95 * limit, 1.05 * limit):
         w = torch.ones(1, dtype=torch.float64)

@@ -16,6 +16,7 @@ from layerpipe.cli import compare as comparison
 from layerpipe.cli import options as o
 from layerpipe.cli import plan as planning
 from layerpipe.cli import plots, processes, report
+from layerpipe.cli import study as studies
 from layerpipe.cli.config import TrainConfig, with_options_of
 from layerpipe.cli.output import RunDirectory, default_path
 from layerpipe.cli.resumed import read, read_config
@@ -177,3 +178,4 @@ def _status(console: Console, found: Collection[Result]) -> int:
 
 app.command()(comparison.compare)
 app.command()(planning.plan)
+app.command()(studies.study)

@@ -46,11 +46,11 @@ def parse(text: str) -> tuple[str, dict[str, str]]:
     if kind == "blend" and options["decay"] not in ("designed", decays.COUPLED):
         raise ValueError(f"past {text!r}: a blend's decay is designed or {decays.COUPLED}")
     if kind == "ema":
-        _decay(options["decay"], 1)
+        decay_of(options["decay"], 1)
     return kind, options
 
 
-def _decay(text: str, n: int) -> float:
+def decay_of(text: str, n: int) -> float:
     if text in decays.RULES:
         return decays.resolve(text, n)
     try:
@@ -82,7 +82,7 @@ class PastWeights:
             coupled = options["decay"] == decays.COUPLED
             self.design = decays.blend(delay, order, correlation, True, coupled=coupled, horizon=horizon)
         elif not self.exact and self.kind != "latest":
-            beta = PIPEMARE ** (1 / delay) if self.kind == "pipemare" else _decay(options["decay"], delay)
+            beta = PIPEMARE ** (1 / delay) if self.kind == "pipemare" else decay_of(options["decay"], delay)
             self.design = decays.Blend((beta,), (1 - horizon / delay,), horizon / delay, 0.0)
         self.averages = [[torch.zeros_like(w) for w in like] for _ in self.design.decays]
         self.newest = [torch.zeros_like(w) for w in like]

@@ -53,7 +53,7 @@ class Soap(Adam):
         products = [g @ g.T] * self.left + [g.T @ g] * self.right
         if not self.bases:
             self.covariances = products
-            self.bases = [torch.linalg.eigh(each)[1].flip(-1) for each in products]  # as power iterations sort them
+            self.bases = [_eigenvectors(each) for each in products]
         else:
             decay = min(self.settings.beta2, self.count / (self.count + 1))
             for covariance, product in zip(self.covariances, products, strict=True):
@@ -75,6 +75,16 @@ class Soap(Adam):
         if self.right:
             x = x @ (self.bases[-1].T if back else self.bases[-1])
         return x
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Of a symmetric matrix, as power iterations sort them."""
+    vectors: Tensor
+    try:
+        _, vectors = torch.linalg.eigh(matrix)
+    except RuntimeError:  # too many equal eigenvalues for float32
+        _, vectors = torch.linalg.eigh(matrix.double())
+    return vectors.flip(-1).to(matrix.dtype)
 
 
 class Identity:
