@@ -31,7 +31,7 @@ from rich.table import Table
 
 from bench.report import console, deviation, save
 from bench.tasks import TASKS
-from layerpipe.cli import plots
+from layerpipe import drawing
 from layerpipe.study.settings import Settings
 from layerpipe.study.training import DelayedTraining, Horizon, train
 
@@ -181,7 +181,7 @@ def varied(runs: Sequence[Run]) -> list[str]:
 
 def plot(path: Path, found: Results, runs: Sequence[Run]) -> None:
     """Training loss of every run, the mean of ``EVERY`` minibatches each."""
-    figure, axes = plots.new_figure(figsize=(8, 6))
+    figure, axes = drawing.new_figure(figsize=(8, 6))
     default = Run().flat()
     for run in runs:
         curve = found[run]["curve"]
@@ -192,7 +192,7 @@ def plot(path: Path, found: Results, runs: Sequence[Run]) -> None:
     axes.set(xlabel="minibatches", ylabel="training loss")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.12))
-    plots.save(figure, path)
+    drawing.save(figure, path)
 
 
 def main() -> None:

@@ -283,7 +283,7 @@ def test_a_profile_of_graphs_has_the_devices_clock(tmp_path: Path, capsys: pytes
 
 def test_help_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    assert commands.keys() == {"train", "compare", "plan"}
+    assert commands.keys() == {"train", "compare", "plan", "study"}
     for name, command in commands.items():
         assert run(name, "--help") == 0
         printed = capsys.readouterr().out

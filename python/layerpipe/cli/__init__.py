@@ -1,4 +1,4 @@
-"""``layerpipe train``, ``layerpipe compare`` and ``layerpipe plan``."""
+"""``layerpipe train``, ``compare``, ``study`` and ``plan``."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 import networkx as nx
 
 from layerpipe import retiming
-from layerpipe.cli.plots import new_figure, save
+from layerpipe.drawing import new_figure, save
 from layerpipe.planning.memory import Memory
 from layerpipe.planning.plan import Plan
 from layerpipe.retiming import Derivation, Node

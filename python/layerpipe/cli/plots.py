@@ -9,24 +9,8 @@ from typing import Any
 import numpy as np
 
 from layerpipe.cli.training import Result
+from layerpipe.drawing import new_figure, save
 from layerpipe.measured import Event
-
-
-def new_figure(**kwargs: Any) -> tuple[Any, Any]:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt.subplots(**kwargs, layout="constrained")
-
-
-def save(figure: Any, path: Path) -> Path:
-    from matplotlib import pyplot as plt
-
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-    return path
 
 
 def smooth(values: Sequence[float], span: int = 15) -> np.ndarray[Any, Any]:

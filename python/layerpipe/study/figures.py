@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from layerpipe.cli import plots
+from layerpipe.drawing import new_figure
 from layerpipe.study.results import Result, describe, errors_by_delay
 from layerpipe.study.statistics import Mean
 from layerpipe.study.tasks import measure_of
@@ -32,7 +32,7 @@ def svg(figure: Any) -> str:
 
 def curves(found: Sequence[Result]) -> str:
     """Training loss of every row of one network, the mean over seeds; rows without a delay dashed."""
-    figure, axes = plots.new_figure(figsize=_SIZE)
+    figure, axes = new_figure(figsize=_SIZE)
     for result in found:
         outcomes = [outcome for outcome in result.outcomes.values() if not outcome.diverged]
         if not outcomes:
@@ -56,7 +56,7 @@ def by_stages(model: str, found: Sequence[Result]) -> str | None:
             lines.setdefault(name, {})[result.row.stages] = result.mean
     if not any(len(points) > 1 for points in lines.values()):
         return None
-    figure, axes = plots.new_figure(figsize=_SIZE)
+    figure, axes = new_figure(figsize=_SIZE)
     for name, points in lines.items():
         stages = sorted(points)
         errors = [points[s].error or 0.0 for s in stages]
@@ -86,7 +86,7 @@ def rates(tuned: Sequence[tuple[Row, float, float]], model: str) -> str | None:
         lines.setdefault(row, []).append((lr, validation))
     if not lines:
         return None
-    figure, axes = plots.new_figure(figsize=_SIZE)
+    figure, axes = new_figure(figsize=_SIZE)
     for row, points in lines.items():
         points = [(lr, validation) for lr, validation in sorted(points) if math.isfinite(validation)]
         axes.plot(*zip(*points, strict=True) if points else ([], []), "-" if row.delay else "--", marker=".",
@@ -103,7 +103,7 @@ def reconstruction(found: Sequence[Result]) -> str | None:
     kinds = sorted({kind for kind, _, _ in errors} - {"latest"})
     if not kinds:
         return None
-    figure, axes = plots.new_figure(figsize=_SIZE)
+    figure, axes = new_figure(figsize=_SIZE)
     for kind in kinds:
         points = [(n, Mean.of(values).value) for (name, n, _), values in sorted(errors.items()) if name == kind]
         line = axes.plot(*zip(*points, strict=True), "o", label=kind)[0]
