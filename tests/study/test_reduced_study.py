@@ -14,6 +14,8 @@ from layerpipe.study import runner, spec
 from layerpipe.study.results import Result, results
 from layerpipe.study.trial import Outcome, Trial
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
 FILE = Path(__file__).parents[2] / "bench" / "studies" / "reduced.toml"
 
 
@@ -39,7 +41,6 @@ def mean(result: Result) -> float:
     return result.mean.value
 
 
-@pytest.mark.slow
 def test_delays_cost_adamw_much_and_soap_with_its_delays_known_nothing(found: dict[tuple[str, str], Result]) -> None:
     undelayed, stashed = found["adamw", "undelayed"], found["adamw", "stash"]
     assert mean(stashed) < mean(undelayed) - 20
@@ -50,7 +51,6 @@ def test_delays_cost_adamw_much_and_soap_with_its_delays_known_nothing(found: di
     assert mean(ours) > mean(found["soap", "basis-rotation"])
 
 
-@pytest.mark.slow
 def test_the_kind_of_past_weights_makes_less_of_a_difference_than_the_optimizer(
     found: dict[tuple[str, str], Result],
 ) -> None:
@@ -58,7 +58,6 @@ def test_the_kind_of_past_weights_makes_less_of_a_difference_than_the_optimizer(
     assert max(pasts) - min(pasts) < 0.5 * (mean(found["soap", "basis-rotation"]) - max(pasts))
 
 
-@pytest.mark.slow
 def test_a_blend_is_nearer_to_the_true_weights_than_one_average(found: dict[tuple[str, str], Result]) -> None:
     def worst(method: str) -> float:
         outcomes = found["adamw", method].outcomes.values()
