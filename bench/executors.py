@@ -30,6 +30,7 @@ import layerpipe
 import layerpipe_kernels
 from bench.networks import Case, loss_fn
 from bench.report import console, save, spread
+from layerpipe import accelerator
 
 Step = Callable[[], Any]
 PLAIN = ("plain eager", "plain compiled", "plain graph")
@@ -169,6 +170,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the measurements here")
     given = parser.parse_args()
     device = torch.device(given.device)
+    accelerator.ask_for_connections()
     if device.type == "cuda":
         torch.cuda.init()  # which statistics of memory need
     network, width = given.network.split(":")

@@ -4,6 +4,7 @@ every call."""
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -84,6 +85,14 @@ class Accelerator:
                 raise
             graph.capture_end()
         return graph
+
+
+def ask_for_connections() -> None:
+    """Has CUDA start with 32 connections to a device, one for each stream that torch has, unless the environment says
+    otherwise (``CUDA_DEVICE_MAX_CONNECTIONS``). Streams beyond CUDA's default of 8 share one, and wait there for each
+    other. CUDA reads the variable when it starts: afterwards this changes nothing."""
+    if not torch.cuda.is_initialized():
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def of(device: torch.device, executor: str) -> Accelerator:

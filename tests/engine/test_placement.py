@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import layerpipe
+from layerpipe import executors
 from layerpipe.accelerator import Accelerator
 from layerpipe.executors import placement
 from layerpipe.executors.channels import Channel, moved, tensors_in
@@ -25,6 +27,23 @@ def test_stages_stay_where_they_are_and_those_without_weights_follow() -> None:
     stages = [nn.Tanh(), nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2, device="meta"), nn.Tanh()]
     assert placement.place(stages, None) == [CPU, CPU, CPU, META, META]
     assert placement.place([nn.Tanh()], None) == [CPU]
+
+
+def test_streams_get_a_connection_each_where_cuda_has_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+
+    def asked(executor: str, before: str | None, *, started: bool = False) -> str | None:
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: started)
+        monkeypatch.setenv(name, before or "")  # which the end of the test takes back
+        if before is None:
+            monkeypatch.delenv(name)
+        executors.check(executor)
+        return os.environ.get(name)
+
+    assert asked("streams", None) == asked("graphs", None) == "32"
+    assert asked("graphs", "8") == "8"
+    assert asked("graphs", None, started=True) is None
+    assert asked("serial", None) is None
 
 
 def test_stages_are_moved_before_their_optimizers_are_made() -> None:

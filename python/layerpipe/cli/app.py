@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from layerpipe import __version__
+from layerpipe import __version__, executors
 from layerpipe.cli import compare as comparison
 from layerpipe.cli import options as o
 from layerpipe.cli import plan as planning
@@ -69,6 +69,7 @@ def train(
             return RunDirectory(path)
         return RunDirectory(path, read(path, _runs(config, baseline), len(images.train_x), images.checksum()))
 
+    executors.check(config.executor)
     if processes.started(config.executor == "distributed" or resume is not None):
         with processes.joined(timeout) as reports:
             processes.check_same({"resume": resume is not None, **config.of_all_processes(), "profile": profile})

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from layerpipe import accelerator
 from layerpipe.executors.base import Executor, Run
 from layerpipe.executors.graphs import Graphs
 from layerpipe.executors.links import Links, Losses
@@ -23,9 +24,11 @@ NAMES = ("serial", "threads", "streams", "graphs", "distributed")
 
 
 def check(name: str) -> None:
-    """Refuse an unknown name with a ValueError."""
+    """Refuse an unknown name with a ValueError. Before CUDA starts, this prepares it for an executor of many streams."""
     if name not in NAMES:
         raise ValueError(f"executor={name!r} is unknown; there are: {', '.join(NAMES)}")
+    if name in ("streams", "graphs"):
+        accelerator.ask_for_connections()
 
 
 def per_stage(threads: int | Sequence[int] | None, stages: int) -> list[int] | None:
