@@ -24,7 +24,7 @@ NAMES = ("serial", "threads", "streams", "graphs", "distributed")
 
 
 def check(name: str) -> None:
-    """Refuse an unknown name with a ValueError. Before CUDA starts, this prepares it for an executor of many streams."""
+    """Refuse an unknown name with a ValueError. Where CUDA has not started, prepare it for an executor of streams."""
     if name not in NAMES:
         raise ValueError(f"executor={name!r} is unknown; there are: {', '.join(NAMES)}")
     if name in ("streams", "graphs"):
