@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from bench import engine_training
 from bench.report import console, deviation, save
 from bench.tasks import TASKS
 from layerpipe import drawing
@@ -44,6 +45,8 @@ class Run:
 
     Attributes:
         width, batch, context: of the network and its minibatches; 0 is what the task has.
+        engine: train by the engine (``bench.engine_training``), not by a simulation.
+        past: the weights that a backward sees, see :func:`layerpipe.study.past.parse`.
     """
 
     task: str = "gpt"
@@ -57,6 +60,8 @@ class Run:
     warmup: int = 100
     sync_steps: int = 0
     seed: int = 0
+    engine: bool = False
+    past: str = "stash"
     settings: Settings = dataclasses.field(default_factory=Settings)
 
     @classmethod
@@ -86,11 +91,11 @@ Results = dict[Run, dict[str, Any]]
 
 def measure(run: Run) -> tuple[Run, dict[str, Any]]:
     size = {name: getattr(run, name) for name in ("width", "batch", "context") if getattr(run, name)}
-    training = DelayedTraining(
-        TASKS[run.task](run.seed, **size), run.stages, run.schedule, run.settings, Horizon(run.steps, run.warmup),
-        microbatches=run.microbatches, sync_steps=run.sync_steps,
-    )  # fmt: skip
-    return run, train(training, EVERY)
+    task, horizon = TASKS[run.task](run.seed, **size), Horizon(run.steps, run.warmup)
+    options: dict[str, Any] = {"microbatches": run.microbatches, "sync_steps": run.sync_steps, "past": run.past}
+    if run.engine:
+        return run, engine_training.train(task, run.stages, run.schedule, run.settings, horizon, every=EVERY, **options)
+    return run, train(DelayedTraining(task, run.stages, run.schedule, run.settings, horizon, **options), EVERY)
 
 
 def load(path: Path) -> Results:
@@ -140,7 +145,7 @@ def undelayed(found: Results, run: Run) -> list[tuple[int, float]]:
     """Best mean quality over seeds of each length, among sequential runs of the same network and optimizer."""
     by_group: dict[Any, list[float]] = {}
     for other, result in found.items():
-        if _trained(other) == _trained(run) and other.schedule == "sequential":
+        if _trained(other) == _trained(run) and other.schedule == "sequential" and not other.engine:
             by_group.setdefault((other.steps, other.group("seed")), []).append(result["quality"])
     best = min if run.task == "gpt" else max
     lengths: dict[int, float] = {}
