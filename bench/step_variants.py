@@ -12,7 +12,7 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from bench.parameter_lists import Shape, parameters
 from layerpipe_kernels import reference
-from layerpipe_kernels.options import AdamOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import AdamOptions, PastDesign, SgdOptions, StepArguments
 from layerpipe_kernels.traffic import Traffic
 
 LR, MOMENTUM, WEIGHT_DECAY, DELAY = 1e-3, 0.9, 1e-2, 6
@@ -184,7 +184,7 @@ def verify(variant: Variant) -> None:
         if case.optimizer == "sgd":
             past = torch.empty_like(w)
             for t in range(1, 4):
-                reference.sgd_step_(w, g.double(), v, e, past, SgdOptions(LR, MOMENTUM), design, Moment(t=t))
+                reference.sgd_step_(w, g.double(), v, e, past, SgdOptions(LR, MOMENTUM), design, StepArguments(t=t))
             torch.testing.assert_close(pasts[i].double(), past, rtol=2e-2 if case.dtype != torch.float32 else 1e-4,
                                        atol=1e-5 if case.dtype == torch.float32 else 2e-2)  # fmt: skip
         else:
@@ -194,7 +194,7 @@ def verify(variant: Variant) -> None:
                 AdamOptions(LR, weight_decay=WEIGHT_DECAY),
             )
             for t in range(1, 4):
-                reference.adam_step_(w, g.double(), v, q, None, count, e, None, options, design, Moment(t=t))
+                reference.adam_step_(w, g.double(), v, q, None, count, e, None, options, design, StepArguments(t=t))
         tolerance = {"rtol": 1e-5, "atol": 1e-5} if case.dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
         torch.testing.assert_close(variant.params[i].detach().double(), w, **tolerance)
 

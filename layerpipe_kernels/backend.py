@@ -1,4 +1,4 @@
-"""Which implementation runs a step: CUDA, Triton, C++ on the CPU, or plain torch."""
+"""Choice of the implementation of a step: CUDA, Triton, C++ on the CPU, or plain torch."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _takes(backend: str, tensor: torch.Tensor) -> bool:
 
 @functools.cache
 def _has_code_for(device: torch.device) -> bool:
-    """Whether the CUDA kernels were built for this GPU: as its generation's machine code, or as older PTX."""
+    """Returns whether the CUDA kernels were built for this GPU: as its generation's machine code, or as older PTX."""
     gpu = torch.cuda.get_device_capability(device)
     for name in _C.build_info()["cuda_architectures"].split():
         found = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual|)", name)
@@ -99,7 +99,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def build_info() -> dict[str, Any]:
-    """How the extension was built and which instruction set it picked on this machine."""
+    """Returns how the extension was built and which instruction set it picked on this machine."""
     info: dict[str, Any] = {"extension": _C is not None, "backends": list(available_backends())}
     if _C is not None:
         info.update(_C.build_info())

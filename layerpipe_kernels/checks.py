@@ -1,4 +1,4 @@
-"""What no backend can work with is refused by name, before anything is written."""
+"""Checks of arguments that no backend can work with, made before anything is written."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import layout
-from layerpipe_kernels.options import MAX_EMAS, AdamOptions, DirectionOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import (
+    MAX_EMAS,
+    AdamOptions,
+    DirectionOptions,
+    Options,
+    PastDesign,
+    SgdOptions,
+    StepArguments,
+)
 
 
 def describe(name: str, tensor: Tensor) -> str:
@@ -83,7 +91,7 @@ def check_turn(decays: Sequence[float], turn: float) -> None:
         raise ValueError(f"turn={turn} with decays {decays[0]} and {decays[1]} lets the averages grow without bound")
 
 
-def check_options(options: Options, design: PastDesign, moment: Moment, emas: int, device: torch.device) -> None:
+def check_options(options: Options, design: PastDesign, args: StepArguments, emas: int, device: torch.device) -> None:
     """Hyperparameters that would spoil the weights, and designs that do not fit the arrays.
 
     Raises:
@@ -109,8 +117,8 @@ def check_options(options: Options, design: PastDesign, moment: Moment, emas: in
                 raise ValueError(f"newest_share takes a momentum in [0, 1), got {options.momentum}")
     if not len(design.decays) == len(design.taps) == emas:
         raise ValueError(f"{emas} EMAs take as many decays and taps, got {len(design.decays)} and {len(design.taps)}")
-    if design.delay < 0 or moment.t < 0:
-        raise ValueError(f"delay and t are at least 0, got {design.delay} and {moment.t}")
+    if design.delay < 0 or args.t < 0:
+        raise ValueError(f"delay and t are at least 0, got {design.delay} and {args.t}")
     if emas > MAX_EMAS:
         raise ValueError(f"at most {MAX_EMAS} EMAs, got {emas}")
     for k, decay in enumerate(design.decays):
@@ -121,12 +129,12 @@ def check_options(options: Options, design: PastDesign, moment: Moment, emas: in
         *((f"taps[{k}]", tap) for k, tap in enumerate(design.taps)),
         ("update_tap", design.update_tap),
         ("fill_tap", design.fill_tap),
-        ("horizon", moment.horizon),
-        ("horizon_before", moment.horizon_before),
+        ("horizon", args.horizon),
+        ("horizon_before", args.horizon_before),
     ):
         if not math.isfinite(number):
             raise ValueError(f"{name} is {number}; refusing to step")
-    check_scalar("clock", moment.clock, device, torch.int64)
-    check_scalar("grad_scale", moment.grad_scale, device)
-    check_scalar("found_inf", moment.found_inf, device)
-    check_scalar("horizon_at", moment.horizon_at, device)
+    check_scalar("clock", args.clock, device, torch.int64)
+    check_scalar("grad_scale", args.grad_scale, device)
+    check_scalar("found_inf", args.found_inf, device)
+    check_scalar("horizon_at", args.horizon_at, device)

@@ -1,4 +1,4 @@
-"""How fast the averages of updates forget: decay rules for one EMA, and the design of a blend of several.
+"""Decays of averages of updates: rules for one EMA, and the design of a blend of several.
 
 The past weights are ``W(t-n) = W(t) + u(t) + u(t-1) + ... + u(t-n+1)``: a rectangular window over the last ``n``
 updates. An EMA is an exponential window; the rules here choose its decay, and :func:`blend` chooses a few of them and

@@ -46,11 +46,11 @@ def room_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
 
 
-def fill(room: Tensor, tensor: Tensor) -> Tensor:
-    """Copy a tensor of the same shape, which repeats at least what the room repeats; the host does not wait."""
-    once = distinct(room)
-    once.copy_(tensor if once is room else tensor[tuple(map(slice, once.shape))], non_blocking=True)
-    return room
+def fill(out: Tensor, tensor: Tensor) -> Tensor:
+    """Copy a tensor of the same shape, which repeats at least what ``out`` repeats; the host does not wait."""
+    once = distinct(out)
+    once.copy_(tensor if once is out else tensor[tuple(map(slice, once.shape))], non_blocking=True)
+    return out
 
 
 def replica(tensor: Tensor, device: torch.device | None = None) -> Tensor:
@@ -73,7 +73,7 @@ def in_memory(tensor: Tensor, dims: Order) -> Tensor:
 
 
 def follows(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether ``(*)`` or ``(K, *)`` lies in memory as the dense weight ``(*)``, ``K`` times behind each other."""
+    """Returns whether ``(*)`` or ``(K, *)`` is laid out as the dense weight ``(*)``, ``K`` times behind each other."""
     if weight.is_contiguous() and tensor.is_contiguous():
         return True
     lead, strides = tensor.ndim - weight.ndim, tensor.stride()

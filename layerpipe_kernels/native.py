@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerpipe_kernels import backend as _backend
 from layerpipe_kernels.layout import distinct
-from layerpipe_kernels.options import AdamOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import AdamOptions, Options, PastDesign, SgdOptions, StepArguments
 
 if TYPE_CHECKING:
     from layerpipe_kernels.plan import Arrays
@@ -43,7 +43,7 @@ def pointers(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN and no infinity; waits for its device."""
+    """Returns whether a tensor has no NaN and no infinity; waits for its device."""
     finite: bool | None = _extension.all_finite(tensor, EXCHANGE) if _extension is not None else None
     if finite is None and (once := distinct(tensor)) is not tensor:
         return all_finite(once)
@@ -60,7 +60,7 @@ def _array(tensor: Tensor) -> tuple[int, int]:
 
 
 def _place(device: torch.device) -> tuple[int, int, int]:
-    """Where the kernels are to work: device, stream, and threads of the CPU."""
+    """The place of a kernel's work: device, stream, and threads of the CPU."""
     number = device_number(device)
     return number, current_stream(number), torch.get_num_threads() if number < 0 else 1
 
@@ -113,7 +113,7 @@ class NativeRunner:
         return table
 
     def run(
-        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
+        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, args: StepArguments
     ) -> None:
         """``grads`` is empty where a ``Collector`` has put the gradients into the plan."""
         if self._configured is None or self._configured[0] != options[1:] or self._configured[1] is not design:
@@ -123,15 +123,15 @@ class NativeRunner:
         lr, lr_at = (0.0, options.lr.data_ptr()) if isinstance(options.lr, Tensor) else (options.lr, 0)
         self.plan.step(
             lr,
-            moment.t,
+            args.t,
             first,
             lr_at,
-            _pointer(moment.clock),
-            _pointer(moment.grad_scale),
-            _pointer(moment.found_inf),
-            moment.horizon,
-            moment.horizon_before,
-            _pointer(moment.horizon_at),
+            _pointer(args.clock),
+            _pointer(args.grad_scale),
+            _pointer(args.found_inf),
+            args.horizon,
+            args.horizon_before,
+            _pointer(args.horizon_at),
             (self.number, *self.current()),
         )
 

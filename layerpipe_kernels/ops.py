@@ -17,7 +17,16 @@ from torch import Tensor
 from layerpipe_kernels import backend as _backend
 from layerpipe_kernels import layout, native, reference
 from layerpipe_kernels.checks import check_disjoint, check_like, check_options, check_tensor, check_turn
-from layerpipe_kernels.options import MAX_EMAS, MAX_TERMS, NO_PAST, NOW, AdamOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import (
+    MAX_EMAS,
+    MAX_TERMS,
+    NO_PAST,
+    STEADY,
+    AdamOptions,
+    PastDesign,
+    SgdOptions,
+    StepArguments,
+)
 from layerpipe_kernels.plan import Arrays, StepPlan
 
 Tensors = Sequence[Tensor]
@@ -59,7 +68,7 @@ def _run(
     grads: Sequence[Tensor],
     options: SgdOptions | AdamOptions,
     design: PastDesign,
-    moment: Moment,
+    args: StepArguments,
     backend: str,
     first: bool = False,
 ) -> None:
@@ -75,15 +84,15 @@ def _run(
         grad_dtype=grads[0].dtype,
         reuse=True,
     )
-    check_options(options, design, moment, plan.ema_count, plan.device)
-    plan.step(plan.check_grads(grads), options, design, moment, [True] * len(grads) if first else ())
+    check_options(options, design, args, plan.ema_count, plan.device)
+    plan.step(plan.check_grads(grads), options, design, args, [True] * len(grads) if first else ())
 
 
-def _told(rest: Sequence[Any]) -> tuple[PastDesign, Moment, str]:
+def _unpacked(rest: Sequence[Any]) -> tuple[PastDesign, StepArguments, str]:
     """The end of a step's arguments, in the order of their classes' fields."""
     delay, decays, taps, *others = rest[: len(PastDesign._fields)]
-    *moment, backend = rest[len(PastDesign._fields) :]
-    return PastDesign(delay, tuple(decays), tuple(taps), *others), Moment(*moment), backend
+    *args, backend = rest[len(PastDesign._fields) :]
+    return PastDesign(delay, tuple(decays), tuple(taps), *others), StepArguments(*args), backend
 
 
 @torch.library.impl(_library, "sgd_step_", "CompositeExplicitAutograd")
@@ -103,9 +112,9 @@ def _sgd_step(
     arrays = Arrays(weights, (velocities,) if velocities else (), emas, pasts, masters, counts, previous)
     own = len(SgdOptions._fields) - 1
     options = SgdOptions(lr if lr_at is None else lr_at, *rest[:own])
-    *told, first = rest[own:]
-    design, moment, backend = _told(told)
-    _run("sgd", arrays, grads, options, design, moment, backend, first)
+    *packed, first = rest[own:]
+    design, args, backend = _unpacked(packed)
+    _run("sgd", arrays, grads, options, design, args, backend, first)
 
 
 @torch.library.impl(_library, "adamw_step_", "CompositeExplicitAutograd")
@@ -127,9 +136,9 @@ def _adamw_step(
     states = (exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else []))
     own = len(AdamOptions._fields) - 1
     options = AdamOptions(lr if lr_at is None else lr_at, *rest[:own])
-    design, moment, backend = _told(rest[own:])
+    design, args, backend = _unpacked(rest[own:])
     arrays = Arrays(weights, states, emas, pasts, masters, counts, previous)
-    _run("adam", arrays, grads, options, design, moment, backend)
+    _run("adam", arrays, grads, options, design, args, backend)
 
 
 @torch.library.impl(_library, "ema_update_", "CompositeExplicitAutograd")
@@ -221,7 +230,7 @@ def sgd_step_(
     *,
     options: SgdOptions,
     design: PastDesign = NO_PAST,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
     masters: Sequence[Tensor] | None = None,  # (*) float32 each, updated in place
     counts: Sequence[Tensor] | None = None,  # () float32 each, counted up
     previous: Sequence[Tensor] | None = None,  # (*) each, updated in place: last updates, where weights are predicted
@@ -241,7 +250,7 @@ def sgd_step_(
     lr, lr_at = _lr(options.lr)
     torch.ops.layerpipe.sgd_step_(
         weights, _present(grads), velocities or (), emas or (), pasts or (), masters or (), counts or (),
-        previous or (), lr, lr_at, *options[1:], *design, *moment, backend, first,
+        previous or (), lr, lr_at, *options[1:], *design, *args, backend, first,
     )  # fmt: skip
 
 
@@ -257,7 +266,7 @@ def adamw_step_(
     *,
     options: AdamOptions,
     design: PastDesign = NO_PAST,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
     max_exp_avg_sqs: Sequence[Tensor] | None = None,  # (*) each, updated in place: AMSGrad
     masters: Sequence[Tensor] | None = None,  # (*) float32 each, updated in place
     previous: Sequence[Tensor] | None = None,  # (*) each, updated in place: last updates, where weights are predicted
@@ -270,7 +279,7 @@ def adamw_step_(
     lr, lr_at = _lr(options.lr)
     torch.ops.layerpipe.adamw_step_(
         weights, _present(grads), exp_avgs, exp_avg_sqs, max_exp_avg_sqs or (), emas or (), pasts or (), masters or (),
-        counts, previous or (), lr, lr_at, *options[1:], *design, *moment, backend,
+        counts, previous or (), lr, lr_at, *options[1:], *design, *args, backend,
     )  # fmt: skip
 
 

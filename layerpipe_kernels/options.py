@@ -1,4 +1,4 @@
-"""What a step is told: the optimizer's rule, what to keep of the past, and where in time it is."""
+"""Arguments of a step: the optimizer's hyperparameters, what to keep of the past, and the values of this one step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class AdamOptions(NamedTuple):
 
 
 class DirectionOptions(NamedTuple):
-    """Of an update whose direction ``d`` is given: ``u = lr d + lr weight_decay W``."""
+    """Hyperparameters of an update whose direction ``d`` is given: ``u = lr d + lr weight_decay W``."""
 
     lr: float | Tensor
     weight_decay: float = 0.0
@@ -54,7 +54,7 @@ Options = SgdOptions | AdamOptions | DirectionOptions
 
 
 class PastDesign(NamedTuple):
-    """What a step keeps of the past: constant over a training run, see :mod:`layerpipe_kernels.history`.
+    """The averages that a step keeps of updates: constant over a training run, see :mod:`layerpipe_kernels.history`.
 
     ``What = W + update_tap u + sum_k taps[k] E_k`` after ``E_k = decays[k] E_k + (1 - decays[k]) u``. With a ``turn``
     the first two are coupled: their distances from ``u`` are turned about each other as well as shrunk.
@@ -71,7 +71,7 @@ class PastDesign(NamedTuple):
     fill_tap: float = 0.0  # with EMAs, `update_tap` while the delay fills: the horizon, where weights are predicted
 
     def at(self, t: int) -> tuple[tuple[float, ...], tuple[float, ...], float]:
-        """Decays, taps and ``update_tap`` in update ``t``, counted from 1; 0 is long after the delay has filled.
+        """Returns decays, taps and ``update_tap`` of update ``t``, counted from 1; 0: long after the delay has filled.
 
         While ``t <= n`` every EMA is the mean of all updates, so that ``t`` times it is exactly their sum. After that
         no update may weigh more than it would in that mean.
@@ -83,7 +83,7 @@ class PastDesign(NamedTuple):
         return decays, *self.taps_at(t)
 
     def taps_at(self, t: int) -> tuple[tuple[float, ...], float]:
-        """Of :meth:`at`, what past weights are made with."""
+        """Returns, of :meth:`at`, the taps and ``update_tap``."""
         if t == 0 or t > self.delay:
             return self.taps, self.update_tap
         if self.decays:
@@ -91,12 +91,12 @@ class PastDesign(NamedTuple):
         return (), sum(self.fill_ratio**i for i in range(t)) if self.update_tap else 0.0
 
     def turn_at(self, t: int) -> float:
-        """``turn`` in update ``t``, counted as in :meth:`at`: while the delay fills, both averages are the mean."""
+        """Returns ``turn`` in update ``t``, counted as in :meth:`at`; 0 while the delay fills."""
         return self.turn if t == 0 or t > self.delay else 0.0
 
 
-class Moment(NamedTuple):
-    """What distinguishes one step from the next. The tensors are read where they lie, without waiting for a device."""
+class StepArguments(NamedTuple):
+    """Arguments that change from step to step. Tensors are read by the step on its own device, without a wait."""
 
     t: int = 0  # updates of the group, this one included; 0 is long after its delay has filled
     clock: Tensor | None = None  # int64 scalar: updates before this one, instead of ``t``; counted up by the step
@@ -108,4 +108,4 @@ class Moment(NamedTuple):
 
 
 NO_PAST = PastDesign()
-NOW = Moment()
+STEADY = StepArguments()

@@ -21,7 +21,7 @@ _NORMS = (None, "match")
 
 
 class Past:
-    """How an optimizer estimates the weights of ``delay`` updates ago; the base of the kinds below.
+    """A way to estimate the weights of ``delay`` updates ago; the base of the kinds below.
 
     A kind has some of these options; of the others it has the defaults.
 

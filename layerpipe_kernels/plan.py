@@ -13,13 +13,13 @@ from layerpipe_kernels import layout, native, reference
 from layerpipe_kernels.checks import check_disjoint, check_like, check_tensor, describe
 from layerpipe_kernels.options import (
     NO_PAST,
-    NOW,
+    STEADY,
     AdamOptions,
     DirectionOptions,
-    Moment,
     Options,
     PastDesign,
     SgdOptions,
+    StepArguments,
 )
 
 #: The optimizer's own state per rule, in the kernels' order; the last of Adam's is AMSGrad's.
@@ -53,7 +53,7 @@ class Runner(Protocol):
     """A backend's own form of a group."""
 
     def run(
-        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
+        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, args: StepArguments
     ) -> None:
         """Make the step on checked gradients."""
 
@@ -127,7 +127,7 @@ class StepPlan:
         return ReferenceRunner(self.rule, self.arrays)
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these, in the order of :meth:`Arrays.written`, are still the arrays that the plan was made for."""
+        """Returns whether these, in the order of :meth:`Arrays.written`, are the arrays that the plan was made for."""
         return (
             [t.data_ptr() for t in tensors] == self._pointers
             and [w.numel() for w in self.weights] == self._sizes
@@ -211,7 +211,7 @@ class StepPlan:
             # The gradient of a number that stands for an imaginary part may be a view with the other sign.
             plain = layout.like(grad.resolve_neg(), self.weights[i])
             if self._sizes[i] and not plain.is_meta and not plain.data_ptr():
-                plain = plain.clone()  # of zeros that nobody has written
+                plain = plain.clone()  # of zeros without memory
                 check_tensor(self.names[i], plain, "the gradient of")
             checked.append(plain)
         return checked
@@ -221,7 +221,7 @@ class StepPlan:
         grads: Sequence[Tensor],
         options: Options,
         design: PastDesign = NO_PAST,
-        moment: Moment = NOW,
+        args: StepArguments = STEADY,
         first: Sequence[bool] = (),
     ) -> None:
         """Make the step, without a graph; the formulas are those of :mod:`layerpipe_kernels.reference`.
@@ -230,13 +230,13 @@ class StepPlan:
             grads: from :meth:`check_grads`; nothing where the runner has collected them itself.
             options: of the plan's rule.
             design: what to keep of the past.
-            moment: which step this is.
+            args: of this step.
             first: per parameter, whether its momentum buffer holds nothing yet; empty if none is.
 
-        The options, the design and the moment are taken as they are: see
+        Options, design and arguments are taken as they are: see
         :func:`layerpipe_kernels.checks.check_options`.
         """
-        self.runner.run(grads, first, options, design, moment)
+        self.runner.run(grads, first, options, design, args)
         # A delayed backward that saved these tensors without the stage's hooks must fail, not be silently wrong.
         torch.autograd.graph.increment_version(self.versioned)
 
@@ -270,7 +270,7 @@ class ReferenceRunner:
 
     @torch.no_grad()
     def run(
-        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
+        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, args: StepArguments
     ) -> None:
         a = self.arrays
         for i, (weight, grad) in enumerate(zip(a.weights, self._in_memory(grads), strict=True)):
@@ -280,28 +280,28 @@ class ReferenceRunner:
             if isinstance(options, SgdOptions):
                 velocity = states[0] if states else None
                 reference.sgd_step_(
-                    weight, grad, velocity, ema, past, options, design, moment, master=master, previous=previous,
+                    weight, grad, velocity, ema, past, options, design, args, master=master, previous=previous,
                     count=count, first=bool(first and first[i]), tensor=i,
                 )  # fmt: skip
             elif isinstance(options, DirectionOptions):
                 reference.direction_step_(
-                    weight, grad, ema, past, options, design, moment, master=master, previous=previous, count=count,
+                    weight, grad, ema, past, options, design, args, master=master, previous=previous, count=count,
                     tensor=i,
                 )  # fmt: skip
             elif self.rule == "adam_direction":
                 assert count is not None
-                reference.adam_direction_(weight, grad, states[0], states[1], count, options, moment)
+                reference.adam_direction_(weight, grad, states[0], states[1], count, options, args)
             else:
                 assert isinstance(options, AdamOptions)
                 assert count is not None
                 largest = states[2] if len(states) > 2 else None
                 reference.adam_step_(
-                    weight, grad, states[0], states[1], largest, count, ema, past, options, design, moment,
+                    weight, grad, states[0], states[1], largest, count, ema, past, options, design, args,
                     master=master, previous=previous, tensor=i,
                 )  # fmt: skip
-        if reference.overflowed(moment):
+        if reference.overflowed(args):
             return
-        if moment.clock is not None:
-            moment.clock.add_(1)
-        if moment.horizon_at is not None:
-            moment.horizon_at.fill_(moment.horizon)
+        if args.clock is not None:
+            args.clock.add_(1)
+        if args.horizon_at is not None:
+            args.horizon_at.fill_(args.horizon)

@@ -13,7 +13,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, DirectionOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import (
+    NO_PAST,
+    STEADY,
+    AdamOptions,
+    DirectionOptions,
+    PastDesign,
+    SgdOptions,
+    StepArguments,
+)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -29,7 +37,7 @@ def sgd_step_(
     past: Tensor | None,  # (*) written; None where the past weights are made later
     o: SgdOptions,
     design: PastDesign = NO_PAST,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
     *,
     master: Tensor | None = None,  # (*) float32, updated in place; `weight` is then its rounded copy
     previous: Tensor | None = None,  # (*) updated in place: u_, where the weights are predicted
@@ -47,10 +55,10 @@ def sgd_step_(
     step is that of ``W = F + horizon_before u_``, and leaves ``F = W - horizon u``, ``u_ = u``. ``E_k`` are averages of
     ``u``, ``What`` is an estimate of a past ``F``.
     """
-    if overflowed(moment):
+    if overflowed(args):
         return
-    w = _current(_full(weight, master), previous, moment)
-    g = _gradient(grad, w, moment, o.maximize)
+    w = _current(_full(weight, master), previous, args)
+    g = _gradient(grad, w, args, o.maximize)
     if o.weight_decay != 0:
         g = g.add(w, alpha=o.weight_decay)
     d = g
@@ -66,7 +74,7 @@ def sgd_step_(
             d = velocity * (1 - o.newest_share) + g * (o.newest_share * (1 - o.dampening) / (1 - o.momentum))
     lr = _scalar(o.lr, w)
     w, u = w.add(d * -lr) if isinstance(lr, Tensor) else w.add(d, alpha=-lr), d * lr
-    _keep(w, u, g, weight, master, ema, past, previous, design, moment, tensor)
+    _keep(w, u, g, weight, master, ema, past, previous, design, args, tensor)
     if count is not None:
         count.add_(1)
 
@@ -82,18 +90,18 @@ def adam_step_(
     past: Tensor | None,  # (*) written; None where the past weights are made later
     o: AdamOptions,
     design: PastDesign = NO_PAST,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
     *,
     master: Tensor | None = None,  # (*) float32, updated in place; `weight` is then its rounded copy
     previous: Tensor | None = None,  # (*) updated in place: u_, where the weights are predicted
     tensor: int = 0,
 ) -> None:
     """One step of Adam or AdamW, otherwise as :func:`sgd_step_`. The update ``u`` includes the weight decay."""
-    if overflowed(moment):
+    if overflowed(args):
         return
     count.add_(1)
-    w = _current(_full(weight, master), previous, moment)
-    g = _gradient(grad, w, moment, o.maximize)
+    w = _current(_full(weight, master), previous, args)
+    g = _gradient(grad, w, args, o.maximize)
     if o.weight_decay != 0 and not o.decoupled:
         g = g.add(w, alpha=o.weight_decay)
     lr = _scalar(o.lr, w)
@@ -101,7 +109,7 @@ def adam_step_(
     shrink = lr * o.weight_decay if o.decoupled else 0.0
     u = d + w * shrink
     w = w * (1 - shrink) - d
-    _keep(w, u, g, weight, master, ema, past, previous, design, moment, tensor)
+    _keep(w, u, g, weight, master, ema, past, previous, design, args, tensor)
 
 
 def adam_direction_(
@@ -111,14 +119,14 @@ def adam_direction_(
     exp_avg_sq: Tensor,  # (*) updated in place
     count: Tensor,  # () float32, steps so far; counted up
     o: AdamOptions,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
 ) -> None:
     """Write what Adam would subtract from a weight, weight decay left out: ``lr ((1 - b) mhat + b g) / (sqrt(qhat) +
     eps)`` with ``b = newest_share``. For optimizers that make more of it before :func:`direction_step_`."""
-    if overflowed(moment):
+    if overflowed(args):
         return
     count.add_(1)
-    g = _gradient(grad, out, moment, o.maximize)
+    g = _gradient(grad, out, args, o.maximize)
     out.copy_(_adam_direction(g, exp_avg, exp_avg_sq, None, count, _scalar(o.lr, out), o))
 
 
@@ -129,7 +137,7 @@ def direction_step_(
     past: Tensor | None,  # (*) written; None where the past weights are made later
     o: DirectionOptions,
     design: PastDesign = NO_PAST,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
     *,
     master: Tensor | None = None,  # (*) float32, updated in place; `weight` is then its rounded copy
     previous: Tensor | None = None,  # (*) updated in place: u_, where the weights are predicted
@@ -138,15 +146,15 @@ def direction_step_(
 ) -> None:
     """``u = lr d + lr weight_decay W`` with a given direction, otherwise as :func:`sgd_step_`. ``grad_scale`` divides
     the direction."""
-    if overflowed(moment):
+    if overflowed(args):
         return
-    w = _current(_full(weight, master), previous, moment)
-    d = _gradient(direction, w, moment, False)
+    w = _current(_full(weight, master), previous, args)
+    d = _gradient(direction, w, args, False)
     lr = _scalar(o.lr, w)
     shrink = lr * o.weight_decay
     u = d * lr + w * shrink
     w = w * (1 - shrink) - d * lr
-    _keep(w, u, d, weight, master, ema, past, previous, design, moment, tensor)
+    _keep(w, u, d, weight, master, ema, past, previous, design, args, tensor)
     if count is not None:
         count.add_(1)
 
@@ -180,26 +188,26 @@ def _log(x: float) -> float:
     return math.log(x) if x else -math.inf
 
 
-def overflowed(moment: Moment) -> bool:
-    return moment.found_inf is not None and bool(moment.found_inf != 0)
+def overflowed(args: StepArguments) -> bool:
+    return args.found_inf is not None and bool(args.found_inf != 0)
 
 
 def _full(weight: Tensor, master: Tensor | None) -> Tensor:
     return weight.to(state_dtype(weight.dtype)) if master is None else master
 
 
-def _current(w: Tensor, previous: Tensor | None, moment: Moment) -> Tensor:
+def _current(w: Tensor, previous: Tensor | None, args: StepArguments) -> Tensor:
     """``W`` of predicted weights ``F``; of others, themselves."""
     if previous is None:
         return w
-    before = moment.horizon_before if moment.horizon_at is None else float(moment.horizon_at)
+    before = args.horizon_before if args.horizon_at is None else float(args.horizon_at)
     return w.add(previous, alpha=before)
 
 
-def _gradient(grad: Tensor, w: Tensor, moment: Moment, maximize: bool) -> Tensor:
+def _gradient(grad: Tensor, w: Tensor, args: StepArguments, maximize: bool) -> Tensor:
     g = grad.to(w.dtype)
-    if moment.grad_scale is not None:
-        g = g * moment.grad_scale.to(w.dtype).view(()).reciprocal()
+    if args.grad_scale is not None:
+        g = g * args.grad_scale.to(w.dtype).view(()).reciprocal()
     return -g if maximize else g
 
 
@@ -217,14 +225,14 @@ def _keep(
     past: Tensor | None,
     previous: Tensor | None,
     design: PastDesign,
-    moment: Moment,
+    args: StepArguments,
     tensor: int,
 ) -> None:
     """Store the new weights, predicted or not, average the update, and write the past weights."""
     if previous is not None:
-        w = w.sub(u, alpha=moment.horizon)
+        w = w.sub(u, alpha=args.horizon)
         previous.copy_(u)
-    t = moment.t if moment.clock is None else int(moment.clock) + 1
+    t = args.t if args.clock is None else int(args.clock) + 1
     decays, taps, update_tap = design.at(t)
     weight.copy_(w)
     if master is not None:

@@ -14,7 +14,7 @@ import torch
 
 
 class Traffic(NamedTuple):
-    """What a step keeps; the arrays behind :class:`layerpipe_kernels.plan.Arrays`."""
+    """The arrays that a step reads and writes, those of :class:`layerpipe_kernels.plan.Arrays`."""
 
     weight: torch.dtype = torch.float32
     grad: torch.dtype | None = None  # the weights' unless given

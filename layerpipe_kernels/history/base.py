@@ -1,4 +1,4 @@
-"""What every kind of history has in common."""
+"""The base of all kinds of history, and what their past weights are made with."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Undo = Callable[[Tensor, State, float | Tensor], Tensor]
 
 
 class Settings(NamedTuple):
-    """How past weights are to be had; one per parameter group."""
+    """Options of a parameter group's history."""
 
     delay: int  # n, in updates
     past: Past
@@ -35,14 +35,14 @@ class Settings(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """Where a group stands: ``t`` updates since the delays began to fill, the last one with ``lr``."""
+    """A group's count of updates: ``t`` since the delays began to fill, the last one with ``lr``."""
 
     t: int
     lr: float
 
 
 class Mixture(NamedTuple):
-    """How the past weights are made after some update, the same for all parameters of a group."""
+    """The factors of past weights after some update, the same for all parameters of a group."""
 
     clock: Clock
     newest: float  # what the newest update is multiplied with, or the momentum buffer that tells it
@@ -71,20 +71,20 @@ class History:
 
     @property
     def newest_key(self) -> str:
-        """What in a parameter's state tells the newest update."""
+        """The name in a parameter's state from which the newest update is made."""
         return "previous_update" if self.settings.horizon else "momentum_buffer"
 
     @property
     def emas(self) -> int:
-        """How many averages the step keeps."""
+        """The number of averages that the step keeps."""
         return len(self.design.decays)
 
     def remembers(self, state: State) -> bool:
-        """Whether a parameter's state has what this history keeps."""
+        """Returns whether a parameter's state has what this history keeps."""
         return not self.emas or ("ema" in state and len(state["ema"]) == self.emas)
 
     def averages(self, param: Tensor, state: State) -> Tensor | None:
-        """``(K, *)`` where the state has them; options or a parameter that have changed since leave others there."""
+        """Returns the averages ``(K, *)``; ``None`` where the state has none, or those of other options."""
         ema: Tensor | None = state.get("ema")
         return ema if ema is not None and ema.shape == (self.emas, *param.shape) else None
 
@@ -102,7 +102,7 @@ class History:
         """Called where the clock is set to 0 while ``param`` has its present value."""
 
     def taps(self, t: int, n: int) -> tuple[tuple[float, ...], float]:
-        """What averages and newest update are multiplied with after update ``t`` for the weights of ``n`` updates ago,
+        """Returns the factors of averages and newest update after update ``t`` for the weights of ``n`` updates ago,
         ``n <= min(t, delay)``."""
         if not n:
             return (0.0,) * self.emas, 0.0
@@ -121,7 +121,7 @@ class History:
         raise NotImplementedError
 
     def mixture(self, clock: Clock, n: int | None = None) -> Mixture:
-        """Everything about :meth:`past` that does not depend on the parameter.
+        """Returns everything about :meth:`past` that does not depend on the parameter.
 
         Args:
             clock: where the group stands.
@@ -141,13 +141,13 @@ class History:
         return Mixture(clock, update if self.settings.horizon else update * clock.lr, emas, n)
 
     def past(
-        self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
+        self, param: Tensor, state: State, mixture: Mixture, *, updated: bool = True, out: Tensor | None = None
     ) -> Tensor:
-        """``What(t - mixture.n)``: fresh or ``out``, or memory of this history that lives until the next update.
+        """Returns ``What(t - mixture.n)`` ``(*)``: fresh or ``out``, or this history's memory until the next update.
 
-        ``moved`` says whether the last update reached this parameter; one without a gradient stood still.
+        ``updated`` says whether the last update reached this parameter; one without a gradient did not change.
         """
-        newest = state.get(self.newest_key) if mixture.newest and moved else None
+        newest = state.get(self.newest_key) if mixture.newest and updated else None
         if newest is not None and newest.shape != param.shape:
             newest = None
         ema = self.averages(param, state) if mixture.emas else None
@@ -165,10 +165,10 @@ class History:
         clock: DeviceClock,
         *,
         n: int | None = None,
-        moved: Tensor | None = None,
+        updated: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """:meth:`past` where only the device knows the clock; ``moved`` is then 1 or 0, a float32 scalar there, and
+        """:meth:`past` where only the device knows the clock; ``updated`` is then 1 or 0, a float32 scalar there, and
         ``n`` the most updates ago, by default the delay."""
         terms, taps = [], clock.taps if n is None else clock.taps_of(n)
         newest = state.get(self.newest_key) if clock.has_newest else None
@@ -176,8 +176,8 @@ class History:
             taps = taps[1:]
         else:
             terms.append(newest)
-            if moved is not None:
-                taps = torch.cat((taps[:1] * moved, taps[1:]))
+            if updated is not None:
+                taps = torch.cat((taps[:1] * updated, taps[1:]))
         ema = self.averages(param, state)
         if ema is not None:
             terms += ema.unbind(0)

@@ -12,7 +12,7 @@ class LatestHistory(History):
     """Nothing kept, nothing reconstructed: the baseline that the others must beat."""
 
     def past(
-        self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
+        self, param: Tensor, state: State, mixture: Mixture, *, updated: bool = True, out: Tensor | None = None
     ) -> Tensor:
         return copy_into(out, param.detach())
 
@@ -23,7 +23,7 @@ class LatestHistory(History):
         clock: DeviceClock,
         *,
         n: int | None = None,
-        moved: Tensor | None = None,
+        updated: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         return copy_into(out, param.detach())

@@ -30,7 +30,7 @@ class Norms:
     def __init__(self, n: int, params: Sequence[Tensor], states: Sequence[State]) -> None:
         self.n, self._params = n, [*params]
         self.dtype = max((state_dtype(p.dtype) for p in params), key=lambda dtype: dtype.itemsize)
-        # Whoever has no row yet has not been moved yet, and its norm was always the present one.
+        # A parameter without a row has not been updated, and its norm was always the present one.
         now = torch.stack(torch._foreach_norm([p.detach() for p in params], 2, dtype=self.dtype))
         self.ring = now[:, None].repeat(1, n)
         for row, state in zip(self.ring, states, strict=True):
@@ -39,7 +39,7 @@ class Norms:
             state["norms"] = row
 
     def are_of(self, params: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters that it was made for."""
+        """Returns whether these are the parameters that it was made for."""
         return len(params) == len(self._params) and all(map(operator.is_, params, self._params))
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ class StashHistory(History):
             state["stash"][0].copy_(param)
 
     def past(
-        self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
+        self, param: Tensor, state: State, mixture: Mixture, *, updated: bool = True, out: Tensor | None = None
     ) -> Tensor:
         if not mixture.n or "stash" not in state:
             return copy_into(out, param.detach())
@@ -58,7 +58,7 @@ class StashHistory(History):
         clock: DeviceClock,
         *,
         n: int | None = None,
-        moved: Tensor | None = None,
+        updated: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         if n == 0 or "stash" not in state:

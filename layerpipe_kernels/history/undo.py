@@ -13,9 +13,9 @@ class UndoHistory(History):
     """``W(t-1)`` by ``settings.undo``: exact to rounding, and nothing kept. For a delay of 1."""
 
     def past(
-        self, param: Tensor, state: State, mixture: Mixture, *, moved: bool = True, out: Tensor | None = None
+        self, param: Tensor, state: State, mixture: Mixture, *, updated: bool = True, out: Tensor | None = None
     ) -> Tensor:
-        if not mixture.n or not moved or "step" not in state:
+        if not mixture.n or not updated or "step" not in state:
             return copy_into(out, param.detach())
         assert self.settings.undo is not None
         return copy_into(out, self.settings.undo(param, state, mixture.clock.lr).to(param.dtype))
@@ -27,12 +27,12 @@ class UndoHistory(History):
         clock: DeviceClock,
         *,
         n: int | None = None,
-        moved: Tensor | None = None,
+        updated: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
         if n == 0 or "step" not in state:
             return copy_into(out, param.detach())
         assert self.settings.undo is not None
         before = self.settings.undo(param, state, clock.lr)
-        began = clock.t > 0 if moved is None else (clock.t > 0) & (moved > 0)
+        began = clock.t > 0 if updated is None else (clock.t > 0) & (updated > 0)
         return copy_into(out, torch.where(began, before, state.get("master", param)).to(param.dtype))

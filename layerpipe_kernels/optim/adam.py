@@ -148,14 +148,14 @@ class Adam(FusedOptimizer):
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         return names if group["amsgrad"] else names[:2]
 
-    def _counts(self, group: Group, told: bool) -> bool:
+    def _counts(self, group: Group, on_device: bool) -> bool:
         return True
 
 
 def _check_tensors(
     lr: float | Tensor, betas: tuple[float | Tensor, float | Tensor], foreach: bool | None, capturable: bool
 ) -> None:
-    """Which hyperparameters may be tensors, as in torch."""
+    """Refuse tensors where torch does."""
     separate = foreach and not capturable
     if isinstance(lr, Tensor) and separate:
         raise ValueError("lr as a Tensor is not supported for capturable=False and foreach=True")

@@ -15,7 +15,7 @@ _LARGE = 1 << 15
 
 
 class Kept(NamedTuple):
-    """Which arrays a group's options ask for, by their names in a parameter's state."""
+    """The arrays that a group's options ask for, by their names in a parameter's state."""
 
     states: tuple[str, ...]  # the optimizer's own, in the kernels' order
     emas: int

@@ -1,4 +1,4 @@
-"""What our optimizers share: a history per parameter group and a clock that counts its updates."""
+"""The base of all optimizers here: a history per parameter group and a clock that counts its updates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from layerpipe_kernels import history, layout
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.optim import checkpoint
 from layerpipe_kernels.optim.checkpoint import CLOCK, GROUP_STATE, HISTORY_KEYS
-from layerpipe_kernels.optim.no_gradient import StillParameters
+from layerpipe_kernels.optim.no_gradient import ParametersWithoutGrad
 from layerpipe_kernels.optim.options import (
     DESIGNED_BY,
     PAST_DEFAULTS,
@@ -29,7 +29,7 @@ from layerpipe_kernels.optim.prediction import PredictedWeights, check_predictio
 _OF_EVERY_STEP = ("params", "lr", *GROUP_STATE)
 
 
-class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
+class PastOptimizer(ParametersWithoutGrad, PredictedWeights, torch.optim.Optimizer):
     """A :class:`torch.optim.Optimizer` whose step also keeps what past weights are made of.
 
     Every parameter group has a clock, ``group["updates"]``: the number of updates since the delays began to fill. All
@@ -46,9 +46,9 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
     has_momentum_of_updates: ClassVar[bool] = False
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        self._still: set[Tensor] = set()  # parameters without a gradient in the last step
+        self._without_grad: set[Tensor] = set()  # parameters without a gradient in the last step
         self._fresh: set[Tensor] = set()  # parameters whose momentum buffer holds nothing yet
-        self._moved: dict[Tensor, Tensor] = {}
+        self._updated: dict[Tensor, Tensor] = {}
         super().__init__(params, defaults)
         self._reset_caches()
 
@@ -64,12 +64,18 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         self._norms: dict[int, Norms] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "still": [*self._still], "fresh": [*self._fresh], "moved": {**self._moved}}
+        return {
+            **super().__getstate__(),
+            "without_grad": [*self._without_grad],
+            "fresh": [*self._fresh],
+            "updated": {**self._updated},
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        marks = {key: state.get(key, ()) for key in ("still", "fresh", "moved")}
+        marks = ("without_grad", "fresh", "updated")
         super().__setstate__({key: value for key, value in state.items() if key not in marks})
-        self._still, self._fresh, self._moved = set(marks["still"]), set(marks["fresh"]), dict(marks["moved"])
+        self._without_grad, self._fresh = set(state.get("without_grad", ())), set(state.get("fresh", ()))
+        self._updated = dict(state.get("updated", ()))
         for group in self.param_groups:
             for key, value in {**PAST_DEFAULTS, **GROUP_STATE}.items():
                 group.setdefault(key, value)
@@ -105,7 +111,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         """
         for index, group in enumerate(self.param_groups):
             options = {name: value for name, value in group.items() if name not in _OF_EVERY_STEP}
-            with contextlib.suppress(Exception):  # whatever cannot be compared, has changed
+            with contextlib.suppress(Exception):  # what cannot be compared counts as changed
                 if self._checked[index] == options:
                     continue
             if gone := [name for name in self._needed if name not in group]:
@@ -122,14 +128,14 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         return settings_of(group)
 
     def name(self, group: Group, i: int) -> str:
-        """How messages call a group's ``i``-th parameter."""
+        """Returns the name of a group's ``i``-th parameter in messages."""
         if "param_names" in group:
             return repr(group["param_names"][i])
         at = next((k for k, g in enumerate(self.param_groups) if g is group), len(self.param_groups))
         return f"param_groups[{at}]['params'][{i}]"
 
     def history(self, group: Group) -> history.History | None:
-        """How this group has its past weights; ``None`` for a delay of 0."""
+        """Returns the estimator of a group's past weights; ``None`` for a delay of 0."""
         if not group["delay"]:
             return None
         # A schedule may move the momentum in every step. A blend for the first one stays near, and its averages valid.
@@ -146,13 +152,13 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, and in every parameter's state what its past weights are made of."""
         params = [p for group in self.param_groups for p in group["params"]]
-        still = {p for p in self._still if p not in self._moved}
-        still.update(p for p, moved in self._moved.items() if not moved)
+        without_grad = {p for p in self._without_grad if p not in self._updated}
+        without_grad.update(p for p, updated in self._updated.items() if not updated)
         packed = checkpoint.without_unmoved(super().state_dict(), list(map(self._keeps_state, self.param_groups)))
-        return checkpoint.without_functions(checkpoint.mark(packed, params, still, self._fresh))
+        return checkpoint.without_functions(checkpoint.mark(packed, params, without_grad, self._fresh))
 
     def _keeps_state(self, group: Group) -> bool:
-        """Whether a step gives the group's parameters state of the optimizer's own, besides their past."""
+        """Returns whether a step gives the group's parameters state of the optimizer's own, besides their past."""
         return True
 
     @torch.no_grad()
@@ -176,7 +182,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
             last.remove()
         state_dict = taken
         states = checkpoint.by_parameter(self.state)
-        self._still = {param for param, state in states if state.pop(checkpoint.STILL, False)}
+        self._without_grad = {param for param, state in states if state.pop(checkpoint.NOT_UPDATED, False)}
         checkpoint.restore_precision(self.param_groups, self.state, state_dict)
         for param, _ in states:
             self._aligned_state(param)
@@ -247,7 +253,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
-        result = past.past(param, state, mixture, moved=param not in self._still, out=out)
+        result = past.past(param, state, mixture, updated=param not in self._without_grad, out=out)
         if norms is not None:
             norms.match([result], [state], t, n=mixture.n)
         return result
@@ -264,8 +270,8 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
         norms = self._norms_of(group)
         if norms is not None and out is None:
             out = torch.empty_like(param, requires_grad=False)
-        moved = self._moved_on_device(param, clock)
-        result = past.past_on_device(param, state, clock, n=n, moved=moved, out=out)
+        updated = self._updated_on_device(param, clock)
+        result = past.past_on_device(param, state, clock, n=n, updated=updated, out=out)
         if norms is not None:
             norms.match([result], [state], clock, n=n)
         return result
@@ -293,7 +299,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
             return self._past(param, torch.empty_like(param, requires_grad=False), n)
         if layout.follows(out, param) and not out.is_neg():
             self._past(param, out, n)
-            torch.autograd.graph.increment_version(out)  # somebody's graph may have saved it
+            torch.autograd.graph.increment_version(out)  # a graph may have saved it for its backward
         else:
             history.copy_into(out, self._past(param, None, n))
         return out
@@ -331,7 +337,7 @@ class PastOptimizer(StillParameters, PredictedWeights, torch.optim.Optimizer):
 
     @torch.no_grad()
     def weights_loaded(self) -> None:
-        """Take the parameters' values over from whoever has replaced them; their past, :meth:`restart_history` forgets.
+        """Take over values that have been written to the parameters; :meth:`restart_history` forgets their past.
 
         A float32 master that does not round to its weight is of the weights before, and the next step would bring them
         back. Not needed where the optimizer's state is loaded, too. Where weights are predicted, those there now are

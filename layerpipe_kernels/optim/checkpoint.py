@@ -35,7 +35,7 @@ FULL_PRECISION = (
     *PRECONDITIONER,
 )
 
-#: State that may be of 16 bits if somebody asks for it.
+#: State that an option may have in 16 bits.
 _MAY_BE_NARROW = ("ema", *PRECONDITIONER)
 
 #: A group's place in time, and the correlation of updates that its averages were designed for: SGD's momentum or Adam's
@@ -48,7 +48,7 @@ CLOCK: dict[str, Any] = {"updates": 0, "last_lr": 0.0, "designed_for": None}
 GROUP_STATE: dict[str, Any] = {**CLOCK, "staleness": None, "horizon": 0.0, "horizon_at": None, "train_mode": True}
 
 #: In a checkpoint: the last update did not reach this parameter, so its momentum buffer is not the newest update.
-STILL = "still"
+NOT_UPDATED = "not_updated"
 
 
 def by_parameter(state: Mapping[Any, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
@@ -76,7 +76,7 @@ def without_unmoved(packed: StateDict, keeps_state: list[bool]) -> StateDict:
     return {**packed, "state": state}
 
 
-def mark(packed: StateDict, params: list[Tensor], still: set[Tensor], fresh: set[Tensor]) -> StateDict:
+def mark(packed: StateDict, params: list[Tensor], without_grad: set[Tensor], fresh: set[Tensor]) -> StateDict:
     """A state_dict with what is known beside the arrays, in torch's terms: an empty momentum buffer is ``None``."""
     indices = [index for group in packed["param_groups"] for index in group["params"]]
     state = dict(packed["state"])
@@ -84,8 +84,8 @@ def mark(packed: StateDict, params: list[Tensor], still: set[Tensor], fresh: set
         entry = state.get(index)
         if not entry or "momentum_buffer" not in entry:
             continue
-        if param in still:
-            state[index] = {**entry, STILL: True}
+        if param in without_grad:
+            state[index] = {**entry, NOT_UPDATED: True}
         if param in fresh:
             state[index] = {**state[index], "momentum_buffer": None}
     return {**packed, "state": state}

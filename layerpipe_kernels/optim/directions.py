@@ -28,23 +28,23 @@ class AdamArrays(NamedTuple):
 
 
 class AdamDirections:
-    """``d = scale ((1 - b) mhat + b g) / (sqrt(qhat) + eps)`` written into ``rooms``.
+    """``d = scale ((1 - b) mhat + b g) / (sqrt(qhat) + eps)`` written into ``outputs``.
 
     Args:
-        rooms: ``(*)`` each, in float32 or float64.
+        outputs: ``(*)`` each, in float32 or float64.
         arrays: theirs.
         names: of the parameters, for messages.
         kind: of the backend.
     """
 
-    def __init__(self, rooms: Sequence[Tensor], arrays: AdamArrays, names: Sequence[str], kind: str) -> None:
-        self._rooms, self._arrays, self._kind = list(rooms), arrays.all(), kind
-        plan_arrays = Arrays(rooms, (arrays.exp_avgs, arrays.exp_avg_sqs), counts=arrays.counts)
-        self._plan = StepPlan("adam_direction", plan_arrays, names=names, backend=backend.choose(rooms[0], kind))
+    def __init__(self, outputs: Sequence[Tensor], arrays: AdamArrays, names: Sequence[str], kind: str) -> None:
+        self._outputs, self._arrays, self._kind = list(outputs), arrays.all(), kind
+        plan_arrays = Arrays(outputs, (arrays.exp_avgs, arrays.exp_avg_sqs), counts=arrays.counts)
+        self._plan = StepPlan("adam_direction", plan_arrays, names=names, backend=backend.choose(outputs[0], kind))
 
-    def fits(self, rooms: Sequence[Tensor], arrays: AdamArrays, kind: str) -> bool:
-        """Whether it was made of these tensors."""
-        made, now = (*self._rooms, *self._arrays), (*rooms, *arrays.all())
+    def fits(self, outputs: Sequence[Tensor], arrays: AdamArrays, kind: str) -> bool:
+        """Returns whether it was made of these tensors."""
+        made, now = (*self._outputs, *self._arrays), (*outputs, *arrays.all())
         return kind == self._kind and len(made) == len(now) and all(map(operator.is_, made, now))
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What SGD and Adam share: one fused step per parameter group, from a plan that is kept from step to step."""
+"""The base of optimizers with one fused step per parameter group, from a plan that is kept from step to step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from layerpipe_kernels.optim.base import PastOptimizer
 from layerpipe_kernels.optim.options import Group, past_of, refuse_capture, scalar_on
 from layerpipe_kernels.optim.prediction import horizon_of, keep_horizon_on_device, predicts
 from layerpipe_kernels.optim.routine import PastMaker, Routine
-from layerpipe_kernels.options import NO_PAST, Moment, Options
+from layerpipe_kernels.options import NO_PAST, Options, StepArguments
 from layerpipe_kernels.plan import Arrays, StepPlan
 
 _empty_like = torch.empty_like
@@ -30,13 +30,13 @@ class _Ready(NamedTuple):
 
     kept: Kept
     plan: StepPlan
-    moving: list[Tensor]  # parameters with a gradient
-    still: list[Tensor]  # parameters without
+    with_grad: list[Tensor]  # parameters with a gradient
+    without_grad: list[Tensor]  # parameters without
     collector: Any  # gathers the gradients for compiled kernels; None for other backends
 
 
 class _Found(NamedTuple):
-    """What a step of a group needs besides its options."""
+    """The inputs of a group's step besides its options."""
 
     past: History | None
     ready: _Ready | None  # None where no parameter has a gradient
@@ -52,22 +52,22 @@ class FusedOptimizer(PastOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Told by torch.amp.GradScaler, in attributes ``grad_scale`` and ``found_inf``, it unscales gradients itself
-        and skips an update that overflowed, both on the device; with ``fused=False`` the scaler does that."""
+        """True if a :class:`torch.amp.GradScaler` hands over ``grad_scale`` and ``found_inf``, by which the step
+        unscales gradients and skips an update that overflowed on the device; with ``fused=False`` the scaler does."""
         return self.defaults.get("fused") is not False
 
     @abstractmethod
     def _options(self, group: Group) -> Options:
-        """The group's hyperparameters as the kernels take them; those that would spoil the weights are refused."""
+        """Returns the group's hyperparameters as the kernels take them; refuses those that would spoil the weights."""
 
     @abstractmethod
     def _states(self, group: Group) -> tuple[str, ...]:
-        """The names of the optimizer's own arrays, in the kernels' order."""
+        """Returns the names of the optimizer's own arrays, in the kernels' order."""
 
     @abstractmethod
-    def _counts(self, group: Group, told: bool) -> bool:
-        """Whether each parameter counts its own steps, under torch's name ``step``; ``told`` if only the device knows
-        whether there is one."""
+    def _counts(self, group: Group, on_device: bool) -> bool:
+        """Returns whether each parameter counts its own steps, under torch's name ``step``; ``on_device`` if only the
+        device knows whether there is one."""
 
     def _keeps_state(self, group: Group) -> bool:
         return bool(self._states(group))
@@ -79,10 +79,10 @@ class FusedOptimizer(PastOptimizer):
         self._past_makers: dict[int, PastMaker] = {}  # by the parameter's id, which is cheaper to hash
 
     def tables(self) -> list[object]:
-        """What steps and past weights read besides weights and their state. A graph that captured them reads it at
+        """Returns what steps and past weights read besides weights and their state. A captured graph reads it at
         every replay and does not keep it; the optimizer may drop it when a group or a state changes."""
         horizons = [group["horizon_at"] for group in self.param_groups]
-        kept = (self._ready_groups, self._clocks, self._norms, self._moved)
+        kept = (self._ready_groups, self._clocks, self._norms, self._updated)
         return [*(table for tables in kept for table in tables.values()), *horizons]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -100,7 +100,7 @@ class FusedOptimizer(PastOptimizer):
         return self._step(closure)
 
     # torch wraps every optimizer's step for its profiler and hooks, at the price of a small step; this one calls that
-    # wrapper when somebody looks.
+    # wrapper when there are hooks or a profiler.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _watched(self) -> bool:
@@ -142,7 +142,7 @@ class FusedOptimizer(PastOptimizer):
         return loss
 
     def _step_as_before(self) -> bool:
-        """Step by routine; false, with nothing written, where something has changed in a group."""
+        """Step by routine, if nothing has changed in any group; else return false, with nothing written."""
         routines, state = self._routines, self.state
         if len(routines) != len(self.param_groups):
             return False
@@ -172,7 +172,7 @@ class FusedOptimizer(PastOptimizer):
         if (old := self._routines.pop(index, None)) is not None:
             for maker in old.makers:
                 self._past_makers.pop(id(maker.param), None)
-        if ready is None or ready.collector is None or ready.still or not Routine.possible(group, past):
+        if ready is None or ready.collector is None or ready.without_grad or not Routine.possible(group, past):
             return
         if before != group["horizon"]:
             return  # the next step begins with what this one has predicted
@@ -194,10 +194,10 @@ class FusedOptimizer(PastOptimizer):
         if not params:
             return
         device = params[0].device
-        scale, found_inf = (None if told is None else scalar_on(told, device) for told in (scale, found_inf))
+        scale, found_inf = (None if value is None else scalar_on(value, device) for value in (scale, found_inf))
         past, ready, grads, before = found
         clock = self.device_clock(group)
-        moving, still = (ready.moving, ready.still) if ready is not None else ([], params)
+        with_grad, without_grad = (ready.with_grad, ready.without_grad) if ready is not None else ([], params)
         norms = self._norms_of(group)
         at = clock if clock is not None else group["updates"]
         if past is not None and past.needs_states:
@@ -205,19 +205,19 @@ class FusedOptimizer(PastOptimizer):
         if norms is not None:
             norms.record(params, at, found_inf)
         horizon_at = group["horizon_at"]
-        if still:
-            self._unpredict(still, before if horizon_at is None else horizon_at, found_inf)
+        if without_grad:
+            self._unpredict(without_grad, before if horizon_at is None else horizon_at, found_inf)
         if ready is not None:
-            first = [p in self._fresh for p in moving] if self._fresh else ()
+            first = [p in self._fresh for p in with_grad] if self._fresh else ()
             design = past.design if past is not None else NO_PAST
             t, counted = (0, clock.t) if clock is not None else (group["updates"] + 1, None)
-            moment = Moment(t, counted, scale, found_inf, group["horizon"], before, horizon_at)
-            ready.plan.step(grads, options, design, moment, first)
+            args = StepArguments(t, counted, scale, found_inf, group["horizon"], before, horizon_at)
+            ready.plan.step(grads, options, design, args, first)
             if self._fresh:
-                self._fresh.difference_update(moving)
+                self._fresh.difference_update(with_grad)
         if clock is not None:
             clock.tick(options.lr, found_inf, counted=ready is not None)
-            self._mark_moved(moving, still, clock, found_inf)
+            self._mark_updated(with_grad, without_grad, clock, found_inf)
         else:
             lr = options.lr
             if past is not None and isinstance(lr, Tensor):
@@ -227,21 +227,21 @@ class FusedOptimizer(PastOptimizer):
         if past is None:
             return
         if clock is None:
-            self._mark_still(moving, still)
-        self._age(still, past, clock or Clock(group["updates"], float(options.lr)), found_inf)
+            self._mark_without_grad(with_grad, without_grad)
+        self._age(without_grad, past, clock or Clock(group["updates"], float(options.lr)), found_inf)
         if norms is not None and past_of(group).materialize:
             states = [self.state[p] for p in params if "past" in self.state[p]]
             norms.match([state["past"] for state in states], states, clock or group["updates"], found_inf)
 
-    def _find_arrays(self, index: int, group: Group, told: bool) -> _Found:
-        """What a step needs, its plan made anew where an array has moved. Refuses what cannot be stepped.
+    def _find_arrays(self, index: int, group: Group, on_device: bool) -> _Found:
+        """Returns the inputs of a step, with a new plan where an array has moved. Refuses what cannot be stepped.
 
         Args:
             index: of the group.
             group: one of the optimizer's.
-            told: whether only the device knows whether there is an update.
+            on_device: whether only the device knows whether there is an update.
         """
-        if told and group["params"]:
+        if on_device and group["params"]:
             keep_horizon_on_device(group)
         previous, before = predicts(group), group["horizon"]
         group["horizon"] = horizon_of(group)
@@ -255,7 +255,7 @@ class FusedOptimizer(PastOptimizer):
         ):
             group["designed_for"] = None
             past = self.history(group)
-        if told and past is not None:
+        if on_device and past is not None:
             self._keep_clock_on_device(group)
         elif past is not None and params[0].device.type == "cuda" and not isinstance(group["updates"], Tensor):
             refuse_capture()
@@ -264,7 +264,7 @@ class FusedOptimizer(PastOptimizer):
             past.emas if past is not None else 0,
             past is not None and past_of(group).materialize,
             group["master_weights"] and reference.state_dtype(params[0].dtype) != params[0].dtype,
-            self._counts(group, told),
+            self._counts(group, on_device),
             previous,
         )
         ready = self._ready_groups.get(index)
@@ -274,55 +274,55 @@ class FusedOptimizer(PastOptimizer):
             assert isinstance(ready.plan.runner, native.NativeRunner)
             if ready.collector.collect(ready.plan.runner.plan, params, self.state):
                 return _Found(past, ready, (), before)
-        moving = [p for p in params if p.grad is not None]
-        if not moving:
+        with_grad = [p for p in params if p.grad is not None]
+        if not with_grad:
             return _Found(past, None, (), before)
-        if ready is None or not self._unchanged(ready, moving):
-            ready = self._ready_groups[index] = self._prepare(group, kept, moving)
-        return _Found(past, ready, self._grads(ready, moving), before)
+        if ready is None or not self._unchanged(ready, with_grad):
+            ready = self._ready_groups[index] = self._prepare(group, kept, with_grad)
+        return _Found(past, ready, self._grads(ready, with_grad), before)
 
-    def _grads(self, ready: _Ready, moving: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The gradients of these, checked, as the plan takes them."""
-        return ready.plan.check_grads([p.grad for p in moving if p.grad is not None])
+    def _grads(self, ready: _Ready, with_grad: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Returns the gradients of these, checked, as the plan takes them."""
+        return ready.plan.check_grads([p.grad for p in with_grad if p.grad is not None])
 
     def _grad_dtype(self, param: Tensor) -> torch.dtype | None:
-        """Of what the plan takes as a parameter's gradient."""
+        """Returns the dtype of what the plan takes as a parameter's gradient."""
         return param.grad.dtype if param.grad is not None else None
 
-    def _unchanged(self, ready: _Ready, moving: Sequence[Tensor]) -> bool:
-        if len(moving) != len(ready.moving) or not all(map(operator.is_, moving, ready.moving)):
+    def _unchanged(self, ready: _Ready, with_grad: Sequence[Tensor]) -> bool:
+        if len(with_grad) != len(ready.with_grad) or not all(map(operator.is_, with_grad, ready.with_grad)):
             return False
-        if self._grad_dtype(moving[0]) != ready.plan.grad_dtype:
+        if self._grad_dtype(with_grad[0]) != ready.plan.grad_dtype:
             return False
-        arrays = [self.state[p].get(key) for key in ready.kept.names() for p in moving]
+        arrays = [self.state[p].get(key) for key in ready.kept.names() for p in with_grad]
         if any(array is None for array in arrays):
-            return False  # somebody took an array away, as torch's checkpoints have an empty one: begin it anew
-        return ready.plan.fits([*moving, *arrays])
+            return False  # an array is gone, as torch's checkpoints have an empty one: begin it anew
+        return ready.plan.fits([*with_grad, *arrays])
 
     @torch.no_grad()
-    def _prepare(self, group: Group, kept: Kept, moving: list[Tensor]) -> _Ready:
+    def _prepare(self, group: Group, kept: Kept, with_grad: list[Tensor]) -> _Ready:
         params = list(group["params"])
-        states = [complete(self.state[p], p, kept, past_of(group).dtype, self._fresh) for p in moving]
+        states = [complete(self.state[p], p, kept, past_of(group).dtype, self._fresh) for p in with_grad]
         arrays = Arrays(
-            moving,
+            with_grad,
             tuple([state[name] for state in states] for name in kept.states),
             *([state[key] for state in states] if wanted else [] for key, wanted in (
                 ("ema", kept.emas), ("past", kept.past), ("master", kept.master), ("step", kept.counts),
                 ("previous_update", kept.previous))),
         )  # fmt: skip
-        chosen = backend.choose(moving[0], group["backend"])
+        chosen = backend.choose(with_grad[0], group["backend"])
         plan = StepPlan(
             self.rule,
             arrays,
             names=[self.name(group, i) for i, p in enumerate(params) if p.grad is not None],
             backend=chosen,
-            grad_dtype=self._grad_dtype(moving[0]),
+            grad_dtype=self._grad_dtype(with_grad[0]),
         )
         collector = None
         if self.collects and chosen in ("cpp", "cuda"):
             flags = [p.grad is not None for p in params]
             collector = backend.extension().Collector(params, flags, self.state, kept.names(), native.EXCHANGE)
-        return _Ready(kept, plan, moving, [p for p in params if p.grad is None], collector)
+        return _Ready(kept, plan, with_grad, [p for p in params if p.grad is None], collector)
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler here and now, which takes seconds

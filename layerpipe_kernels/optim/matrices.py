@@ -1,4 +1,4 @@
-"""Which parameters an optimizer for matrices preconditions, and which step with Adam."""
+"""The rule by which an optimizer for matrices preconditions a parameter or steps it with Adam."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sides(param: Tensor) -> tuple[int, int]:
 
 
 def is_preconditioned(group: Group, i: int) -> bool:
-    """Whether a group's ``i``-th parameter is stepped as a matrix.
+    """Returns whether a group's ``i``-th parameter is stepped as a matrix.
 
     It has two sides of more than one element; and where the group's ``precondition`` is ``None``, neither a mark
     (:func:`mark_embeddings_and_output`) nor a name says that it is an embedding or the output layer.

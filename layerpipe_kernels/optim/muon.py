@@ -141,9 +141,9 @@ class Muon(PreconditionedOptimizer):
         of_buffer = (1 - newest_share(group, mu)) * (mu if group["nesterov"] else 1.0)
         blended = buffer if of_buffer == 1.0 else torch.lerp(grads, buffer, of_buffer, out=out)
         wide = rows <= cols
-        room = self._scratch("orthogonal", out, len(out), min(rows, cols), max(rows, cols), dtype=group["ns_dtype"])
-        room.copy_(blended if wide else blended.mT)
-        made = newton_schulz(room, group["ns_coefficients"], group["ns_steps"], group["eps"], self._scratch)
+        matrices = self._scratch("orthogonal", out, len(out), min(rows, cols), max(rows, cols), dtype=group["ns_dtype"])
+        matrices.copy_(blended if wide else blended.mT)
+        made = newton_schulz(matrices, group["ns_coefficients"], group["ns_steps"], group["eps"], self._scratch)
         out.copy_(made if wide else made.mT).mul_(_adjusted(group["adjust_lr_fn"], rows, cols))
 
 
@@ -176,7 +176,7 @@ def newton_schulz(
 
 
 def _adjusted(rule: str | None, rows: int, cols: int) -> float:
-    """What the learning rate of a matrix is multiplied with, by torch's names."""
+    """Returns the factor of a matrix's learning rate, by torch's names."""
     if rule == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, cols))
     ratio = rows / cols

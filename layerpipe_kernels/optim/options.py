@@ -68,6 +68,7 @@ def beta1_at(group: Group, staleness: float) -> float:
 
 
 def averages_gradients(group: Group) -> bool:
+    """Returns whether past weights are made of an EMA of gradients."""
     past = past_of(group)
     return isinstance(past, EMA) and past.of == "gradient"
 
@@ -99,7 +100,7 @@ def check_past(group: Group, names: Sequence[str]) -> None:
 
 
 def settings_of(group: Group) -> history.Settings:
-    """What a group's history is made with: for the correlation that its averages were designed for, if they were."""
+    """Returns the settings of a group's history, with the correlation that its averages are designed for."""
     momentum, correlation = group.get("momentum", 0.0), group.get("designed_for")
     if correlation is None:
         correlation = beta1_at(group, group["delay"]) if group.get("betas") else float(momentum)
@@ -117,7 +118,7 @@ def settings_of(group: Group) -> history.Settings:
 
 
 def check_flags(foreach: bool | None, fused: bool | None, differentiable: bool, name: str) -> None:
-    """torch's ways to compute a step: every step here is fused, and none is differentiable.
+    """Check torch's choice of implementations: every step here is fused, and none is differentiable.
 
     Raises:
         RuntimeError: ``fused`` beside ``foreach`` or ``differentiable``, as in torch.
@@ -132,7 +133,7 @@ def check_flags(foreach: bool | None, fused: bool | None, differentiable: bool, 
 
 
 def check_learning_rate(group: Group) -> None:
-    """As torch does, and a NaN; one that only a device knows is taken as it is."""
+    """Refuse what torch refuses, and a NaN; a tensor on a device is not read."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
@@ -174,7 +175,7 @@ def check_adam_group(group: Group) -> None:
 
 
 def learning_rate(group: Group) -> float | Tensor:
-    """A number, or the tensor itself where it lies beside the weights and looking at it would wait for them."""
+    """Returns a number, or the tensor itself where it is on the weights' device and reading it would wait for that."""
     lr = group["lr"]
     if not isinstance(lr, Tensor):
         return float(lr)

@@ -1,4 +1,4 @@
-"""What SOAP and Muon share: matrices in stacks of one shape, Adam for everything else, one update for both."""
+"""The base of SOAP and Muon: matrices in stacks of one shape, Adam for everything else, one update for both."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _ADAM = ("exp_avg", "exp_avg_sq", "step")
 class _Parts(NamedTuple):
     """A group's parameters with a gradient, by how they are stepped; indices are places among them."""
 
-    moving: list[Tensor]
+    with_grad: list[Tensor]
     options: tuple[Any, ...]
     matrices: list[list[int]]  # of one shape each
     others: list[int]
     places: list[float]  # of every parameter among the matrices, in [0, 1)
     outs: list[Tensor]  # of each of ``matrices``: its directions, (k, rows, cols)
-    rooms: list[Tensor]  # of every parameter's direction, in its order in memory: part of ``outs`` where that can be
+    directions: list[Tensor]  # of every parameter, in its order in memory: part of ``outs`` where that can be
     stacks: dict[int, Stack]  # of ``matrices``; made in the first step that needs them
 
 
@@ -60,7 +60,7 @@ class PreconditionedOptimizer(FusedOptimizer):
 
     @abstractmethod
     def _adam(self, group: Group) -> AdamOptions:
-        """Of parameters that are not preconditioned; ``lr`` is what their direction is multiplied with."""
+        """Returns Adam's options for parameters that are not preconditioned; ``lr`` multiplies their direction."""
 
     @abstractmethod
     def _stack(self, group: Group, params: list[Tensor], states: list[State]) -> Stack:
@@ -92,7 +92,7 @@ class PreconditionedOptimizer(FusedOptimizer):
     def _states(self, group: Group) -> tuple[str, ...]:
         return ()
 
-    def _counts(self, group: Group, told: bool) -> bool:
+    def _counts(self, group: Group, on_device: bool) -> bool:
         return False
 
     def _keeps_state(self, group: Group) -> bool:
@@ -108,103 +108,103 @@ class PreconditionedOptimizer(FusedOptimizer):
         return reference.state_dtype(param.dtype)
 
     def _refuse_capture(self, device: torch.device) -> None:
-        """Which bases are refreshed in a step is decided on the host."""
+        """Refuse a CUDA graph: the host decides which bases a step refreshes."""
         if device.type == "cuda":
             refuse_capture(f"a step of {type(self).__name__} cannot be captured in a CUDA graph")
 
-    def _find_arrays(self, index: int, group: Group, told: bool) -> Any:
+    def _find_arrays(self, index: int, group: Group, on_device: bool) -> Any:
         if group["params"]:
             self._refuse_capture(group["params"][0].device)
         for i, param in enumerate(group["params"]):
             if param.grad is not None:
                 self._check_gradient(group, i, param.grad)
-        return super()._find_arrays(index, group, told)
+        return super()._find_arrays(index, group, on_device)
 
-    def _grads(self, ready: Any, moving: Sequence[Tensor]) -> Sequence[Tensor]:
-        return [p.grad.resolve_neg() for p in moving if p.grad is not None]
+    def _grads(self, ready: Any, with_grad: Sequence[Tensor]) -> Sequence[Tensor]:
+        return [p.grad.resolve_neg() for p in with_grad if p.grad is not None]
 
     def _step_group(
         self, index: int, group: Group, options: Any, found: Any, scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         if found.ready is not None:
-            found = found._replace(grads=self._directions(index, group, found.ready.moving, found.grads))
+            found = found._replace(grads=self._directions(index, group, found.ready.with_grad, found.grads))
         super()._step_group(index, group, options, found, scale, found_inf)
 
     @torch.no_grad()
     def _directions(
-        self, index: int, group: Group, moving: Sequence[Tensor], grads: Sequence[Tensor]
+        self, index: int, group: Group, with_grad: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> Sequence[Tensor]:
-        """Of every parameter with a gradient, ``(*)`` in its order in memory."""
-        parts = self._parts(index, group, moving)
+        """Returns the direction of every parameter with a gradient, ``(*)`` in its order in memory."""
+        parts = self._parts(index, group, with_grad)
         if group["maximize"]:
             grads = torch._foreach_neg(list(grads))
         if parts.others:
             self._direct_others(index, group, parts, [grads[i] for i in parts.others])
         for place, indices in enumerate(parts.matrices):
             stack, out = self._stack_of(group, parts, place), parts.outs[place]
-            room = self._scratch("gradients", out, *out.shape)
+            gathered = self._scratch("gradients", out, *out.shape)
             places = [parts.places[i] for i in indices]
-            self._direct(group, stack, stacks.gather([grads[i] for i in indices], room), out, places)
+            self._direct(group, stack, stacks.gather([grads[i] for i in indices], gathered), out, places)
             for i, direction in zip(indices, out.unbind(0), strict=True):
-                if parts.rooms[i].data_ptr() != direction.data_ptr():
-                    parts.rooms[i].copy_(direction.view(parts.rooms[i].shape))
-        return parts.rooms
+                if parts.directions[i].data_ptr() != direction.data_ptr():
+                    parts.directions[i].copy_(direction.view(parts.directions[i].shape))
+        return parts.directions
 
     def _direct_others(self, index: int, group: Group, parts: _Parts, grads: list[Tensor]) -> None:
-        states = [self._adam_state(parts.moving[i]) for i in parts.others]
-        rooms = [parts.rooms[i] for i in parts.others]
+        states = [self._adam_state(parts.with_grad[i]) for i in parts.others]
+        directions = [parts.directions[i] for i in parts.others]
         arrays = AdamArrays(*([state[name] for state in states] for name in _ADAM))
         made = self._adam_of.get(index)
-        if made is None or not made.fits(rooms, arrays, group["backend"]):
+        if made is None or not made.fits(directions, arrays, group["backend"]):
             names = self._names(group, parts, parts.others)
-            made = self._adam_of[index] = AdamDirections(rooms, arrays, names, group["backend"])
-        made.write([g.to(r.dtype) for g, r in zip(grads, rooms, strict=True)], self._adam(group))
+            made = self._adam_of[index] = AdamDirections(directions, arrays, names, group["backend"])
+        made.write([g.to(r.dtype) for g, r in zip(grads, directions, strict=True)], self._adam(group))
 
     def _names(self, group: Group, parts: _Parts, indices: Sequence[int]) -> list[str]:
         places = {p: i for i, p in enumerate(group["params"])}
-        return [self.name(group, places[parts.moving[i]]) for i in indices]
+        return [self.name(group, places[parts.with_grad[i]]) for i in indices]
 
     def _stack_of(self, group: Group, parts: _Parts, place: int) -> Stack:
-        params = [parts.moving[i] for i in parts.matrices[place]]
+        params = [parts.with_grad[i] for i in parts.matrices[place]]
         states = [self.state[p] for p in params]
         stack = parts.stacks.get(place)
         if stack is None or not stack.fits(states):
             stack = parts.stacks[place] = self._stack(group, params, states)
         return stack
 
-    def _parts(self, index: int, group: Group, moving: Sequence[Tensor]) -> _Parts:
+    def _parts(self, index: int, group: Group, with_grad: Sequence[Tensor]) -> _Parts:
         options = tuple(map(group.get, self._parted_by))
         parts = self._parts_of.get(index)
-        if parts is not None and parts.options == options and len(parts.moving) == len(moving):
-            same = all(map(operator.is_, parts.moving, moving))
-            if same and all(map(layout.follows, parts.rooms, moving)):
+        if parts is not None and parts.options == options and len(parts.with_grad) == len(with_grad):
+            same = all(map(operator.is_, parts.with_grad, with_grad))
+            if same and all(map(layout.follows, parts.directions, with_grad)):
                 return parts
         places = {p: i for i, p in enumerate(group["params"])}
-        matrix = [self._is_matrix(group, places[p]) for p in moving]
+        matrix = [self._is_matrix(group, places[p]) for p in with_grad]
         chosen = [i for i, yes in enumerate(matrix) if yes]
-        matrices = [[chosen[i] for i in part] for part in stacks.split([moving[i] for i in chosen])]
-        rooms = dict[int, Tensor]()
+        matrices = [[chosen[i] for i in part] for part in stacks.split([with_grad[i] for i in chosen])]
+        directions = dict[int, Tensor]()
         outs = []
         for indices in matrices:
-            first = moving[indices[0]]
+            first = with_grad[indices[0]]
             out = torch.empty(
                 len(indices), *sides(first), dtype=reference.state_dtype(first.dtype), device=first.device
             )
             outs.append(out)
             for i, direction in zip(indices, out.unbind(0), strict=True):
-                if moving[i].is_contiguous():
-                    rooms[i] = direction.view(moving[i].shape)
-        for i, param in enumerate(moving):
-            if i not in rooms:
-                rooms[i] = torch.empty_like(param, dtype=reference.state_dtype(param.dtype), requires_grad=False)
+                if with_grad[i].is_contiguous():
+                    directions[i] = direction.view(with_grad[i].shape)
+        for i, param in enumerate(with_grad):
+            if i not in directions:
+                directions[i] = torch.empty_like(param, dtype=reference.state_dtype(param.dtype), requires_grad=False)
         parts = self._parts_of[index] = _Parts(
-            list(moving),
+            list(with_grad),
             options,
             matrices,
             [i for i, yes in enumerate(matrix) if not yes],
-            [sum(matrix[:i]) / max(1, len(chosen)) for i in range(len(moving))],
+            [sum(matrix[:i]) / max(1, len(chosen)) for i in range(len(with_grad))],
             outs,
-            [rooms[i] for i in range(len(moving))],
+            [directions[i] for i in range(len(with_grad))],
             {},
         )
         return parts

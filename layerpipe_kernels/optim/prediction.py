@@ -1,7 +1,7 @@
-"""Weight prediction and spike compensation: what an optimizer knows besides its step, whatever its rule is.
+"""Weight prediction and spike compensation, which every optimizer here has whatever its rule is.
 
 Parameters hold ``F = W - p u_``, ``p`` (the *horizon*) updates ahead of the weights ``W``, and ``previous_update`` in a
-parameter's state is the last update ``u_``. Training reads ``F``; evaluation and whoever saves weights want ``W``.
+parameter's state is the last update ``u_``. Training reads ``F``; evaluation and saved weights are ``W``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_staleness(staleness: float) -> None:
 
 
 def staleness_of(group: Group) -> float:
-    """How many updates late the group's gradients are: its delay, unless ``set_staleness`` has said otherwise."""
+    """Returns how many updates late the group's gradients are: its delay, unless ``set_staleness`` has set it."""
     staleness = group["staleness"]
     return float(group["delay"]) if staleness is None else float(staleness)
 
@@ -66,12 +66,12 @@ def beta1_of(group: Group) -> float:
 
 
 def horizon_of(group: Group) -> float:
-    """``p = h n``: by how many updates the next step predicts."""
+    """Returns ``p = h n``, by how many updates the next step predicts."""
     return float(group["weight_prediction"]) * staleness_of(group)
 
 
 def newest_share(group: Group, beta: float) -> float:
-    """``b = 1 - beta**(c n)``: the newest gradient's share in the direction, beside an average of decay ``beta``."""
+    """Returns ``b = 1 - beta**(c n)``, the newest gradient's share beside an average of decay ``beta``."""
     exponent = float(group["spike_compensation"]) * staleness_of(group)
     if not exponent or not beta:
         return 1.0 if exponent else 0.0
@@ -79,7 +79,7 @@ def newest_share(group: Group, beta: float) -> float:
 
 
 def predicts(group: Group) -> bool:
-    """Whether the next step needs the last update: it predicts, or begins with predicted weights."""
+    """Returns whether the next step needs the last update: it predicts, or begins with predicted weights."""
     return bool(horizon_of(group) or group["horizon"] or group["horizon_at"] is not None)
 
 
@@ -127,7 +127,7 @@ class PredictedWeights:
 
     @property
     def training(self) -> bool:
-        """Whether the parameters are those to train with, and :meth:`step` may be called."""
+        """True while the parameters are those to train with, and :meth:`step` may be called."""
         return all(group["train_mode"] for group in self.param_groups)
 
     @torch.no_grad()
@@ -150,7 +150,7 @@ class PredictedWeights:
     def train(self, mode: bool = True) -> None:
         """Bring the predicted weights back into the parameters, bit for bit what :meth:`eval` found there.
 
-        A parameter that somebody has written to in the meantime is taken as it is for ``W``, and nothing is predicted
+        A parameter that has been written to in the meantime is taken as it is for ``W``, and nothing is predicted
         for it before its next update.
 
         Args:

@@ -1,8 +1,8 @@
 """A step like the one before it: nothing is new but the gradients, the learning rate and the clock.
 
-Looking at every option and every array again takes longer than the step of a small layer. A routine remembers how a
-group was when everything was looked at; the compiled kernels say whether it still is so, and make the step and past
-weights, in one call each.
+Checking every option and every array again takes longer than the step of a small layer. A routine keeps a group's
+options and arrays from when all were checked; the compiled kernels compare them, and make the step and past weights in
+one call each.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MOVING = ("lr", "updates", "last_lr", "params")
 
 
 class PastMaker(NamedTuple):
-    """Of one parameter: ``write(i, out)`` its past into a tensor like ``like``, or nothing where it has moved."""
+    """One parameter: ``write(i, out)`` writes its past into a tensor like ``like``, or returns false if arrays changed."""
 
     param: Tensor
     like: Tensor  # of its shape, and cheaper to look at
@@ -86,7 +86,7 @@ class Routine:
 
     @staticmethod
     def possible(group: Group, past: History | None) -> bool:
-        """Whether nothing besides the plan takes part in the group's step."""
+        """Returns whether nothing besides the plan takes part in the group's step."""
         return (
             type(group["updates"]) is int
             and (past is None or not past.needs_states)

@@ -121,6 +121,6 @@ class SGD(FusedOptimizer):
     def _states(self, group: Group) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _counts(self, group: Group, told: bool) -> bool:
+    def _counts(self, group: Group, on_device: bool) -> bool:
         # An empty buffer begins with the whole gradient. Without dampening, zeros do that by themselves.
-        return bool(told and group["momentum"] and group["dampening"])
+        return bool(on_device and group["momentum"] and group["dampening"])

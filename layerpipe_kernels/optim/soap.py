@@ -163,13 +163,13 @@ class SOAP(PreconditionedOptimizer):
 
     def _stepped(self, group: Group, stack: Stack, turned: Tensor) -> Tensor:
         """Adam's directions in the turned basis, in memory that the next stack uses, too."""
-        rooms = self._scratch("stepped", turned, *turned.shape)
-        if stack.adam is None or stack.adam[0] is not rooms:
-            names = [f"matrix {i} of a stack" for i in range(len(rooms))]
+        outputs = self._scratch("stepped", turned, *turned.shape)
+        if stack.adam is None or stack.adam[0] is not outputs:
+            names = [f"matrix {i} of a stack" for i in range(len(outputs))]
             arrays = AdamArrays(*map(stack.views, _ADAM))
-            stack.adam = rooms, AdamDirections(list(rooms.unbind(0)), arrays, names, group["backend"])
+            stack.adam = outputs, AdamDirections(list(outputs.unbind(0)), arrays, names, group["backend"])
         stack.adam[1].write(list(turned.unbind(0)), self._adam(group))
-        return rooms
+        return outputs
 
     def _factors(self, matrices: Tensor, stack: Stack) -> Tensor:
         """In the dtype of the preconditioner."""
@@ -207,7 +207,7 @@ class SOAP(PreconditionedOptimizer):
 
 
 def _turned(group: Group, rows: int, cols: int) -> tuple[bool, bool]:
-    """Whether the rows of a matrix are turned, and whether its columns are."""
+    """Returns whether the rows of a matrix are turned, and whether its columns are."""
     left, right = (n <= group["max_precond_dim"] for n in (rows, cols))
     one_sided = group["one_sided"]
     if left and right and (max(rows, cols) > _LONG if one_sided is None else one_sided):

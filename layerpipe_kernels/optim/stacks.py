@@ -22,7 +22,7 @@ _ELEMENTS_ELSEWHERE = 1 << 24
 
 
 class Array(NamedTuple):
-    """What a parameter's state holds under a name."""
+    """Shape and dtype of what a parameter's state holds under a name."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -31,8 +31,8 @@ class Array(NamedTuple):
 class Stack:
     """State of ``k`` matrices of one shape: ``(k, *)`` per name.
 
-    Every parameter's state holds views of the stack: a checkpoint has them as it has other state, and whoever replaces
-    one makes :meth:`fits` false.
+    Every parameter's state holds views of the stack: a checkpoint has them as it has other state, and replacing one
+    makes :meth:`fits` false.
 
     Args:
         device: of the parameters.
@@ -58,7 +58,7 @@ class Stack:
         return self.arrays[name]
 
     def fits(self, states: Sequence[State]) -> bool:
-        """Whether these states hold what is stacked here."""
+        """Returns whether these states hold what is stacked here."""
         return (
             len(states) == len(self.states)
             and all(map(operator.is_, states, self.states))
@@ -66,16 +66,16 @@ class Stack:
         )
 
     def views(self, name: str) -> list[Tensor]:
-        """What every state holds, the same objects each time."""
+        """Returns the views that the states hold, the same objects each time."""
         return [view for _, held, view in self._held if held == name]
 
 
-def gather(grads: Sequence[Tensor], room: Tensor) -> Tensor:
-    """Gradients as ``(k, rows, cols)``: copied into ``room``, or one as it lies if that is possible."""
-    if len(grads) == 1 and grads[0].dtype == room.dtype and grads[0].is_contiguous():
-        return grads[0].view(room.shape)
-    torch._foreach_copy_([r.view(g.shape) for r, g in zip(room.unbind(0), grads, strict=True)], list(grads))
-    return room
+def gather(grads: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Returns gradients as ``(k, rows, cols)``: copied into ``out``, or a view of a single one."""
+    if len(grads) == 1 and grads[0].dtype == out.dtype and grads[0].is_contiguous():
+        return grads[0].view(out.shape)
+    torch._foreach_copy_([r.view(g.shape) for r, g in zip(out.unbind(0), grads, strict=True)], list(grads))
+    return out
 
 
 def split(params: Sequence[Tensor]) -> list[list[int]]:

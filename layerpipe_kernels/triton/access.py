@@ -38,7 +38,7 @@ def store(base, start, lane, mask, value, VEC: tl.constexpr):
 
 @triton.jit
 def stream(base, start, lane, mask, value, VEC: tl.constexpr):
-    """What is not touched before the next step."""
+    """Cache policy of memory that is not touched before the next step."""
     tl.store(_at(base, start, VEC) + lane, value.to(base.dtype.element_ty), mask=mask, cache_modifier=".cs")
 
 

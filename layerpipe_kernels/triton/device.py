@@ -1,4 +1,4 @@
-"""Where Triton's kernels can run, and in which dtypes."""
+"""Devices and dtypes that Triton's kernels can run on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_dtype(what: str, dtype: torch.dtype) -> None:
 
 
 def elements_per_piece(*dtypes: torch.dtype) -> int:
-    """How many elements of the narrowest dtype are 16 bytes."""
+    """Returns how many elements of the narrowest dtype are 16 bytes."""
     return 16 // min(dtype.itemsize for dtype in dtypes)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from layerpipe_kernels.options import AdamOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import AdamOptions, Options, PastDesign, SgdOptions, StepArguments
 from layerpipe_kernels.triton import device as _device
 from layerpipe_kernels.triton.step import (
     COUNT,
@@ -32,7 +32,7 @@ GRAPHS = 64  # that may capture a group's step before it is made outside of a ca
 
 
 class _Slot(NamedTuple):
-    """Where a captured graph finds its gradients' addresses: its own for as long as it can be replayed."""
+    """Memory from which a captured graph reads its gradients' addresses: its own for as long as it can be replayed."""
 
     host: Tensor  # (2, tensors) int64, pinned: each replay copies it again
     device: Tensor  # the same
@@ -97,14 +97,14 @@ class TritonRunner:
         return len(self._chunks)
 
     def run(
-        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
+        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, args: StepArguments
     ) -> None:
-        arguments = self.arguments(grads, first, options, design, moment)
+        arguments = self.arguments(grads, first, options, design, args)
         with _device.on(self.device):
             step_kernel[(self.programs,)](**arguments)
 
     def arguments(
-        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, moment: Moment
+        self, grads: Sequence[Tensor], first: Sequence[bool], options: Options, design: PastDesign, args: StepArguments
     ) -> dict[str, Any]:
         """All that the kernel is called with; the gradients' addresses are on their way to the device."""
         if self._configured is None or self._configured[0] != options[1:] or self._configured[1] is not design:
@@ -119,14 +119,14 @@ class TritonRunner:
             "chunks": self._chunks,
             "done": self._done,
             "lr_at": lr_at,
-            "clock": moment.clock,
-            "grad_scale": moment.grad_scale,
-            "found_inf": moment.found_inf,
-            "horizon_at": moment.horizon_at,
-            "horizon": float(moment.horizon),
-            "horizon_before": float(moment.horizon_before),
+            "clock": args.clock,
+            "grad_scale": args.grad_scale,
+            "found_inf": args.found_inf,
+            "horizon_at": args.horizon_at,
+            "horizon": float(args.horizon),
+            "horizon_before": float(args.horizon_before),
             "lr": lr,
-            "t": moment.t,
+            "t": args.t,
             "tensors": len(addresses),
             "ALIGNED": self._aligned and aligned,
             **self._numbers,

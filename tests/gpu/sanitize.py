@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from layerpipe_kernels import ops
-from layerpipe_kernels.options import Moment
+from layerpipe_kernels.options import StepArguments
 from tests.kernels import steps
 from tests.kernels.steps import Case
 
@@ -24,7 +24,9 @@ def main() -> None:
             )  # fmt: skip
             arrays, grads = case.make()
             clock = torch.tensor(1, device="cuda")
-            steps.run(case.rule, arrays, grads, "cuda", case.options(), case.design(delay=3), Moment(clock=clock))
+            steps.run(
+                case.rule, arrays, grads, "cuda", case.options(), case.design(delay=3), StepArguments(clock=clock)
+            )
             done += 1
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for offset in (0, 1):

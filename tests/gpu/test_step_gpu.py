@@ -13,7 +13,7 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from layerpipe_kernels import ops
 from layerpipe_kernels.checks import check_options
-from layerpipe_kernels.options import NOW, Moment, SgdOptions
+from layerpipe_kernels.options import STEADY, SgdOptions, StepArguments
 from layerpipe_kernels.plan import Arrays, StepPlan
 from tests.kernels import steps
 from tests.kernels.steps import BF16, F16, F32, Case
@@ -65,7 +65,7 @@ def test_every_combination_of_dtypes(backend: str, case: Case) -> None:
 @pytest.mark.parametrize("emas", [0, 1, 3])
 def test_averages_warm_up_as_designed(backend: str, rule: str, t: int, emas: int) -> None:
     case = Case(rule, emas=emas, device="cuda")
-    steps.check(case, backend, ulps=16, design=case.design(delay=6, fill_ratio=0.9), moment=Moment(t=t))
+    steps.check(case, backend, ulps=16, design=case.design(delay=6, fill_ratio=0.9), args=StepArguments(t=t))
 
 
 @pytest.mark.parametrize("ema", [None, BF16])
@@ -75,10 +75,10 @@ def test_sgd_equals_the_cpus_bit_for_bit(ema: torch.dtype | None) -> None:
         pytest.skip("needs both compiled backends")
     case = Case(ema=ema, sizes=SIZES)
     arrays, grads = case.make()
-    moment = Moment(t=9)
-    want = steps.run("sgd", arrays, grads, "cpp", case.options(), case.design(), moment)
+    args = StepArguments(t=9)
+    want = steps.run("sgd", arrays, grads, "cpp", case.options(), case.design(), args)
     moved = Arrays(*(on_gpu(x) for x in arrays))
-    got = steps.run("sgd", moved, [g.cuda() for g in grads], "cuda", case.options(), case.design(), moment)
+    got = steps.run("sgd", moved, [g.cuda() for g in grads], "cuda", case.options(), case.design(), args)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(want.written(), got.written(), strict=True))
 
 
@@ -95,14 +95,14 @@ def test_device_tensors_are_read_without_host_synchronisation(backend: str, rule
     options = case.options()._replace(lr=torch.tensor(0.25, device="cuda"))
     design = case.design(delay=9)
     clock, scale = torch.tensor(4, device="cuda"), torch.tensor(1024.0, device="cuda")
-    moment = Moment(clock=clock, grad_scale=scale, found_inf=torch.zeros((), device="cuda"))
+    args = StepArguments(clock=clock, grad_scale=scale, found_inf=torch.zeros((), device="cuda"))
     copies = steps.cloned(arrays)
     scaled = [g * 1024 for g in grads]
     plan = plan_of(case, copies, scaled, backend)
-    check_options(options, design, moment, plan.ema_count, plan.device)
+    check_options(options, design, args, plan.ema_count, plan.device)
     with no_host_synchronisation():
-        plan.step(scaled, options, design, moment)
-    want = steps.run(rule, arrays, grads, backend, options._replace(lr=0.25), design, Moment(t=5))
+        plan.step(scaled, options, design, args)
+    want = steps.run(rule, arrays, grads, backend, options._replace(lr=0.25), design, StepArguments(t=5))
     for a, b in zip(copies.written(), want.written(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert int(clock) == 5
@@ -114,8 +114,8 @@ def test_an_overflow_changes_no_value(backend: str, rule: str) -> None:
     arrays, grads = case.make()
     grads = [g.fill_(float("inf")) for g in grads]
     clock, one = torch.tensor(4, device="cuda"), torch.ones((), device="cuda")
-    moment = Moment(clock=clock, grad_scale=one * 2, found_inf=one)
-    got = steps.run(rule, arrays, grads, backend, case.options(), case.design(), moment)
+    args = StepArguments(clock=clock, grad_scale=one * 2, found_inf=one)
+    got = steps.run(rule, arrays, grads, backend, case.options(), case.design(), args)
     for before, after in zip(arrays.written(), got.written(), strict=True):
         assert torch.equal(before.nan_to_num(9.0), after.nan_to_num(9.0))
     assert int(clock) == 4
@@ -126,11 +126,11 @@ def test_one_launch_per_step(backend: str, rule: str) -> None:
     case = Case(rule, sizes=tuple([1000] * 300), counts=True, device="cuda")
     arrays, grads = case.make()
     plan = plan_of(case, arrays, grads, backend)
-    moment = Moment(clock=torch.tensor(0, device="cuda"))
-    plan.step(grads, case.options(), case.design(), moment)
+    args = StepArguments(clock=torch.tensor(0, device="cuda"))
+    plan.step(grads, case.options(), case.design(), args)
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        plan.step(grads, case.options(), case.design(), moment)
+        plan.step(grads, case.options(), case.design(), args)
         torch.cuda.synchronize()
     # Beside kernels the profiler lists copies, synchronisations and its own buffers; a kernel says that it is one.
     kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA and "kernel" in e.name]
@@ -144,8 +144,8 @@ def test_a_group_of_any_number_of_tensors(backend: str, rule: str, tensors: int)
     arrays, grads = case.make()
     clock = torch.tensor(0, device="cuda")
     copies = steps.cloned(arrays)
-    plan_of(case, copies, grads, backend).step(grads, case.options(), case.design(), Moment(clock=clock))
-    want = steps.oracle(rule, arrays, grads, case.options(), case.design(), Moment(t=1))
+    plan_of(case, copies, grads, backend).step(grads, case.options(), case.design(), StepArguments(clock=clock))
+    want = steps.oracle(rule, arrays, grads, case.options(), case.design(), StepArguments(t=1))
     for a, b in zip(copies.weights, want.weights, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
     assert [float(c) for c in copies.counts] == [float(c) for c in want.counts]
@@ -161,16 +161,16 @@ def test_a_captured_graph_replays_the_steps(backend: str, rule: str) -> None:
     clocks = [torch.tensor(0, device="cuda") for _ in range(2)]
     plan = plan_of(case, eager, grads, backend)
     for _ in range(5):
-        plan.step(grads, options, design, Moment(clock=clocks[0]))
+        plan.step(grads, options, design, StepArguments(clock=clocks[0]))
     plan = plan_of(case, captured, grads, backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        plan.step(grads, options, design, Moment(clock=clocks[1]))
+        plan.step(grads, options, design, StepArguments(clock=clocks[1]))
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        plan.step(grads, options, design, Moment(clock=clocks[1]))
+        plan.step(grads, options, design, StepArguments(clock=clocks[1]))
     for _ in range(4):
         graph.replay()
     torch.cuda.synchronize()
@@ -188,7 +188,7 @@ def test_launches_follow_the_current_stream(backend: str) -> None:
     with torch.cuda.stream(side):
         torch.cuda._sleep(20_000_000)
         grads[0].fill_(1.0)  # a step on another stream would come before this
-        plan.step(grads, case.options(), case.design(), NOW)
+        plan.step(grads, case.options(), case.design(), STEADY)
     side.synchronize()
     torch.testing.assert_close(arrays.weights[0].double(), want.weights[0], rtol=1e-5, atol=1e-5)
 
@@ -231,6 +231,6 @@ def test_steps_are_proper_operators(backend: str) -> None:
     case = Case(sizes=(4, 9), device="cuda")
     arrays, grads = case.make()
     design = case.design()
-    middle = (0.1, None, *SgdOptions(0.1)[1:], *design, *NOW, backend, False)
+    middle = (0.1, None, *SgdOptions(0.1)[1:], *design, *STEADY, backend, False)
     lists = (arrays.weights, grads, *arrays.states, arrays.emas, arrays.pasts, arrays.masters, arrays.counts)
     torch.library.opcheck(torch.ops.layerpipe.sgd_step_.default, (*lists, *middle))

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from layerpipe_kernels import reference
 from layerpipe_kernels.checks import check_options
-from layerpipe_kernels.options import NOW, AdamOptions, DirectionOptions, Moment, Options, PastDesign, SgdOptions
+from layerpipe_kernels.options import (
+    STEADY,
+    AdamOptions,
+    DirectionOptions,
+    Options,
+    PastDesign,
+    SgdOptions,
+    StepArguments,
+)
 from layerpipe_kernels.plan import STATES, Arrays, StepPlan
 
 SIZES = [0, 1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 1023, 1025]
@@ -25,7 +33,7 @@ OPTIONS: dict[str, Options] = {
     "direction": DirectionOptions(lr=0.1, weight_decay=1e-2),
 }
 #: Of predicted weights: the horizon shrinks in the step.
-PREDICTED = Moment(horizon=3.0, horizon_before=5.0)
+PREDICTED = StepArguments(horizon=3.0, horizon_before=5.0)
 DECAYS, TAPS = (0.5, 0.8, 0.9), (-3.0, 5.0, 1.5)
 
 
@@ -120,7 +128,7 @@ def run(
     backend: str,
     options: Options,
     design: PastDesign,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
     first: bool = False,
     chunk: int = 0,
 ) -> Arrays:
@@ -128,8 +136,8 @@ def run(
     copies = cloned(arrays)
     names = [f"weights[{i}]" for i in range(len(grads))]
     plan = StepPlan(rule, copies, names=names, backend=backend, grad_dtype=grads[0].dtype, chunk=chunk)
-    check_options(options, design, moment, plan.ema_count, plan.device)
-    plan.step(plan.check_grads(grads), options, design, moment, [True] * len(grads) if first else ())
+    check_options(options, design, args, plan.ema_count, plan.device)
+    plan.step(plan.check_grads(grads), options, design, args, [True] * len(grads) if first else ())
     return copies
 
 
@@ -139,7 +147,7 @@ def oracle(
     grads: list[Tensor],
     options: Options,
     design: PastDesign,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
     first: bool = False,
 ) -> Arrays:
     """The reference in float64, nothing rounded in between."""
@@ -152,19 +160,19 @@ def oracle(
         if isinstance(options, SgdOptions):
             velocity = states[0] if states else None
             reference.sgd_step_(
-                weight, grad.double(), velocity, ema, past, options, design, moment, previous=previous, count=count,
+                weight, grad.double(), velocity, ema, past, options, design, args, previous=previous, count=count,
                 first=first, tensor=i,
             )  # fmt: skip
         elif isinstance(options, DirectionOptions):
             reference.direction_step_(
-                weight, grad.double(), ema, past, options, design, moment, previous=previous, count=count, tensor=i
+                weight, grad.double(), ema, past, options, design, args, previous=previous, count=count, tensor=i
             )
         elif rule == "adam_direction":
-            reference.adam_direction_(weight, grad.double(), states[0], states[1], count, options, moment)
+            reference.adam_direction_(weight, grad.double(), states[0], states[1], count, options, args)
         else:
             largest = states[2] if len(states) > 2 else None
             reference.adam_step_(
-                weight, grad.double(), states[0], states[1], largest, count, ema, past, options, design, moment,
+                weight, grad.double(), states[0], states[1], largest, count, ema, past, options, design, args,
                 previous=previous, tensor=i,
             )  # fmt: skip
         wide.weights[i].copy_(weight)
@@ -172,19 +180,19 @@ def oracle(
 
 
 def magnitudes(
-    rule: str, arrays: Arrays, grads: list[Tensor], options: Options, design: PastDesign, moment: Moment
+    rule: str, arrays: Arrays, grads: list[Tensor], options: Options, design: PastDesign, args: StepArguments
 ) -> list[dict[str, Tensor]]:
     """Per tensor, the sums of absolute values that go into each kind of result: what rounding is relative to."""
     result = []
     lr = float(options.lr)
-    scale = 1.0 if moment.grad_scale is None else 1 / float(moment.grad_scale)
-    taps = [abs(t) for t in design.taps] if moment.t == 0 else [float(max(moment.t, design.delay))] * len(design.taps)
+    scale = 1.0 if args.grad_scale is None else 1 / float(args.grad_scale)
+    taps = [abs(t) for t in design.taps] if args.t == 0 else [float(max(args.t, design.delay))] * len(design.taps)
     for i, grad in enumerate(grads):
         w = (arrays.masters if arrays.masters else arrays.weights)[i].double().abs()
         if rule == "adam_direction":
             w = torch.zeros_like(w)
         if arrays.previous:
-            w = w + moment.horizon_before * arrays.previous[i].double().abs()
+            w = w + args.horizon_before * arrays.previous[i].double().abs()
         g = grad.double().abs() * scale + options.weight_decay * w
         if isinstance(options, DirectionOptions):
             u, states = lr * g, []
@@ -195,19 +203,19 @@ def magnitudes(
         else:
             m = arrays.states[0][i].double().abs() + g
             q = arrays.states[1][i].double() + g * g
-            after = oracle(rule, only(arrays, i), [grad], options, design, moment)
+            after = oracle(rule, only(arrays, i), [grad], options, design, args)
             step = float(after.counts[0])
             largest = after.states[-1][0] if len(arrays.states) > 2 else after.states[1][0]
             root = largest.sqrt() / (1 - options.beta2**step) ** 0.5 + options.eps
             m_hat = m / (1 - options.beta1**step)
             u = lr * ((m_hat + options.newest_share * g) / root * 4 + options.weight_decay * w)
             states = [m, q, q + (arrays.states[2][i].double() if len(arrays.states) > 2 else 0)]
-        w = w + u * (1 + moment.horizon)
+        w = w + u * (1 + args.horizon)
         e = g if design.ema_of_gradient else u
         e = e + arrays.emas[i].double().abs() if arrays.emas else e
         if design.turn:
             e = e + abs(design.turn) * e.flip(0)[-2:].sum(0) * 2
-        past = w + (abs(design.update_tap) + abs(design.fill_tap)) * u + (moment.t * u if moment.t else 0)
+        past = w + (abs(design.update_tap) + abs(design.fill_tap)) * u + (args.t * u if args.t else 0)
         if arrays.emas:
             past = past + sum(tap * e[k] for k, tap in enumerate(taps))
         result.append({"weights": w, "states": states, "emas": e, "pasts": past, "masters": w, "previous": u})
@@ -239,10 +247,10 @@ def check(case: Case, backend: str, *, ulps: float = 4.0, **overrides: Any) -> A
     arrays, grads = case.make()
     options = overrides.pop("options", case.options())
     design = overrides.pop("design", case.design())
-    moment, first = overrides.get("moment", NOW), overrides.get("first", False)
+    args, first = overrides.get("args", STEADY), overrides.get("first", False)
     got = run(case.rule, arrays, grads, backend, options, design, **overrides)
-    want = oracle(case.rule, arrays, grads, options, design, moment, first)
-    for i, size in enumerate(magnitudes(case.rule, arrays, grads, options, design, moment)):
+    want = oracle(case.rule, arrays, grads, options, design, args, first)
+    for i, size in enumerate(magnitudes(case.rule, arrays, grads, options, design, args)):
         name = f"{case}: tensor {i} ({case.sizes[i]} elements), "
         for what in ("weights", "emas", "pasts", "masters", "previous"):
             if getattr(got, what):

@@ -11,7 +11,7 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from layerpipe_kernels import backend as backends
 from layerpipe_kernels import ops
-from layerpipe_kernels.options import AdamOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import AdamOptions, PastDesign, SgdOptions, StepArguments
 from layerpipe_kernels.plan import Arrays
 from tests.conftest import needs_cpp
 from tests.kernels.steps import Case, cloned
@@ -114,7 +114,7 @@ def strided() -> Tensor:
         (lambda: step([torch.ones(4)], [torch.ones(4)], options=SgdOptions(float("nan"))), ValueError, "lr is nan"),
         (lambda: step([torch.ones(4)], [torch.ones(4)], design=PastDesign(delay=-1)), ValueError, "at least 0"),
         (lambda: step([torch.ones(4)], [torch.ones(4)], design=PastDesign(update_tap=float("inf"))), ValueError, "tap"),
-        (lambda: step([torch.ones(4)], [torch.ones(4)], moment=Moment(clock=torch.zeros(2))), ValueError, "clock must"),
+        (lambda: step([torch.ones(4)], [torch.ones(4)], args=StepArguments(clock=torch.zeros(2))), ValueError, "clock"),
         (lambda: adam([torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.ones(4)], []), ValueError, "counts"),
         (lambda: adam([torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.ones(4)], [torch.tensor(0)]),
          ValueError, "step count of"),
@@ -168,8 +168,8 @@ def arguments(case: Case) -> tuple[object, ...]:
     arrays, grads = case.make()
     lists = (arrays.emas, arrays.pasts, arrays.masters, arrays.counts, arrays.previous)
     options, design = case.options(), case.design(delay=4)
-    moment = Moment(3, torch.tensor(2), torch.tensor(2.0), torch.tensor(0.0), 3.0, 5.0, torch.tensor(5.0))
-    middle = (*options[1:], *design, *moment, "auto")
+    args = StepArguments(3, torch.tensor(2), torch.tensor(2.0), torch.tensor(0.0), 3.0, 5.0, torch.tensor(5.0))
+    middle = (*options[1:], *design, *args, "auto")
     tail = (False,) if case.rule == "sgd" else ()
     states = arrays.states if case.rule == "sgd" else (*arrays.states, ())
     return (arrays.weights, grads, *states, *lists, 0.1, torch.tensor(0.1), *middle, *tail)
@@ -330,5 +330,5 @@ def test_taps_in_a_tensor_may_lie_anywhere_in_memory_and_are_a_vector(backend: s
 def test_a_learning_rate_and_a_scale_of_one_element_have_any_shape(backend: str, shape: tuple[int, ...]) -> None:
     weights, lr, scale = [torch.ones(()), torch.ones(3)], torch.full(shape, 0.5), torch.full(shape, 2.0)
     grads = [torch.ones(()), torch.ones(3)]
-    ops.sgd_step_(weights, grads, options=SgdOptions(lr=lr), moment=Moment(grad_scale=scale), backend=backend)
+    ops.sgd_step_(weights, grads, options=SgdOptions(lr=lr), args=StepArguments(grad_scale=scale), backend=backend)
     assert all(torch.equal(w, torch.full_like(w, 0.75)) for w in weights)

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from layerpipe_kernels import reference
 from layerpipe_kernels.checks import check_options
-from layerpipe_kernels.options import NO_PAST, NOW, AdamOptions, DirectionOptions, Moment, SgdOptions
+from layerpipe_kernels.options import NO_PAST, STEADY, AdamOptions, DirectionOptions, SgdOptions, StepArguments
 from layerpipe_kernels.plan import Arrays, StepPlan
 from tests.conftest import BACKENDS
 from tests.kernels import steps
 from tests.kernels.steps import ADAM, BF16, F16, F32, F64, PREDICTED, SGD, Case
 
-LOCATED = Moment(t=9, horizon=3.0, horizon_before=5.0)
+LOCATED = StepArguments(t=9, horizon=3.0, horizon_before=5.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -26,7 +26,7 @@ def test_predicted_steps_equal_fp64_at_every_size_and_alignment(
     backend: str, rule: str, offset: int, dtype: torch.dtype
 ) -> None:
     sizes = (*steps.SIZES, (1 << 15) + 1)
-    steps.check(Case(rule, dtype, offset=offset, sizes=sizes, previous=True), backend, moment=PREDICTED)
+    steps.check(Case(rule, dtype, offset=offset, sizes=sizes, previous=True), backend, args=PREDICTED)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -35,9 +35,9 @@ def test_predicted_steps_with_every_combination_of_arrays(backend: str, case: Ca
     options = case.options()
     if not isinstance(options, DirectionOptions):
         options = options._replace(newest_share=0.4)
-    steps.check(case, backend, options=options, moment=LOCATED)
+    steps.check(case, backend, options=options, args=LOCATED)
     if case.rule == "sgd" and case.states:
-        steps.check(case, backend, options=options, moment=LOCATED, first=True)
+        steps.check(case, backend, options=options, args=LOCATED, first=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -47,7 +47,7 @@ def test_masters_are_predicted_and_weights_are_their_rounded_copies(
     backend: str, rule: str, dtype: torch.dtype
 ) -> None:
     case = Case(rule, dtype, master=True, previous=True)
-    got = steps.check(case, backend, moment=PREDICTED)
+    got = steps.check(case, backend, args=PREDICTED)
     for master, weight in zip(got.masters, got.weights, strict=True):
         assert torch.equal(master.to(dtype), weight)
 
@@ -60,14 +60,14 @@ def test_adam_direction_equals_fp64(backend: str, dtype: torch.dtype, share: flo
     options = AdamOptions(lr=1.0, newest_share=share, maximize=maximize)
     for offset in (0, 1):
         case = Case("adam_direction", dtype, emas=0, past=False, offset=offset)
-        steps.check(case, backend, options=options, moment=Moment(grad_scale=torch.tensor(4.0)))
+        steps.check(case, backend, options=options, args=StepArguments(grad_scale=torch.tensor(4.0)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_direction_made_by_adam_moves_a_weight_as_adam_does(backend: str) -> None:
     case = Case("adam", emas=2)
     arrays, grads = case.make()
-    want = steps.run("adam", arrays, grads, backend, ADAM, case.design(), NOW)
+    want = steps.run("adam", arrays, grads, backend, ADAM, case.design(), STEADY)
     made = Arrays([torch.full_like(g, torch.nan) for g in grads], arrays.states, counts=arrays.counts)
     directions = steps.run("adam_direction", made, grads, backend, ADAM._replace(lr=1.0), NO_PAST)
     moved = arrays._replace(states=(), counts=[])
@@ -85,7 +85,7 @@ def test_a_direction_made_by_adam_moves_a_weight_as_adam_does(backend: str) -> N
 def test_the_newest_update_has_its_own_tap_while_the_delay_fills(backend: str, rule: str, t: int) -> None:
     case = Case(rule, previous=True)
     design = case.design(delay=5, fill_tap=3.0)
-    steps.check(case, backend, design=design, moment=PREDICTED._replace(t=t))
+    steps.check(case, backend, design=design, args=PREDICTED._replace(t=t))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,7 +118,7 @@ def test_the_horizon_may_lie_beside_the_weights_and_is_kept_there(backend: str) 
     case = Case("adam", previous=True)
     arrays, grads = case.make()
     at = torch.tensor(5.0)
-    told = Moment(horizon=3.0, horizon_before=77.0, horizon_at=at, found_inf=torch.tensor(0.0))
+    told = StepArguments(horizon=3.0, horizon_before=77.0, horizon_at=at, found_inf=torch.tensor(0.0))
     got = steps.run("adam", arrays, grads, backend, ADAM, case.design(), told)
     want = steps.run("adam", arrays, grads, backend, ADAM, case.design(), PREDICTED)
     assert all(map(torch.equal, got.written(), want.written()))
@@ -134,8 +134,8 @@ def test_an_overflow_changes_no_value(backend: str, case: Case) -> None:
     arrays, grads = case.make()
     grads = [g.fill_(float("inf")) for g in grads]
     at = torch.tensor(5.0)
-    moment = Moment(found_inf=torch.tensor(1.0), horizon=3.0, horizon_at=at)
-    got = steps.run(case.rule, arrays, grads, backend, case.options(), case.design(), moment)
+    args = StepArguments(found_inf=torch.tensor(1.0), horizon=3.0, horizon_at=at)
+    got = steps.run(case.rule, arrays, grads, backend, case.options(), case.design(), args)
     for before, after in zip(arrays.written(), got.written(), strict=True):
         assert torch.equal(before.nan_to_num(9.0), after.nan_to_num(9.0))
     assert float(at) == 5.0
@@ -151,7 +151,7 @@ def test_sgd_with_any_share_of_the_newest_gradient(
     torch.manual_seed(seed)
     options = SgdOptions(0.1, momentum, dampening, 0.01, False, maximize, share)
     case = Case("sgd", sizes=(5, 40), previous=seed % 2 == 0)
-    steps.check(case, backend, ulps=8, options=options, first=first, moment=LOCATED if case.previous else NOW)
+    steps.check(case, backend, ulps=8, options=options, first=first, args=LOCATED if case.previous else STEADY)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -164,7 +164,7 @@ def test_adam_with_any_share_of_the_newest_gradient(
     torch.manual_seed(seed)
     options = AdamOptions(0.01, beta1, 0.9, 1e-4, 0.01, decoupled, False, share)
     case = Case("adam", sizes=(5, 40), states=states, previous=seed % 2 == 0)
-    steps.check(case, backend, ulps=16, options=options, moment=LOCATED if case.previous else NOW)
+    steps.check(case, backend, ulps=16, options=options, args=LOCATED if case.previous else STEADY)
 
 
 def test_the_whole_newest_gradient_is_plain_gradient_descent_at_momentums_rate() -> None:
@@ -176,13 +176,13 @@ def test_the_whole_newest_gradient_is_plain_gradient_descent_at_momentums_rate()
 
 def test_what_cannot_be_stepped_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"nesterov and newest_share.*one of them"):
-        check_options(SGD._replace(nesterov=True, newest_share=0.1), NO_PAST, NOW, 0, torch.device("cpu"))
+        check_options(SGD._replace(nesterov=True, newest_share=0.1), NO_PAST, STEADY, 0, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"newest_share must be in \[0, 1\], got 1.5"):
-        check_options(ADAM._replace(newest_share=1.5), NO_PAST, NOW, 0, torch.device("cpu"))
+        check_options(ADAM._replace(newest_share=1.5), NO_PAST, STEADY, 0, torch.device("cpu"))
     with pytest.raises(ValueError, match="momentum in"):
-        check_options(SGD._replace(momentum=1.0, newest_share=0.1), NO_PAST, NOW, 0, torch.device("cpu"))
+        check_options(SGD._replace(momentum=1.0, newest_share=0.1), NO_PAST, STEADY, 0, torch.device("cpu"))
     with pytest.raises(ValueError, match="horizon is nan"):
-        check_options(SGD, NO_PAST, Moment(horizon=float("nan")), 0, torch.device("cpu"))
+        check_options(SGD, NO_PAST, StepArguments(horizon=float("nan")), 0, torch.device("cpu"))
     weight = torch.zeros(4)
     with pytest.raises(ValueError, match=r"previous update of weights\[0\].*torch.float32"):
         StepPlan("sgd", Arrays([weight], previous=[torch.zeros(4, dtype=F64)]), names=["weights[0]"], backend="cpp")

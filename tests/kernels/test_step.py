@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import layerpipe_kernels as lk
-from layerpipe_kernels.options import AdamOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import AdamOptions, PastDesign, SgdOptions, StepArguments
 from tests.conftest import BACKENDS, needs_cpp
 from tests.kernels import steps
 from tests.kernels.steps import BF16, F16, F32, F64, Case
@@ -62,7 +62,7 @@ def test_bfloat16_averages_are_rounded_alike_by_cpp_and_reference() -> None:
     case = Case(ema=BF16, emas=3, sizes=(0, 5, 40_000))
     arrays, grads = case.make()
     ours, theirs = (
-        steps.run("sgd", arrays, grads, b, case.options(), case.design(seed=3), Moment(t=9))
+        steps.run("sgd", arrays, grads, b, case.options(), case.design(seed=3), StepArguments(t=9))
         for b in ("cpp", "reference")
     )
     different = sum((a != b).sum() for a, b in zip(ours.emas, theirs.emas, strict=True))
@@ -78,7 +78,7 @@ def test_stochastic_rounding_is_unbiased_reproducible_and_new_in_every_update(ba
         arrays = steps.Arrays([torch.zeros(100_000)], (), [ema])
         grads = [torch.full((100_000,), update)]
         design = PastDesign(0, (0.0,), (0.0,), seed=seed)
-        return steps.run("sgd", arrays, grads, backend, SgdOptions(lr=1.0), design, Moment(t)).emas[0].float()
+        return steps.run("sgd", arrays, grads, backend, SgdOptions(lr=1.0), design, StepArguments(t)).emas[0].float()
 
     first = averages(1, 0)
     assert set(first.unique().tolist()) == {1.0, 1.0 + 2.0**-7}
@@ -107,7 +107,7 @@ def test_stochastic_rounding_keeps_what_is_special(backend: str, special: float)
 @pytest.mark.parametrize("emas", [0, 1, 3])
 def test_averages_warm_up_as_designed(backend: str, rule: str, t: int, emas: int) -> None:
     case = Case(rule, emas=emas)
-    steps.check(case, backend, design=case.design(delay=6, fill_ratio=0.9), moment=Moment(t=t))
+    steps.check(case, backend, design=case.design(delay=6, fill_ratio=0.9), args=StepArguments(t=t))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,7 +118,7 @@ def test_averages_turn_when_the_delay_has_filled(
     backend: str, rule: str, t: int, emas: int, dtype: torch.dtype, ema: torch.dtype | None
 ) -> None:
     case = Case(rule, dtype, emas=emas, ema=ema)
-    steps.check(case, backend, design=case.design(delay=5, turn=0.4), moment=Moment(t=t))
+    steps.check(case, backend, design=case.design(delay=5, turn=0.4), args=StepArguments(t=t))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -135,12 +135,12 @@ def test_tensors_may_hold_the_learning_rate_the_clock_and_the_scale(backend: str
     case = Case(rule, emas=1)
     arrays, grads = case.make()
     clock, scale = torch.tensor(4), torch.tensor(1024.0)
-    told = Moment(clock=clock, grad_scale=scale, found_inf=torch.tensor(0.0))
+    told = StepArguments(clock=clock, grad_scale=scale, found_inf=torch.tensor(0.0))
     options = case.options()._replace(lr=torch.tensor(0.25))
     scaled = [g * 1024 for g in grads]
     got = steps.run(rule, arrays, scaled, backend, options, case.design(delay=9), told)
     plain = case.options()._replace(lr=0.25)
-    want = steps.run(rule, arrays, grads, backend, plain, case.design(delay=9), Moment(t=5))
+    want = steps.run(rule, arrays, grads, backend, plain, case.design(delay=9), StepArguments(t=5))
     for a, b in zip(got.written(), want.written(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
     assert int(clock) == 5
@@ -152,8 +152,8 @@ def test_an_overflow_changes_no_value(backend: str, case: Case) -> None:
     arrays, grads = case.make()
     grads = [g.fill_(float("inf")) for g in grads]
     clock = torch.tensor(4)
-    moment = Moment(clock=clock, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(1.0))
-    got = steps.run(case.rule, arrays, grads, backend, case.options(), case.design(), moment)
+    args = StepArguments(clock=clock, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(1.0))
+    got = steps.run(case.rule, arrays, grads, backend, case.options(), case.design(), args)
     for before, after in zip(arrays.written(), got.written(), strict=True):
         assert torch.equal(before.nan_to_num(9.0), after.nan_to_num(9.0))
     assert int(clock) == 4
@@ -189,7 +189,7 @@ HYPER = {
 }
 
 
-def drawn(rule: str, states: int, draw: dict[str, Any]) -> tuple[Case, PastDesign, Moment]:
+def drawn(rule: str, states: int, draw: dict[str, Any]) -> tuple[Case, PastDesign, StepArguments]:
     torch.manual_seed(draw["seed"])
     dtype, grad, master = draw["dtypes"]
     ema = BF16 if draw["half_ema"] and dtype != F64 else None
@@ -200,7 +200,7 @@ def drawn(rule: str, states: int, draw: dict[str, Any]) -> tuple[Case, PastDesig
     decays = draw["decays"][: case.emas]
     turn = draw["turn"] if case.emas > 1 and decays[0] * decays[1] + draw["turn"] ** 2 <= 1 else 0.0
     design = PastDesign(draw["delay"], decays, taps, draw["tap"], 0.9, seed=draw["seed"], turn=turn)
-    return case, design, Moment(t=draw["t"])
+    return case, design, StepArguments(t=draw["t"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -210,9 +210,9 @@ def drawn(rule: str, states: int, draw: dict[str, Any]) -> tuple[Case, PastDesig
 def test_sgd_with_any_hyperparameters(
     backend: str, draw: dict[str, Any], momentum: float, dampening: float, nesterov: bool, first: bool, states: int
 ) -> None:
-    case, design, moment = drawn("sgd", states, draw)
+    case, design, args = drawn("sgd", states, draw)
     options = SgdOptions(draw["lr"], momentum, dampening, draw["weight_decay"], nesterov, draw["maximize"])
-    steps.check(case, backend, ulps=8, options=options, design=design, moment=moment, first=first)
+    steps.check(case, backend, ulps=8, options=options, design=design, args=args, first=first)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -222,9 +222,9 @@ def test_sgd_with_any_hyperparameters(
 def test_adam_with_any_hyperparameters(
     backend: str, draw: dict[str, Any], beta1: float, beta2: float, eps: float, decoupled: bool, states: int
 ) -> None:
-    case, design, moment = drawn("adam", states, draw)
+    case, design, args = drawn("adam", states, draw)
     options = AdamOptions(draw["lr"], beta1, beta2, eps, draw["weight_decay"], decoupled, draw["maximize"])
-    steps.check(case, backend, ulps=16, options=options, design=design, moment=moment)
+    steps.check(case, backend, ulps=16, options=options, design=design, args=args)
 
 
 OPTIONS: list[dict[str, Any]] = [

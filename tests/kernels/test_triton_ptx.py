@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from layerpipe_kernels.options import NO_PAST, AdamOptions, DirectionOptions, Moment, PastDesign, SgdOptions
+from layerpipe_kernels.options import NO_PAST, AdamOptions, DirectionOptions, PastDesign, SgdOptions, StepArguments
 from layerpipe_kernels.plan import Arrays
 
 triton = pytest.importorskip("triton")
@@ -81,8 +81,8 @@ def arguments(rule: TritonRunner, grad: torch.dtype, emas: int, **changes: Any) 
         "sgd": SgdOptions(0.1, 0.9, newest_share=0.1), "adam": AdamOptions(0.1), "direction": DirectionOptions(0.1),
     }[rule.rule]  # fmt: skip
     design = PastDesign(4, (0.5,) * emas, (1.0,) * emas, 0.5)
-    moment = Moment(clock=meta(dtype=torch.int64), grad_scale=meta(), found_inf=meta())
-    return rule.arguments([meta(64, dtype=grad)], [], options, design, moment) | changes
+    args = StepArguments(clock=meta(dtype=torch.int64), grad_scale=meta(), found_inf=meta())
+    return rule.arguments([meta(64, dtype=grad)], [], options, design, args) | changes
 
 
 def accesses(ptx: str) -> tuple[Counter[int], Counter[int]]:
@@ -213,8 +213,8 @@ def test_no_scalar_causes_a_compilation() -> None:
         ) -> None:
             options = make(lr, weight_decay=decay)
             design = no_emas._replace(delay=delay, seed=seed, update_tap=lr, fill_ratio=decay, turn=decay)
-            moment = Moment(t=t, horizon=lr, horizon_before=decay)
-            step_kernel.warmup(grid=(1,), **step.arguments(grad, [], options, design._replace(fill_tap=lr), moment))
+            args = StepArguments(t=t, horizon=lr, horizon_before=decay)
+            step_kernel.warmup(grid=(1,), **step.arguments(grad, [], options, design._replace(fill_tap=lr), args))
 
         compile_with(0.1, 0.01, 3, 5, 7)
         before = len(compiled)
@@ -231,7 +231,7 @@ def test_the_sizes_of_a_group_and_its_tensors_cause_no_compilation() -> None:
     for sizes in ([64], [1], [16, 0], [5] * 16):
         step = TritonRunner("sgd", Arrays([meta(size) for size in sizes], ([meta(size) for size in sizes],)), F32)
         grads = [meta(size) for size in sizes]
-        step_kernel.warmup(grid=(1,), **step.arguments(grads, [], SgdOptions(0.1, 0.9), NO_PAST, Moment()))
+        step_kernel.warmup(grid=(1,), **step.arguments(grads, [], SgdOptions(0.1, 0.9), NO_PAST, StepArguments()))
         common: dict[str, Any] = {"VEC": 4, "BLOCK": 1024, "grid": (1,), **device.COMPILER}
         turn = float(len(sizes) - 1)
         ema_kernel.warmup((meta(64),), meta(64), (0.5,), (0.5,), turn, len(sizes) - 1, sizes[0], **common)

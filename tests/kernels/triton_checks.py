@@ -11,13 +11,13 @@ from torch import Tensor
 
 from layerpipe_kernels.options import (
     NO_PAST,
-    NOW,
+    STEADY,
     AdamOptions,
     DirectionOptions,
-    Moment,
     Options,
     PastDesign,
     SgdOptions,
+    StepArguments,
 )
 from layerpipe_kernels.plan import Arrays, ReferenceRunner
 from layerpipe_kernels.triton import TritonRunner, access
@@ -137,7 +137,7 @@ def check(
     arrays: Arrays,
     options: Options,
     design: PastDesign = NO_PAST,
-    moment: Moment = NOW,
+    args: StepArguments = STEADY,
     *,
     grad: torch.dtype | None = None,
     first: list[bool] | None = None,
@@ -148,14 +148,14 @@ def check(
     want = duplicate(arrays)
     ours = TritonRunner(rule, arrays, grad or arrays.weights[0].dtype)
     theirs = ReferenceRunner(rule, want)
-    clock = moment.clock
+    clock = args.clock
     for step in range(steps):
         grads = gradients(arrays, grad, offset)
-        horizon_at = None if moment.horizon_at is None else moment.horizon_at.clone()
-        ours.run(grads, first or [], options, design, moment)
-        copy = moment if clock is None else moment._replace(clock=torch.full_like(clock, int(clock) - 1))
-        if moment.horizon_at is not None:
-            assert float(moment.horizon_at) == moment.horizon
+        horizon_at = None if args.horizon_at is None else args.horizon_at.clone()
+        ours.run(grads, first or [], options, design, args)
+        copy = args if clock is None else args._replace(clock=torch.full_like(clock, int(clock) - 1))
+        if args.horizon_at is not None:
+            assert float(args.horizon_at) == args.horizon
             copy = copy._replace(horizon_at=horizon_at)
         theirs.run(grads, first or [], options, design, copy)
         assert clock is None or int(clock) == int(copy.clock), f"clock after step {step}"  # type: ignore[arg-type]

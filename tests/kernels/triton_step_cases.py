@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from layerpipe_kernels.options import NO_PAST, NOW, Moment, Options, PastDesign
+from layerpipe_kernels.options import NO_PAST, STEADY, Options, PastDesign, StepArguments
 from layerpipe_kernels.plan import Arrays, ReferenceRunner
 from layerpipe_kernels.triton import TritonRunner
 from layerpipe_kernels.triton import runner as triton_runner
@@ -63,7 +63,7 @@ def test_step_agrees_at_every_size_dtype_and_alignment(
     offset = int(rule == unaligned)
     arrays = group(rule, SIZES, weight=weight, master=master, ema=ema, emas=emas, offset=offset)
     design = design_of(emas)._replace(turn=0.3 if emas > 1 and i % 2 else 0.0)
-    check(rule, arrays, options, design, Moment(t=9), grad=grad, offset=offset)
+    check(rule, arrays, options, design, StepArguments(t=9), grad=grad, offset=offset)
 
 
 @pytest.mark.parametrize(("rule", "options"), [("sgd", SGD), ("adam", ADAM)], ids=["sgd", "adam"])
@@ -73,8 +73,8 @@ def test_step_equals_the_reference_in_float64(rule: str, options: Options) -> No
     want = Arrays(*([[t.double() for t in x] for x in y] if y and isinstance(y[0], list) else
                     [t.double() for t in y] for y in arrays))  # type: ignore[misc, union-attr, attr-defined]  # fmt: skip
     want = want._replace(states=tuple(want.states))
-    TritonRunner(rule, arrays, F32).run(grads, [], options, design_of(2), Moment(t=9))
-    ReferenceRunner(rule, want).run([g.double() for g in grads], [], options, design_of(2), Moment(t=9))
+    TritonRunner(rule, arrays, F32).run(grads, [], options, design_of(2), StepArguments(t=9))
+    ReferenceRunner(rule, want).run([g.double() for g in grads], [], options, design_of(2), StepArguments(t=9))
     for name in ("weights", "emas", "pasts"):
         for a, b in zip(getattr(arrays, name), getattr(want, name), strict=True):
             torch.testing.assert_close(a.double(), b, rtol=2e-6, atol=4e-6)
@@ -140,11 +140,11 @@ def test_the_design_is_evaluated_at_every_time(emas: int, clocked: bool, of_grad
     design = design_of(emas)._replace(fill_ratio=0.9, ema_of_gradient=of_gradient)
     for t in (0, 1, 4, 5, 11):
         clock = torch.tensor(t, device=DEVICE) if clocked else None
-        check("sgd", group("sgd", FEW, emas=emas), SGD, design, Moment(t=t, clock=clock))
+        check("sgd", group("sgd", FEW, emas=emas), SGD, design, StepArguments(t=t, clock=clock))
 
 
 def test_a_filled_delay_without_update_tap_has_none() -> None:
-    check("sgd", group("sgd", FEW), SGD, design_of(0)._replace(update_tap=0.0), Moment(t=3))
+    check("sgd", group("sgd", FEW), SGD, design_of(0)._replace(update_tap=0.0), StepArguments(t=3))
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
@@ -154,9 +154,9 @@ def test_overflow_changes_nothing(rule: str) -> None:
     clock, horizon_at = torch.tensor(5, device=DEVICE), torch.tensor(5.0, device=DEVICE)
     runner = TritonRunner(rule, arrays, F32)
     found_inf = torch.tensor(1.0, device=DEVICE)
-    moment = Moment(clock=clock, found_inf=found_inf, horizon=3.0, horizon_at=horizon_at)
+    args = StepArguments(clock=clock, found_inf=found_inf, horizon=3.0, horizon_at=horizon_at)
     grads = [g.fill_(float("inf")) for g in gradients(arrays)]
-    runner.run(grads, [], SGD if rule == "sgd" else ADAM, design_of(2), moment)
+    runner.run(grads, [], SGD if rule == "sgd" else ADAM, design_of(2), args)
     for a, b in zip(arrays.written(), before.written(), strict=True):
         assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
     assert (int(clock), float(horizon_at)) == (5, 5.0)
@@ -166,19 +166,19 @@ def test_overflow_changes_nothing(rule: str) -> None:
 @pytest.mark.parametrize(("rule", "options"), [("sgd", SGD), ("adam", ADAM)], ids=["sgd", "adam"])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_scalars_on_the_device(rule: str, options: Options, maximize: bool) -> None:
-    moment = Moment(
+    args = StepArguments(
         clock=torch.tensor(2, device=DEVICE),
         grad_scale=torch.tensor(1024.0, device=DEVICE),
         found_inf=torch.zeros((), device=DEVICE),
     )
     options = options._replace(lr=torch.tensor(0.05, device=DEVICE), maximize=maximize)
-    check(rule, group(rule, FEW, emas=2), options, design_of(2), moment, steps=4)
+    check(rule, group(rule, FEW, emas=2), options, design_of(2), args, steps=4)
 
 
 def test_every_count_is_advanced_once_whatever_the_sizes() -> None:
     for sizes in ([0], [0, 0], [1] * 130 + [0]):
         arrays = check(
-            "sgd", group("sgd", sizes, counts=True), SGD, moment=Moment(clock=torch.tensor(0, device=DEVICE))
+            "sgd", group("sgd", sizes, counts=True), SGD, args=StepArguments(clock=torch.tensor(0, device=DEVICE))
         )
         assert [float(c) for c in arrays.counts] == [3 * i % 5 + 1.0 for i in range(len(sizes))]
 
@@ -192,7 +192,7 @@ def test_gradients_are_uploaded_only_when_they_have_moved() -> None:
         before = [w.clone() for w in arrays.weights]
         for velocity in arrays.states[0]:
             velocity.zero_()
-        runner.run(grads, [], SGD._replace(weight_decay=0.0), NO_PAST, NOW)
+        runner.run(grads, [], SGD._replace(weight_decay=0.0), NO_PAST, STEADY)
         uploads.append(runner._uploaded)
         for w, old, g in zip(arrays.weights, before, grads, strict=True):
             torch.testing.assert_close(w, old - 0.1 * g)
@@ -211,7 +211,7 @@ def test_a_captured_step_keeps_its_own_gradients(monkeypatch: pytest.MonkeyPatch
 
     def step(grads: list[Tensor], capturing: bool) -> dict[str, Any]:
         monkeypatch.setattr(triton_runner._device, "capturing", lambda device: capturing)
-        return runner.arguments(grads, [], SGD, NO_PAST, NOW)
+        return runner.arguments(grads, [], SGD, NO_PAST, STEADY)
 
     before = step(eager, False)
     graph, other = step(captured, True), step(captured, True)
@@ -234,17 +234,17 @@ def test_predicted_weights_agree_in_every_dtype(
     rule: str, options: Options, weight: torch.dtype, grad: torch.dtype, master: bool, ema: torch.dtype, emas: int
 ) -> None:
     arrays = group(rule, FEW, weight=weight, master=master, ema=ema, emas=emas, previous=True, offset=emas % 2)
-    moment = Moment(t=9, horizon=3.0, horizon_before=5.0)
-    check(rule, arrays, options, design_of(emas), moment, grad=grad, offset=emas % 2)
+    args = StepArguments(t=9, horizon=3.0, horizon_before=5.0)
+    check(rule, arrays, options, design_of(emas), args, grad=grad, offset=emas % 2)
 
 
 @pytest.mark.parametrize("rule", ["sgd", "adam", "direction"])
 def test_the_horizon_is_kept_on_the_device_and_has_a_tap_while_the_delay_fills(rule: str) -> None:
     options = {"sgd": SGD, "adam": ADAM, "direction": DIRECTION}[rule]
     at = torch.tensor(5.0, device=DEVICE)
-    moment = Moment(clock=torch.tensor(1, device=DEVICE), horizon=3.0, horizon_before=77.0, horizon_at=at)
+    args = StepArguments(clock=torch.tensor(1, device=DEVICE), horizon=3.0, horizon_before=77.0, horizon_at=at)
     arrays = group(rule, FEW, emas=2, previous=True)
-    check(rule, arrays, options, design_of(2)._replace(fill_tap=3.0), moment, steps=5)
+    check(rule, arrays, options, design_of(2)._replace(fill_tap=3.0), args, steps=5)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -281,7 +281,7 @@ def test_any_hyperparameters(
     design = PastDesign(3, tuple(decays), (tap,) * len(decays), tap, seed=seed)
     arrays = group(rule, sizes, emas=len(decays), offset=offset)
     options = (SGD if rule == "sgd" else ADAM)._replace(**hyper)
-    check(rule, arrays, options, design, Moment(t=t), offset=offset)
+    check(rule, arrays, options, design, StepArguments(t=t), offset=offset)
 
 
 def test_float64_is_refused_by_name() -> None:
