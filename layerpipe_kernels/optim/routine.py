@@ -25,7 +25,7 @@ _MOVING = ("lr", "updates", "last_lr", "params")
 
 
 class PastMaker(NamedTuple):
-    """One parameter: ``write(i, out)`` writes its past into a tensor like ``like``, or returns false if arrays changed."""
+    """A parameter whose past ``write(i, out)`` puts into a tensor like ``like``; false where an array has changed."""
 
     param: Tensor
     like: Tensor  # of its shape, and cheaper to look at
