@@ -33,8 +33,8 @@ from bench.report import console, save, spread
 from layerpipe import accelerator
 
 Step = Callable[[], Any]
-PLAIN = ("plain eager", "plain compiled", "plain graph")
-PIPELINES = ("serial", "streams", "graphs")
+PLAIN = ("plain eager", "plain compiled", "plain graph", "plain compiled graph")
+PIPELINES = ("serial", "streams", "graphs", "graphs materialized")
 
 
 def sgd(params: Any, **options: Any) -> torch.optim.Optimizer:
@@ -46,9 +46,9 @@ def plain(case: Case, kind: str, device: torch.device) -> Step:
     network: Any = case.model().to(device)
     x, y = (t.to(device) for t in case.minibatch())
     on_gpu = device.type == "cuda"
-    lr = torch.tensor(0.01, device=device) if kind == "plain graph" else 0.01
+    lr = torch.tensor(0.01, device=device) if kind.endswith("graph") else 0.01
     optimizer = torch.optim.SGD(network.parameters(), lr=lr, momentum=0.9, fused=on_gpu)
-    if kind == "plain compiled":
+    if "compiled" in kind:
         network = torch.compile(network, dynamic=False)
 
     def step() -> None:
@@ -56,7 +56,7 @@ def plain(case: Case, kind: str, device: torch.device) -> Step:
         loss_fn(network(x), y).backward()
         optimizer.step()
 
-    if kind != "plain graph":
+    if not kind.endswith("graph"):
         return step
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -78,7 +78,9 @@ def plain(case: Case, kind: str, device: torch.device) -> Step:
     return replay
 
 
-def pipelined(case: Case, executor: str, device: torch.device, stages: int, schedule: str) -> Step:
+def pipelined(case: Case, kind: str, device: torch.device, stages: int, schedule: str) -> Step:
+    """``kind``: the executor, and whether its steps write the past weights for the next backward."""
+    executor, materialize = kind.split()[0], kind.endswith("materialized")
     x, y = (t.to(device) for t in case.minibatch())
     model = case.model().to(device)
     parts = layerpipe.split(model, stages, (x,), balance="flops")
@@ -86,7 +88,8 @@ def pipelined(case: Case, executor: str, device: torch.device, stages: int, sche
     def optimizer(params: list[Tensor], **past: Any) -> torch.optim.Optimizer:
         return sgd(params, capturable=executor == "graphs", **past)
 
-    pipe = layerpipe.Pipeline(parts, loss_fn, optimizer, schedule=schedule, executor=executor)
+    past = layerpipe_kernels.Blend(materialize=materialize)
+    pipe = layerpipe.Pipeline(parts, loss_fn, optimizer, past=past, schedule=schedule, executor=executor)
     return lambda: pipe.step(x, y)
 
 

@@ -22,7 +22,11 @@ namespace layerpipe {
 namespace {
 
 // Blocks per multiprocessor by a group's arrays of weights, gradients, states and averages.
+#if defined(LP_BLOCKS)  // to be compared: bench/gpu.sh
+constexpr int blocks_per_multiprocessor(int) { return LP_BLOCKS; }
+#else
 constexpr int blocks_per_multiprocessor(int arrays) { return arrays <= 4 ? 4 : 2; }
+#endif
 
 // Adds 1 to the finished blocks, and says whether this one is the last. What the block's threads have read before the
 // barrier counts as read before the addition: released by each block, acquired by the last.
