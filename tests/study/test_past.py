@@ -93,11 +93,11 @@ def test_errors_are_measured_beside_the_latest_weights() -> None:
     ("text", "message"),
     [
         ("stored", "unknown"),
-        ("blend:order=4", "order is 1, 2 or 3"),
-        ("blend:decay=0.5", "designed or coupled"),
-        ("ema:order=2", "ema has these options: decay"),
-        ("ema:decay=1.5", "nor a number"),
-        ("latest:decay=0.5", "none"),
+        ("blend:order=4", "order must be 1, 2 or 3"),
+        ("blend:decay=0.5+0.6", "not simulated"),
+        ("blend:norm=match", "not simulated"),
+        ("momentum", "not simulated"),
+        ("ema:decay=1.5", "decay"),
     ],
 )
 def test_a_past_that_cannot_be_is_refused(text: str, message: str) -> None:

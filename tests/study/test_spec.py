@@ -63,7 +63,7 @@ def test_a_trials_name_hangs_on_all_its_options() -> None:
         ({"grid": [{"seeds": 3}]}, "a grid has no seeds"),
         ({"method": "magic"}, "method 'magic' is unknown"),
         ({"model": "lenet"}, "model 'lenet' is unknown"),
-        ({"past": "blend:order=9"}, "order is 1, 2 or 3"),
+        ({"past": "blend:order=9"}, "order must be 1, 2 or 3"),
         ({"stages": "four"}, "stages='four' is not of type int"),
         ({"stages": 0}, "stages=0 is less than 1"),
         ({"warmup": 400}, "longer than the training"),

@@ -38,7 +38,7 @@ def study(
     past: Annotated[
         str | None,
         _grid(
-            "Of methods that do not say it: stash, latest, ema, pipemare, blend, ema:decay=0.9, separated by spaces. "
+            "Of methods that do not say it: stash, latest, ema, pipemare, blend, ema:decay=0.9, blend:order=3. "
             "Default: stash."
         ),
     ] = None,
@@ -81,7 +81,7 @@ def study(
     """
     grids = {"model": model, "optimizer": optimizer, "method": method, "schedule": schedule}
     given: dict[str, Any] = {name: text.split(",") for name, text in grids.items() if text is not None}
-    given |= {} if past is None else {"past": past.split()}
+    given |= {} if past is None else {"past": past.split(",")}
     numbers = {"stages": stages, "accumulate": accumulate, "sync_steps": sync_steps}
     given |= {name: _numbers(name, text) for name, text in numbers.items() if text is not None}
     single = {"data": data, "width": width, "batch_size": batch_size, "steps": steps, "warmup": warmup, "seeds": seeds}

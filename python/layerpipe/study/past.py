@@ -12,58 +12,39 @@ import torch
 from torch import Tensor
 
 from layerpipe_kernels import decay as decays
+from layerpipe_kernels import past as kinds
+from layerpipe_kernels.past import EMA, Blend, Latest, Past, Stash
 
 #: The part of an average that PipeMare forgets over a delay, the ``D`` of its ``γ = D^(1/n)`` (arXiv 1910.05124).
 PIPEMARE = math.exp(-2)
 
-KINDS = {
-    "stash": "the stored weights of the forward: exact (PipeDream, arXiv 1806.03377)",
-    "latest": "the newest weights",
-    "ema": "one average of the updates; decay=matched, white, window or a number (LayerPipe2, arXiv 2512.08160)",
-    "pipemare": "one average with the decay D^(1/n), D = e^-2 (PipeMare's T2, arXiv 1910.05124)",
-    "blend": "order=1, 2 or 3 averages and the newest update, designed for n (ours, docs/past_weights.md)",
-}
-_OPTIONS = {"ema": {"decay": "matched"}, "blend": {"order": "2", "decay": "designed"}}
+PIPEMARE_KIND = "pipemare"
 
 
-def parse(text: str) -> tuple[str, dict[str, str]]:
-    """``blend:order=2:decay=coupled`` as its kind and options, the defaults filled in.
+def parse(text: str) -> Past:
+    """What a string spells: a kind of :mod:`layerpipe_kernels.past` without a dtype and a norm, or ``pipemare``.
 
     Raises:
-        ValueError: an unknown kind or option, or a value that it cannot have.
+        ValueError: an unknown kind or option, or one that is not simulated.
     """
-    kind, *rest = text.split(":")
-    if kind not in KINDS:
-        raise ValueError(f"past {text!r} is unknown; there are: {', '.join(KINDS)}, such as ema:decay=0.9")
-    options = dict(_OPTIONS.get(kind, {}))
-    for part in rest:
-        name, _, value = part.partition("=")
-        if name not in options or not value:
-            raise ValueError(f"past {text!r}: {kind} has these options: {', '.join(options) or 'none'}; not {part!r}")
-        options[name] = value
-    if options.get("order", "2") not in ("1", "2", "3"):
-        raise ValueError(f"past {text!r}: order is 1, 2 or 3")
-    if kind == "blend" and options["decay"] not in ("designed", decays.COUPLED):
-        raise ValueError(f"past {text!r}: a blend's decay is designed or {decays.COUPLED}")
-    if kind == "ema":
-        decay_of(options["decay"], 1)
-    return kind, options
-
-
-def decay_of(text: str, n: int) -> float:
-    if text in decays.RULES:
-        return decays.resolve(text, n)
-    try:
-        return decays.resolve(float(text), n)
-    except ValueError as error:
-        raise ValueError(f"decay={text!r} is neither {', '.join(decays.RULES)} nor a number in [0, 1)") from error
+    if text == PIPEMARE_KIND:
+        return EMA(decay=lambda n: PIPEMARE ** (1 / n))
+    made = kinds.parse(text)
+    simulated = (Stash, Latest, EMA, Blend)
+    fixed = isinstance(made, Blend) and made.decay not in (None, decays.COUPLED)
+    if not isinstance(made, simulated) or made.norm or made.dtype or fixed or getattr(made, "of", "update") != "update":
+        names = ", ".join(kind.kind for kind in simulated)
+        raise ValueError(
+            f"past {text!r} is not simulated; there are: {names}, {PIPEMARE_KIND}, ema:decay=0.9, blend:order=3"
+        )
+    return made
 
 
 class PastWeights:
     """Estimates a stage's weights of some updates ago from its newest ones and averages of its updates.
 
     Args:
-        past: a kind with its options, see :func:`parse`.
+        past: a kind with its options, as :func:`parse` takes them.
         like: the stage's weights.
         delay: the largest number of updates between a forward and its backward, for which averages are designed.
         correlation: of successive updates: the ``β₁`` of the optimizer.
@@ -73,16 +54,16 @@ class PastWeights:
     def __init__(
         self, past: str, like: Sequence[Tensor], delay: int, *, correlation: float, horizon: float = 0.0
     ) -> None:
-        self.kind, options = parse(past)
-        self.exact = self.kind == "stash" or delay == 0
+        self.kind = kind = parse(past)
+        self.exact = isinstance(kind, Stash) or delay == 0
         self.delay, self.correlation, self.horizon, self.count = delay, correlation, horizon, 0
         self.design = decays.Blend((), (), 0.0, 0.0)
-        if not self.exact and self.kind == "blend":
-            order = decays.useful_order(delay, int(options["order"]), newest=True, predicted=horizon > 0)
-            coupled = options["decay"] == decays.COUPLED
+        if not self.exact and isinstance(kind, Blend):
+            order = decays.useful_order(delay, kind.order, newest=True, predicted=horizon > 0)
+            coupled = kind.decay == decays.COUPLED
             self.design = decays.blend(delay, order, correlation, True, coupled=coupled, horizon=horizon)
-        elif not self.exact and self.kind != "latest":
-            beta = PIPEMARE ** (1 / delay) if self.kind == "pipemare" else decay_of(options["decay"], delay)
+        elif not self.exact and isinstance(kind, EMA):
+            beta = decays.resolve(kind.decay, delay)
             self.design = decays.Blend((beta,), (1 - horizon / delay,), horizon / delay, 0.0)
         self.averages = [[torch.zeros_like(w) for w in like] for _ in self.design.decays]
         self.newest = [torch.zeros_like(w) for w in like]
@@ -106,7 +87,7 @@ class PastWeights:
 
     def at(self, newest: Sequence[Tensor], n: int) -> list[Tensor]:
         """What the forward of ``n`` updates ago saw, estimated from what the newest one sees."""
-        if not n or self.kind == "latest":
+        if not n or isinstance(self.kind, Latest):
             return list(newest)
         taps, update_tap = self._taps(n)
         estimate = [w.view_as(u) + update_tap * u for w, u in zip(newest, self.newest, strict=True)]
@@ -118,7 +99,7 @@ class PastWeights:
         design, count = self.design, len(self.averages)
         if self.count <= self.delay and count:
             return [float(n), *[0.0] * (count - 1)], self.horizon
-        if self.kind != "blend":
+        if not isinstance(self.kind, Blend):
             return [n - self.horizon], self.horizon
         if n != self.delay:
             design = decays.retapped(n, design.decays, self.correlation, True, design.turn, horizon=self.horizon)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from layerpipe.planning.memory import history_copies
-from layerpipe.study import past
 from layerpipe.study.methods import METHODS
 from layerpipe.study.results import Result, describe, errors_by_delay
 from layerpipe.study.stability import largest_stable_step
@@ -163,8 +162,7 @@ def memory_table(
         delays = [SCHEDULES[schedule] * (stages - 1 - s) for s in range(stages)]
         copies = []
         for kind in kinds:
-            name, options = past.parse(kind)
-            kept = [history_copies(name, n, order=int(options.get("order", 2))) for n in delays]
+            kept = [history_copies(kind, n) for n in delays]
             copies.append(sum(kept[stage_of[param]] * size for param, size in sizes.items()) / sum(sizes.values()))
         rows.append((f"{stages}", schedule, f"{delays[0]}", *(f"{each:.2f}" for each in copies)))
     return Table(

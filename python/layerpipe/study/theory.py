@@ -8,6 +8,7 @@ import numpy as np
 
 from layerpipe.study import past
 from layerpipe_kernels import decay as decays
+from layerpipe_kernels.past import EMA, Blend, Stash
 
 
 def theory(kind: str, n: int, correlation: float = 0.9) -> float:
@@ -17,15 +18,15 @@ def theory(kind: str, n: int, correlation: float = 0.9) -> float:
         kind: as in :func:`layerpipe.study.past.parse`.
         n: delay in updates.
     """
-    name, options = past.parse(kind)
-    if name == "stash" or n == 0:
+    made = past.parse(kind)
+    if isinstance(made, Stash) or n == 0:
         return 0.0
-    if name == "latest":
+    if isinstance(made, Blend):
+        order = decays.useful_order(n, made.order, newest=True)
+        return decays.blend(n, order, correlation, True, coupled=made.decay == decays.COUPLED).error
+    if not isinstance(made, EMA):
         return 1.0
-    if name == "blend":
-        order = decays.useful_order(n, int(options["order"]), newest=True)
-        return decays.blend(n, order, correlation, True, coupled=options["decay"] == decays.COUPLED).error
-    beta = past.PIPEMARE ** (1 / n) if name == "pipemare" else past.decay_of(options["decay"], n)
+    beta = decays.resolve(made.decay, n)
     length = n + 1 if not beta else n + math.ceil(-20 / math.log(beta))
     wanted = (np.arange(length) < n).astype(float)
     missed = wanted - n * (1 - beta) * beta ** np.arange(length)
