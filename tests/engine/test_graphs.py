@@ -251,10 +251,9 @@ def test_graphs_are_kept_where_nothing_was_replaced() -> None:
 
 def test_graphs_hold_whatever_their_steps_read_and_the_optimizer_may_drop() -> None:
     with fake_device():
-        make = functools.partial(
-            lk.SGD, lr=0.05, momentum=0.9, backend="reference", capturable=True, past=lk.Blend(norm="match")
-        )
-        pipe = layerpipe.Pipeline(chain(2), F.cross_entropy, make, executor="graphs", check_finite=False)
+        make = functools.partial(lk.SGD, lr=0.05, momentum=0.9, backend="reference", capturable=True)
+        past = lk.Blend(norm="match")
+        pipe = layerpipe.Pipeline(chain(2), F.cross_entropy, make, past=past, executor="graphs", check_finite=False)
         for x, y in minibatches(20):
             pipe.step(x, y)
         held = dropped(pipe.stages[0].optimizer)
