@@ -39,7 +39,7 @@ _TAKES = {
 
 
 def extension() -> Any:
-    """The compiled module, or ``None`` when the package was built without one."""
+    """Returns the compiled module, or ``None`` when the package was built without one."""
     return _C
 
 
@@ -88,7 +88,7 @@ def _has_code_for(device: torch.device) -> bool:
 
 
 def available_backends() -> tuple[str, ...]:
-    """Backends that can run here, the preferred one first."""
+    """Returns the names of the backends that can run here, the preferred one first."""
     runs = {
         "cuda": torch.cuda.is_available(),
         "triton": torch.cuda.is_available() or _interpreted(),
@@ -109,7 +109,7 @@ def build_info() -> dict[str, Any]:
 
 
 def choose(tensor: torch.Tensor, requested: str = "auto") -> str:
-    """The backend for weights of this device and dtype.
+    """Returns the name of the backend for weights of this device and dtype.
 
     ``requested="auto"`` follows ``LAYERPIPE_BACKEND`` where it is set. Otherwise it takes, on a CUDA device, the CUDA
     kernels if they were built for it, else Triton's, and on the CPU the C++ ones; whatever these cannot take is done in

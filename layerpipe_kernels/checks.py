@@ -74,7 +74,7 @@ def check_disjoint(names: Sequence[str], tensors: Sequence[Tensor]) -> None:
 
 
 def check_scalar(name: str, value: Tensor | None, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """A tensor of one element that a kernel reads where it lies."""
+    """Refuse a scalar that a kernel cannot read on its device: it must be a tensor of one element there."""
     if value is None:
         return
     if value.numel() != 1 or value.dtype != dtype or value.device != device:
@@ -82,7 +82,7 @@ def check_scalar(name: str, value: Tensor | None, device: torch.device, dtype: t
 
 
 def check_turn(decays: Sequence[float], turn: float) -> None:
-    """Two averages may turn about each other as long as what they remember does not grow."""
+    """Refuse a coupling of two averages with which what they remember would grow."""
     if turn == 0:
         return
     if len(decays) < 2:
@@ -92,7 +92,7 @@ def check_turn(decays: Sequence[float], turn: float) -> None:
 
 
 def check_options(options: Options, design: PastDesign, args: StepArguments, emas: int, device: torch.device) -> None:
-    """Hyperparameters that would spoil the weights, and designs that do not fit the arrays.
+    """Refuse hyperparameters that would spoil the weights, and designs that do not fit the arrays.
 
     Raises:
         ValueError: names the option.

@@ -23,18 +23,18 @@ Decays = NDArray[Any]  # real or complex
 
 
 def matched(n: int) -> float:
-    """``(n-1)/(n+1)``: the EMA's mean age equals the window's; exact for updates that drift linearly."""
+    """Returns ``(n-1)/(n+1)``: the EMA's mean age equals the window's; exact for updates that drift linearly."""
     return (n - 1) / (n + 1) if n > 0 else 0.0
 
 
 def window(n: int) -> float:
-    """``n/(n+1)``: the EMA's mean age is ``n``. Kept for comparison; it looks too far back."""
+    """Returns ``n/(n+1)``: the EMA's mean age is ``n``. Kept for comparison; it looks too far back."""
     return n / (n + 1)
 
 
 @functools.cache
 def white(n: int) -> float:
-    """The decay of least mean-square error for uncorrelated updates, about ``4**(-1/n)`` for large ``n``.
+    """Returns the decay of least mean-square error for uncorrelated updates, about ``4**(-1/n)`` for large ``n``.
 
     Minimises ``n (2 b**n - 1) + n**2 (1-b)/(1+b)``.
     """
@@ -55,7 +55,7 @@ RULES: dict[str, Callable[[int], float]] = {"matched": matched, "white": white, 
 
 
 def resolve(rule: DecayRule, n: int) -> float:
-    """The decay for delay ``n`` from a rule's name, a number or a function of ``n``.
+    """Returns the decay for delay ``n`` from a rule's name, a number or a function of ``n``.
 
     Raises:
         ValueError: an unknown name, or a decay outside ``[0, 1)``.
@@ -72,7 +72,7 @@ def resolve(rule: DecayRule, n: int) -> float:
 
 
 class Blend(NamedTuple):
-    """``sum of the last n updates ~ n * (update_tap * u(t) + sum_k taps[k] * E_k(t))``; the taps sum to 1."""
+    """A filter ``sum of the last n updates ~ n * (update_tap * u(t) + sum_k taps[k] * E_k(t))``; the taps sum to 1."""
 
     decays: tuple[float, ...]
     taps: tuple[float, ...]
@@ -91,7 +91,7 @@ def blend(
     coupled: bool = False,
     horizon: float = 0.0,
 ) -> Blend:
-    """The best filter of ``order`` EMAs, and the newest update where it is at hand, for a delay of ``n``.
+    """Returns the best filter of ``order`` EMAs, and the newest update if there is one, for a delay of ``n``.
 
     Models the updates as AR(1) with autocorrelation ``correlation**|j-k|``, demands that constant updates come out
     exact, and minimises the mean-square error: the taps by a linear system, the decays by a grid and a polish. Each
@@ -158,7 +158,7 @@ def blend(
 def retapped(
     n: int, decays: tuple[float, ...], correlation: float, newest: bool, turn: float = 0.0, *, horizon: float = 0.0
 ) -> Blend:
-    """The best taps for a delay of ``n`` where the averages are those of a design for another one.
+    """Returns the best taps for a delay of ``n`` where the averages are those of a design for another one.
 
     Args:
         n: delay in updates, at least 1.
@@ -203,7 +203,7 @@ def _coupled(n: int, order: int, correlation: float, newest: bool, horizon: floa
 
 
 def useful_order(n: int, order: int, newest: bool, predicted: bool = False) -> int:
-    """``order``, or as many EMAs as can still improve a delay of ``n``; of predicted weights one update more counts."""
+    """Returns ``order``, or as many EMAs as improve a delay of ``n``; with predicted weights one update more counts."""
     return min(order, n + predicted - newest)
 
 
@@ -212,7 +212,7 @@ _PAIR = np.array([[1 + 1j, 1 - 1j], [1 - 1j, 1 + 1j]]) / 2
 
 
 def _best(n: int, decays: Decays, correlation: float, newest: bool, horizon: float) -> Blend:
-    """The best of many rows of decays, each with its best taps; the first two may be complex and conjugate."""
+    """Returns the best of many rows of decays, each with its best taps; the first two may be complex and conjugate."""
     order, coupled = decays.shape[1], np.iscomplexobj(decays)
     # Columns: the exponential windows n(1-b)b^i, then the newest update n[i=0], which is the window of decay 0.
     bases = np.concatenate([decays, np.zeros((len(decays), 1))], axis=1) if newest else decays
@@ -242,20 +242,20 @@ def _best(n: int, decays: Decays, correlation: float, newest: bool, horizon: flo
 
 
 def _inner(a: Decays, b: Decays, rho: float) -> Decays:
-    """``sum_ij a^i b^j rho^|i-j|`` over ``i, j >= 0``."""
+    """Returns ``sum_ij a^i b^j rho^|i-j|`` over ``i, j >= 0``."""
     result: Array = (1 / (1 - a * rho) + b * rho / (1 - b * rho)) / (1 - a * b)
     return result
 
 
 def _wanted(n: int, horizon: float) -> Array:
-    """By the age of an update, how often it is in the wanted sum."""
+    """Returns, by the age of an update, how often it is in the wanted sum."""
     wanted: Array = np.ones(n + 1)
     wanted[0], wanted[n] = 1 + horizon, -horizon
     return wanted
 
 
 def _inner_window(n: int, b: Decays, rho: float, horizon: float) -> Decays:
-    """``sum_ij wanted[i] b^j rho^|i-j|`` over ``i, j >= 0``."""
+    """Returns ``sum_ij wanted[i] b^j rho^|i-j|`` over ``i, j >= 0``."""
     total = np.zeros_like(b)
     power, before = np.ones_like(b), np.zeros_like(b)
     for weight in _wanted(n, horizon):

@@ -17,7 +17,7 @@ Order = tuple[int, ...]
 
 
 def order(tensor: Tensor) -> Order | None:
-    """``None`` for a tensor that is not dense."""
+    """Returns a tensor's dimensions, that of the largest stride first; ``None`` for a tensor that is not dense."""
     if tensor.layout != torch.strided:
         return None
     dims = tuple(range(tensor.ndim))
@@ -29,7 +29,7 @@ def order(tensor: Tensor) -> Order | None:
 
 
 def distinct(tensor: Tensor) -> Tensor:
-    """A view without the repetitions of an expanded tensor: of size 1 where all of a dimension is the same memory.
+    """Returns a view without the repetitions of an expanded tensor: of size 1 where a dimension is the same memory.
 
     What is done to it in place is done to each element once.
     """
@@ -42,7 +42,7 @@ def distinct(tensor: Tensor) -> Tensor:
 
 
 def room_like(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Memory that lies as the tensor's, with its repetitions and gaps, which ``torch.empty_like`` leaves out."""
+    """Returns uninitialised memory with the tensor's repetitions and gaps, which ``torch.empty_like`` leaves out."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
 
 
@@ -54,7 +54,7 @@ def fill(out: Tensor, tensor: Tensor) -> Tensor:
 
 
 def replica(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """A copy that lies in memory as the tensor does, with its repetitions and gaps: kernels round alike on both.
+    """Returns a copy with the tensor's strides, repetitions and gaps: kernels round alike on both.
 
     For a ``device``, a dense tensor that is there already may be returned as it is.
     """
@@ -65,7 +65,7 @@ def replica(tensor: Tensor, device: torch.device | None = None) -> Tensor:
 
 
 def in_memory(tensor: Tensor, dims: Order) -> Tensor:
-    """A view ``(*, dims)`` with the last dimensions as they lie in memory; contiguous if the tensor is so ordered."""
+    """Returns a view ``(*, dims)``, its last dimensions in their order in memory: contiguous if they are dense."""
     lead = tensor.ndim - len(dims)
     if dims == tuple(range(len(dims))):
         return tensor
@@ -84,7 +84,7 @@ def follows(tensor: Tensor, weight: Tensor) -> bool:
 
 
 def like(tensor: Tensor, weight: Tensor) -> Tensor:
-    """``(*)`` or ``(K, *)`` in the order of the weight ``(*)``: itself, or a copy."""
+    """Returns a tensor ``(*)`` or ``(K, *)`` in the order of the weight ``(*)``: itself, or a copy."""
     if follows(tensor, weight):
         return tensor
     lead = tensor.shape[: tensor.ndim - weight.ndim]
@@ -94,7 +94,7 @@ def like(tensor: Tensor, weight: Tensor) -> Tensor:
 
 
 def arrange(memory: Tensor, weight: Tensor, *lead: int) -> Tensor:
-    """Memory ``(numel,)`` as ``(*)`` or, for a ``lead`` of ``K``, ``(K, *)``.
+    """Returns memory ``(numel,)`` as ``(*)`` or, for a ``lead`` of ``K``, ``(K, *)``.
 
     With the strides of the weight ``(*)``; in the natural order where that is not dense.
     """

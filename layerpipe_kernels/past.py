@@ -53,12 +53,12 @@ class Past:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self._given())})"
 
     def __str__(self) -> str:
-        """The spelling that :func:`parse` takes, without the options that have their default. A decay that is a
+        """Returns the spelling that :func:`parse` takes, without the options that have their default. A decay that is a
         function is spelled by its name, which cannot be parsed."""
         return ":".join((self.kind, *(f"{name}={_spelled(value)}" for name, value in self._given())))
 
     def _given(self) -> list[tuple[str, Any]]:
-        """The options that do not have their default."""
+        """Returns the options that do not have their default."""
         fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]  # of every subclass
         return [(f.name, getattr(self, f.name)) for f in fields if getattr(self, f.name) != f.default]
 

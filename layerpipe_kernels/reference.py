@@ -25,7 +25,7 @@ from layerpipe_kernels.options import (
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of optimizer state and of all arithmetic for weights of ``dtype``."""
+    """Returns the dtype of optimizer state and of all arithmetic for weights of ``dtype``."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
@@ -45,7 +45,7 @@ def sgd_step_(
     first: bool = False,
     tensor: int = 0,
 ) -> None:
-    """One step of SGD, the EMAs of its updates and, if asked for, the past weights.
+    """Runs one step of SGD, the EMAs of its updates and, if asked for, the past weights.
 
     ``u = lr * d``, ``W -= u``, with ``d`` as in :class:`torch.optim.SGD`; then ``E_k`` and ``What`` as in
     :class:`layerpipe_kernels.options.PastDesign`. ``first`` says that ``velocity`` holds nothing yet; where there is a
@@ -96,7 +96,7 @@ def adam_step_(
     previous: Tensor | None = None,  # (*) updated in place: u_, where the weights are predicted
     tensor: int = 0,
 ) -> None:
-    """One step of Adam or AdamW, otherwise as :func:`sgd_step_`. The update ``u`` includes the weight decay."""
+    """Runs one step of Adam or AdamW, otherwise as :func:`sgd_step_`. The update ``u`` includes the weight decay."""
     if overflowed(args):
         return
     count.add_(1)
@@ -144,8 +144,8 @@ def direction_step_(
     count: Tensor | None = None,  # () float32, steps so far; counted up
     tensor: int = 0,
 ) -> None:
-    """``u = lr d + lr weight_decay W`` with a given direction, otherwise as :func:`sgd_step_`. ``grad_scale`` divides
-    the direction."""
+    """Runs ``u = lr d + lr weight_decay W`` for a direction ``d``, otherwise as :func:`sgd_step_`; ``grad_scale``
+    divides the direction."""
     if overflowed(args):
         return
     w = _current(_full(weight, master), previous, args)
@@ -168,7 +168,7 @@ def _adam_direction(
     lr: float | Tensor,
     o: AdamOptions,
 ) -> Tensor:
-    """``lr d`` of step ``count``, its averages updated in place."""
+    """Returns ``lr d`` of step ``count``, its averages updated in place."""
     exp_avg.lerp_(g, 1 - o.beta1)
     exp_avg_sq.mul_(o.beta2).addcmul_(g, g, value=1 - o.beta2)
     largest = exp_avg_sq
@@ -197,7 +197,7 @@ def _full(weight: Tensor, master: Tensor | None) -> Tensor:
 
 
 def _current(w: Tensor, previous: Tensor | None, args: StepArguments) -> Tensor:
-    """``W`` of predicted weights ``F``; of others, themselves."""
+    """Returns ``W`` for predicted weights ``F``, other weights as they are."""
     if previous is None:
         return w
     before = args.horizon_before if args.horizon_at is None else float(args.horizon_at)
@@ -256,7 +256,7 @@ def _store_average(e: Tensor, average: Tensor, key: int) -> None:
 
 
 def averaged(emas: Sequence[Tensor], u: Tensor, decays: Sequence[float], turn: float) -> list[Tensor]:
-    """``E_k = decays[k] E_k + (1 - decays[k]) u``, not yet rounded.
+    """Returns ``E_k = decays[k] E_k + (1 - decays[k]) u``, not yet rounded.
 
     With a ``turn``, ``E_0 += turn (u - E_1)`` and ``E_1 -= turn (u - E_0)`` of the averages before.
     """
@@ -271,14 +271,14 @@ def averaged(emas: Sequence[Tensor], u: Tensor, decays: Sequence[float], turn: f
 def ema_update_(
     emas: Sequence[Tensor], update: Tensor, decays: Sequence[float], seed: int = 0, turn: float = 0.0
 ) -> None:
-    """:func:`averaged`, in place."""
+    """Runs :func:`averaged` in place."""
     averages = averaged(emas, update.to(state_dtype(update.dtype)), decays, turn)
     for k, (e, average) in enumerate(zip(emas, averages, strict=True)):
         _store_average(e, average, hash32(hash32(seed) + k))
 
 
 def reconstruct(weight: Tensor, terms: Sequence[Tensor], taps: Sequence[float] | Tensor, out: Tensor) -> None:
-    """``What = W + sum_k taps[k] terms[k]``, written to ``out``; ``taps`` numbers, or a tensor ``(K,)``."""
+    """Writes ``What = W + sum_k taps[k] terms[k]`` to ``out``; ``taps`` numbers, or a tensor ``(K,)``."""
     estimate = weight.to(state_dtype(weight.dtype), copy=True)
     for term, tap in zip(terms, taps, strict=True):
         estimate.add_(term.to(estimate.dtype) * tap)
@@ -289,14 +289,14 @@ _MASK = 0xFFFFFFFF
 
 
 def _hash(x: Tensor) -> Tensor:
-    """:func:`hash32` of every element of an int64 tensor."""
+    """Returns :func:`hash32` of every element of an int64 tensor."""
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
     return x ^ (x >> 16)
 
 
 def hash32(x: int) -> int:
-    """A bijection of 32-bit numbers that spreads every bit (lowbias32 by Chris Wellons): the kernels' random bits."""
+    """Returns a bijection of 32-bit numbers that spreads every bit (Chris Wellons' lowbias32), as random bits."""
     x &= _MASK
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK
@@ -304,7 +304,7 @@ def hash32(x: int) -> int:
 
 
 def round_stochastic(x: Tensor, key: int) -> Tensor:
-    """float32 ``(*)`` to bfloat16, up or down with the probability that makes the mean exact.
+    """Rounds float32 ``(*)`` to bfloat16, up or down with the probability that makes the mean exact.
 
     The random bits of an element depend on ``key`` and on its index alone, and are the same on every backend.
     """

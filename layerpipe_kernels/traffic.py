@@ -32,19 +32,19 @@ class Traffic(NamedTuple):
         return w, grad, full, full if self.average is None else self.average.itemsize
 
     def one_pass(self) -> int:
-        """Bytes per parameter of the fused step."""
+        """Returns the bytes per parameter of the fused step."""
         w, grad, full, average = self._sizes()
         weights = w + 2 * full if self.master else 2 * w  # with a master the rounded weights are not read
         kept = self.states + self.previous
         return weights + grad + 2 * full * kept + 2 * average * self.emas + (w if self.past else 0)
 
     def optimizer(self) -> int:
-        """Bytes per parameter of the optimizer's own step."""
+        """Returns the bytes per parameter of the optimizer's own step."""
         return self._replace(emas=0, past=False, previous=False).one_pass()
 
     def separate_passes(self) -> int:
-        """Bytes per parameter of torch's fused optimizer, the averages and the reconstruction, one after the other; the
-        prediction of weights is not among them."""
+        """Returns the bytes per parameter of torch's fused optimizer, then averages and reconstruction; without the
+        prediction of weights."""
         w, _, full, average = self._sizes()
         averages = self.emas * (full + 2 * average)
         reconstruct = 2 * w + self.emas * average if self.past else 0

@@ -51,7 +51,7 @@ class Mixture(NamedTuple):
 
 
 class History:
-    """The past weights of one parameter group.
+    """Estimates the past weights of one parameter group.
 
     Subclasses say what the optimizer's step must keep and how to mix it (:attr:`design`), or keep something of their
     own (:meth:`before_update`, :meth:`past`).
@@ -116,8 +116,7 @@ class History:
         return self.retapped(n)
 
     def retapped(self, n: int) -> tuple[tuple[float, ...], float]:
-        """:meth:`taps` once the delay has filled, for an ``n`` that is not the one that the averages are designed for,
-        where there are averages."""
+        """Returns :meth:`taps` of averages once the delay has filled, for an ``n`` that they are not designed for."""
         raise NotImplementedError
 
     def mixture(self, clock: Clock, n: int | None = None) -> Mixture:
@@ -168,8 +167,10 @@ class History:
         updated: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """:meth:`past` where only the device knows the clock; ``updated`` is then 1 or 0, a float32 scalar there, and
-        ``n`` the most updates ago, by default the delay."""
+        """Returns :meth:`past` where only the device knows the clock.
+
+        ``updated`` is then 1 or 0, a float32 scalar there, and ``n`` the most updates ago, by default the delay.
+        """
         terms, taps = [], clock.taps if n is None else clock.taps_of(n)
         newest = state.get(self.newest_key) if clock.has_newest else None
         if newest is None or newest.shape != param.shape:
@@ -191,7 +192,7 @@ class History:
 
 @torch.no_grad()
 def fade(emas: Sequence[Tensor], decays: Sequence[float | Tensor], turn: float | Tensor) -> None:
-    """Average an update of zero, in place."""
+    """Average an update of zero into EMAs ``(*)``, in place."""
     turns = isinstance(turn, Tensor) or turn != 0.0
     before = [e.clone() for e in emas[:2]] if turns and len(emas) > 1 else []
     for e, decay in zip(emas, decays, strict=True):

@@ -9,7 +9,7 @@ from layerpipe_kernels.past import Blend
 
 
 class BlendHistory(History):
-    """``What(t-n) = W(t) + n (c_0 u(t) + sum_k c_k E_k(t))`` with ``order`` EMAs, designed by :func:`decay.blend`.
+    """Past weights ``W(t) + n (c_0 u(t) + sum_k c_k E_k(t))`` with ``order`` EMAs, designed by :func:`decay.blend`.
 
     Short delays keep fewer: with the newest update at hand ``n - 1`` EMAs are enough, none at all for ``n = 1``; nor
     where the optimizer can undo its last update, see :mod:`layerpipe_kernels.history.undo`.

@@ -38,13 +38,13 @@ class DeviceClock:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """``taps``, the newest update's first, for the update that the clock shows."""
+        """Compute ``taps``, the newest update's first, for the update that the clock shows."""
         row = self._row(self.n)
         torch.where(self._by_lr, row * self.lr, row, out=self.taps)
 
     @torch.no_grad()
     def taps_of(self, n: int) -> Tensor:
-        """:attr:`taps` for the weights of ``n`` updates ago, or of as many as there have been."""
+        """Returns :attr:`taps` for the weights of ``n`` updates ago, or of as many as there have been."""
         row = self._row(n)
         return torch.where(self._by_lr, row * self.lr, row)
 
@@ -60,7 +60,7 @@ class DeviceClock:
 
     @torch.no_grad()
     def tick(self, lr: float | Tensor, found_inf: Tensor | None, *, counted: bool) -> None:
-        """After an update; ``counted`` if the step has counted it already."""
+        """Move on by an update, which ``counted`` says the step has counted already."""
         if not counted:
             self.t.add_(1 if found_inf is None else (found_inf == 0).view(()))
         if found_inf is None:
@@ -71,27 +71,27 @@ class DeviceClock:
         self.refresh()
 
     def decays(self, found_inf: Tensor | None) -> Tensor:
-        """By what the averages ``(K,)`` of a parameter without a gradient have faded in the update just counted."""
+        """Returns the decays ``(K,)`` of a parameter without a gradient in the update just counted."""
         mean = (self.t - 1) / self.t.double()
         faded = torch.where(self.t <= self.n, mean, torch.minimum(self._decays, mean))
         return faded if found_inf is None else torch.where(found_inf.view(()) == 0, faded, 1.0)
 
     def turn(self, found_inf: Tensor | None) -> Tensor:
-        """And by what they have turned, where they do."""
+        """Returns the coupling of its first two averages in that update."""
         turned = torch.where(self.t <= self.n, 0.0, self._turn)
         return turned if found_inf is None else torch.where(found_inf.view(()) == 0, turned, 0.0)
 
     def newest_slot(self) -> Tensor:
-        """``(1,)``: where a ring of ``n`` keeps the version that the clock shows."""
+        """Returns the slot ``(1,)`` of a ring of ``n`` for the version that the clock shows."""
         return (self.t % self.n).view(1)
 
     def past_slot(self, n: int | None = None) -> Tensor:
-        """``(1,)``: where it keeps the version of ``n`` updates ago, by default that of the delay."""
+        """Returns the slot ``(1,)`` of the version of ``n`` updates ago, by default that of the delay."""
         return ((self.t - self.t.clamp(max=self.n if n is None else n)) % self.n).view(1)
 
 
 def put(ring: Tensor, dim: int, slot: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
-    """Overwrite the oldest of a ring; after an overflow it is still wanted."""
+    """Overwrite the oldest entry of a ring, unless the update overflowed."""
     if found_inf is not None:
         value = torch.where(found_inf.view(()) == 0, value, ring.index_select(dim, slot))
     ring.index_copy_(dim, slot, value)

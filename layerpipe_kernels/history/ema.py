@@ -9,7 +9,7 @@ from layerpipe_kernels.past import EMA
 
 
 class EmaHistory(History):
-    """``What(t-n) = W(t) + n E(t)``; of predicted weights ``F(t) + p u(t) + (n - p) E(t)``.
+    """Past weights ``W(t) + n E(t)``; of predicted weights ``F(t) + p u(t) + (n - p) E(t)``.
 
     With ``of="gradient"`` the average runs over gradients and is scaled by the last learning rate, as the paper writes
     it: the same for plain SGD at a constant learning rate, and wrong with momentum or a schedule.

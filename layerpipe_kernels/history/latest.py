@@ -9,7 +9,7 @@ from layerpipe_kernels.history.device import DeviceClock
 
 
 class LatestHistory(History):
-    """Nothing kept, nothing reconstructed: the baseline that the others must beat."""
+    """Present weights in the place of past ones: the baseline that the others must beat."""
 
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, updated: bool = True, out: Tensor | None = None

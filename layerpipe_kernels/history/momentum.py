@@ -7,7 +7,7 @@ from layerpipe_kernels.options import PastDesign
 
 
 class MomentumHistory(History):
-    """``What(t-n) = W(t) + lr v(t) (1 - mu**n) / (1 - mu)``: no state beyond the momentum buffer.
+    """Past weights ``What(t-n) = W(t) + lr v(t) (1 - mu**n) / (1 - mu)``: no state beyond the momentum buffer.
 
     ``mu`` is the last update's momentum; the first one's where the device counts updates, as what is captured keeps it.
     """

@@ -16,7 +16,7 @@ State = dict[str, Any]
 
 
 class Norms:
-    """The norms of every tensor's last ``n`` versions, version ``t`` in slot ``t mod n``: no copies of weights.
+    """Keeps the norms of every tensor's last ``n`` versions, version ``t`` in slot ``t mod n``: no copies of weights.
 
     An estimate that overshoots amplifies the activations' gradient, stage after stage; scaled, it cannot
     (docs/past_weights.md). Nothing here waits for a device.
@@ -44,7 +44,7 @@ class Norms:
 
     @torch.no_grad()
     def record(self, params: Sequence[Tensor], at: int | DeviceClock, found_inf: Tensor | None = None) -> None:
-        """Before an update: the norms of the version that ``at`` shows."""
+        """Record the norms of the version that ``at`` shows, before an update."""
         norms = torch.stack(torch._foreach_norm(list(params), 2, dtype=self.dtype))
         if isinstance(at, DeviceClock):
             put(self.ring, 1, at.newest_slot(), norms[:, None], found_inf)
@@ -60,7 +60,7 @@ class Norms:
         found_inf: Tensor | None = None,
         n: int | None = None,
     ) -> None:
-        """After an update: scale every ``What``, in place, to the norm of the version that it estimates, of ``n``
+        """Scale every ``What``, in place, after an update, to the norm of the version that it estimates, of ``n``
         updates ago or of the delay."""
         n = self.n if n is None else n
         if n == 0 or (isinstance(at, int) and at == 0):

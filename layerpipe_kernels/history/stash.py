@@ -13,7 +13,7 @@ from layerpipe_kernels.history.device import DeviceClock, put
 
 
 class StashHistory(History):
-    """Exact, and ``n`` copies of the weights: a ring in ``state["stash"]``, version ``t`` in slot ``t mod n``."""
+    """Stored weights, exact, in ``n`` copies: a ring in ``state["stash"]``, version ``t`` in slot ``t mod n``."""
 
     needs_states = True
 

@@ -10,7 +10,7 @@ from layerpipe_kernels.history.device import DeviceClock
 
 
 class UndoHistory(History):
-    """``W(t-1)`` by ``settings.undo``: exact to rounding, and nothing kept. For a delay of 1."""
+    """Past weights ``W(t-1)`` by ``settings.undo``: exact to rounding, and nothing kept. For a delay of 1."""
 
     def past(
         self, param: Tensor, state: State, mixture: Mixture, *, updated: bool = True, out: Tensor | None = None

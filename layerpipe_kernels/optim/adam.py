@@ -25,7 +25,7 @@ from layerpipe_kernels.past import Past
 
 
 class Adam(FusedOptimizer):
-    """:class:`torch.optim.Adam` with a memory of its past weights.
+    """:class:`torch.optim.Adam` that can also return its past weights.
 
     torch's names, defaults and results, to a few units in the last place. The step counts lie beside the weights, as
     in torch's fused implementation.
@@ -170,7 +170,7 @@ def _check_tensors(
 
 
 class AdamW(Adam):
-    """:class:`torch.optim.AdamW` with a memory of its past weights; :class:`Adam` with decoupled weight decay."""
+    """:class:`torch.optim.AdamW` that can also return its past weights; :class:`Adam` with decoupled weight decay."""
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class Kept(NamedTuple):
     previous: bool
 
     def names(self) -> tuple[str, ...]:
-        """In the order of :meth:`layerpipe_kernels.plan.Arrays.written`."""
+        """Returns their names in the order of :meth:`layerpipe_kernels.plan.Arrays.written`."""
         optional = (
             *(("ema", self.emas), ("past", self.past), ("master", self.master), ("step", self.counts)),
             ("previous_update", self.previous),
@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 def complete(
     state: dict[str, Any], param: Tensor, kept: Kept, ema_dtype: torch.dtype | None, fresh: set[Tensor]
 ) -> dict[str, Any]:
-    """The parameter's state, in its order in memory and with zeros where an array is missing.
+    """Returns the parameter's state, in its order in memory and with zeros where an array is missing.
 
     Args:
         state: of ``param``; filled.
@@ -74,7 +74,7 @@ def complete(
 
 
 def _zeros_apart(param: Tensor, dtype: torch.dtype, place: int, *lead: int) -> Tensor:
-    """Zeros like ``param``, ``(*lead, *)``, that begin elsewhere in a page of memory than the group's other arrays.
+    """Returns zeros ``(*lead, *)`` like ``param`` that begin elsewhere in a page than the group's other arrays.
 
     Large arrays all begin at the same offset in a page, and a step that walks through five of them at once then meets
     loads whose addresses look to the processor like those of stores in flight (4 KiB aliasing): 105 ms, not 73, for

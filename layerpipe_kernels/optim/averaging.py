@@ -29,7 +29,7 @@ class AveragingOptimizer(PastOptimizer):
                 checks.check_tensor(self.name(group, i), param, "parameter")
 
     def _before_step(self, group: Group) -> None:
-        """While the weights are still those of the last update."""
+        """Record what a history needs of the weights before their update."""
         past, params = self.history(group), group["params"]
         if params:
             self._refuse_capture(params[0].device, group)

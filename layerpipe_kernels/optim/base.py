@@ -121,7 +121,7 @@ class PastOptimizer(ParametersWithoutGrad, PredictedWeights, torch.optim.Optimiz
 
     @property
     def _needed(self) -> Iterable[str]:
-        """Options that a group must have; torch adds one to the defaults when a state is loaded."""
+        """The options that a group must have; torch adds one to the defaults when a state is loaded."""
         return [*(name for name in self.defaults if name != "differentiable"), *CLOCK]
 
     def _settings(self, group: Group) -> history.Settings:
@@ -150,7 +150,7 @@ class PastOptimizer(ParametersWithoutGrad, PredictedWeights, torch.optim.Optimiz
         return made[1]
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's, and in every parameter's state what its past weights are made of."""
+        """Returns torch's state_dict, in which parameters' states also have what their past weights are made of."""
         params = [p for group in self.param_groups for p in group["params"]]
         without_grad = {p for p in self._without_grad if p not in self._updated}
         without_grad.update(p for p, updated in self._updated.items() if not updated)
@@ -192,7 +192,7 @@ class PastOptimizer(ParametersWithoutGrad, PredictedWeights, torch.optim.Optimiz
                 checkpoint.move_clock(group, group["params"][0].device)
 
     def device_clock(self, group: Group) -> DeviceClock | None:
-        """This group's clock where the device keeps it; ``None`` where the host does."""
+        """Returns this group's clock where the device keeps it; ``None`` where the host does."""
         past = self.history(group)
         if past is None or not isinstance(group["updates"], Tensor):
             return None
@@ -202,7 +202,7 @@ class PastOptimizer(ParametersWithoutGrad, PredictedWeights, torch.optim.Optimiz
         return made[1]
 
     def _keep_clock_on_device(self, group: Group) -> None:
-        """From now on; a clock that the host has kept goes on from where it is."""
+        """Move a group's clock from the host to the device of its parameters."""
         if isinstance(group["updates"], Tensor):
             return
         device = group["params"][0].device
@@ -219,13 +219,13 @@ class PastOptimizer(ParametersWithoutGrad, PredictedWeights, torch.optim.Optimiz
         return norms
 
     def _aligned_state(self, param: Tensor) -> dict[str, Any]:
-        """A parameter's state, in its present order in memory."""
+        """Returns a parameter's state, in the parameter's present order in memory."""
         state: dict[str, Any] = self.state[param]
         layout.align(state, param)
         return state
 
     def past_view(self, param: Tensor, n: int | None = None) -> Tensor:
-        """Like :meth:`past_weight`, but may return memory that the next step overwrites. For one backward."""
+        """Returns :meth:`past_weight`, or memory with it that the next step overwrites. For one backward."""
         return self._past(param, None, n)
 
     def _past(self, param: Tensor, out: Tensor | None, n: int | None = None) -> Tensor:
@@ -277,7 +277,7 @@ class PastOptimizer(ParametersWithoutGrad, PredictedWeights, torch.optim.Optimiz
         return result
 
     def past_weight(self, param: Tensor, n: int | None = None, *, out: Tensor | None = None) -> Tensor:
-        """The weights of ``n`` updates ago, as this parameter's history has them.
+        """Returns the weights of ``n`` updates ago, as this parameter's history estimates them.
 
         Args:
             param: one of this optimizer's parameters, ``(*)``.
@@ -350,11 +350,11 @@ class PastOptimizer(ParametersWithoutGrad, PredictedWeights, torch.optim.Optimiz
                 master.copy_(torch.where(master.to(param.dtype) == param, master, param.to(master.dtype)))
 
     def history_bytes(self) -> int:
-        """Bytes kept for past weights, the weights themselves and the optimizer's own state not counted."""
+        """Returns the bytes kept for past weights, the weights themselves and the optimizer's own state not counted."""
         return sum(s[k].nbytes for _, s in checkpoint.by_parameter(self.state) for k in HISTORY_KEYS if k in s)
 
     def optimizer_bytes(self) -> int:
-        """Bytes of the optimizer's own state."""
+        """Returns the bytes of the optimizer's own state."""
         return sum(
             v.nbytes
             for _, s in checkpoint.by_parameter(self.state)

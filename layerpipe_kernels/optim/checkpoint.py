@@ -52,18 +52,19 @@ NOT_UPDATED = "not_updated"
 
 
 def by_parameter(state: Mapping[Any, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
-    """The parameters' entries of an optimizer's state, which may have others, as torch allows."""
+    """Returns the parameters' entries of an optimizer's state, which may have others, as torch allows."""
     return [(param, entry) for param, entry in state.items() if isinstance(param, Tensor)]
 
 
 def without(names: Collection[str], entry: Any) -> Any:
-    """A parameter's entry of an optimizer's state without these arrays; another entry as it is."""
+    """Returns a parameter's entry of an optimizer's state without these arrays; another entry as it is."""
     return {k: v for k, v in entry.items() if k not in names} if isinstance(entry, dict) else entry
 
 
 def without_unmoved(packed: StateDict, keeps_state: list[bool]) -> StateDict:
-    """A state_dict without the history of parameters that never had a gradient: torch's optimizers expect their own
-    state wherever there is any, and the past of these is their present.
+    """Returns a state_dict without the history of parameters that never had a gradient.
+
+    torch's optimizers expect their own state wherever there is any, and the past of these is their present.
 
     Args:
         packed: a state_dict.
@@ -77,7 +78,7 @@ def without_unmoved(packed: StateDict, keeps_state: list[bool]) -> StateDict:
 
 
 def mark(packed: StateDict, params: list[Tensor], without_grad: set[Tensor], fresh: set[Tensor]) -> StateDict:
-    """A state_dict with what is known beside the arrays, in torch's terms: an empty momentum buffer is ``None``."""
+    """Returns a state_dict with marks for parameters that were not updated; an empty momentum buffer is ``None``."""
     indices = [index for group in packed["param_groups"] for index in group["params"]]
     state = dict(packed["state"])
     for index, param in zip(indices, params, strict=True):
@@ -92,8 +93,8 @@ def mark(packed: StateDict, params: list[Tensor], without_grad: set[Tensor], fre
 
 
 def without_functions(packed: StateDict) -> StateDict:
-    """A state_dict that can be loaded with ``weights_only=True``: a past whose decay is a function stays behind, and
-    the optimizer that loads it keeps its own."""
+    """Returns a state_dict that can be loaded with ``weights_only=True``, without a past whose decay is a function: the
+    optimizer that loads it keeps its own."""
     groups = [{k: v for k, v in g.items() if not isinstance(v, Past)} for g in packed["param_groups"]]
     return {**packed, "param_groups": groups}
 
@@ -110,7 +111,7 @@ def with_options(groups: list[Group], state_dict: StateDict) -> StateDict:
 
 
 def restore_precision(groups: list[Group], state: dict[Tensor, Any], saved: StateDict) -> None:
-    """torch casts state to its parameter's dtype; take ours from the checkpoint again, as it was."""
+    """Take state from the checkpoint again in its dtype, which torch has cast to the parameter's."""
     for own, other in zip(groups, saved["param_groups"], strict=True):
         for param, index in zip(own["params"], other["params"], strict=True):
             for key in FULL_PRECISION:
@@ -126,7 +127,7 @@ def restore_precision(groups: list[Group], state: dict[Tensor, Any], saved: Stat
 
 
 def kept_dtype(key: str, value: Tensor, param: Tensor) -> torch.dtype:
-    """In which dtype a parameter's state keeps what was saved, perhaps for a parameter of another dtype."""
+    """Returns the dtype in which a parameter's state keeps what was saved, perhaps for a parameter of another dtype."""
     full = reference.state_dtype(param.dtype)
     if key not in FULL_PRECISION:
         return param.dtype
@@ -134,7 +135,7 @@ def kept_dtype(key: str, value: Tensor, param: Tensor) -> torch.dtype:
 
 
 def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved: StateDict) -> None:
-    """A group that trained, but without our averages, begins to fill its delay anew, with a warning."""
+    """Let a group that trained without averages fill its delay anew, with a warning."""
     for i, (own, other) in enumerate(zip(optimizer.param_groups, saved["param_groups"], strict=True)):
         history = optimizer.history(own)
         # Norms alone are those of a parameter that never had a gradient.
@@ -154,7 +155,7 @@ def restart_where_lost(optimizer: PastOptimizer, state: dict[Tensor, Any], saved
 
 
 def move_clock(group: Group, device: torch.device) -> None:
-    """A clock of a device onto the one where the parameters are now, and what goes with it."""
+    """Move a group's clock, and the rest of its state, to the device of its parameters."""
     for key in GROUP_STATE:
         if isinstance(group[key], Tensor):
             group[key] = group[key].to(device, copy=True)

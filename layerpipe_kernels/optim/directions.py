@@ -17,7 +17,7 @@ State = dict[str, Any]
 
 
 class AdamArrays(NamedTuple):
-    """Of a list of parameters: ``(*)`` each, and ``()`` for the counts; updated in place."""
+    """Adam's state of a list of parameters: ``(*)`` each, and ``()`` for the counts; updated in place."""
 
     exp_avgs: Sequence[Tensor]
     exp_avg_sqs: Sequence[Tensor]
@@ -28,7 +28,7 @@ class AdamArrays(NamedTuple):
 
 
 class AdamDirections:
-    """``d = scale ((1 - b) mhat + b g) / (sqrt(qhat) + eps)`` written into ``outputs``.
+    """Computes ``d = scale ((1 - b) mhat + b g) / (sqrt(qhat) + eps)`` written into ``outputs``.
 
     Args:
         outputs: ``(*)`` each, in float32 or float64.
@@ -49,5 +49,5 @@ class AdamDirections:
 
     @torch.no_grad()
     def write(self, grads: Sequence[Tensor], options: AdamOptions) -> None:
-        """``options.lr`` is ``scale``, ``options.newest_share`` is ``b``."""
+        """Write the directions; ``options.lr`` is ``scale``, ``options.newest_share`` is ``b``."""
         self._plan.step(self._plan.check_grads(grads), options)

@@ -165,7 +165,7 @@ class FusedOptimizer(PastOptimizer):
     def _begin_routine(
         self, index: int, group: Group, ready: _Ready | None, past: History | None, before: float
     ) -> None:
-        """After a step that looked at everything, if the next one need not."""
+        """Make a routine for the next step, if that need not check everything again."""
         old = self._routines.get(index)
         if old is not None and ready is not None and old.made_from(ready.collector, past) and old.fits():
             return  # only the gradients were not where it looks for them

@@ -18,7 +18,7 @@ _NAMED = re.compile(r"(^|\.)([^.]*(embed|position)[^.]*|wte|wpe|lm_head|head|fc)
 
 
 def sides(param: Tensor) -> tuple[int, int]:
-    """A parameter ``(out, *)`` as a matrix: ``out`` rows, and columns for all the rest, as in a convolution."""
+    """Returns rows and columns of a parameter ``(out, *)`` as a matrix ``(out, in * k * k)``, as of a convolution."""
     rows = param.shape[0] if param.ndim else 1
     return rows, param.numel() // max(rows, 1)
 
@@ -66,7 +66,7 @@ def mark_embeddings_and_output(module: nn.Module, *, output: bool = True) -> Non
 
 
 def _weight(layer: nn.Module) -> list[nn.Parameter]:
-    """A layer's weight, or what a parametrization makes it of: reading that would run it, which may change buffers."""
+    """Returns a layer's weight, or the parameters of its parametrization, which is not run: it may change buffers."""
     parametrized: Any = layer._modules.get("parametrizations")
     if parametrized is not None and "weight" in parametrized:
         return list(parametrized["weight"].parameters(recurse=False))

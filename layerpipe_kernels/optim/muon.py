@@ -24,7 +24,7 @@ _ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
 
 class Muon(PreconditionedOptimizer):
-    """:class:`torch.optim.Muon` for all of a network's parameters, with a memory of its past weights.
+    """:class:`torch.optim.Muon` for all of a network's parameters, which can also return its past weights.
 
     ``m <- mu m + (1 - mu) G``; the direction is the nearest orthogonal matrix to ``mu m + (1 - mu) G`` (to ``m``
     without ``nesterov``), by ``ns_steps`` Newton-Schulz steps, times what ``adjust_lr_fn`` says of its shape. Then
@@ -150,7 +150,7 @@ class Muon(PreconditionedOptimizer):
 def newton_schulz(
     matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float, scratch: Scratch
 ) -> Tensor:
-    """Steps of ``X <- a X + (b X X^T + c (X X^T)^2) X`` from ``X / |X|``, towards ``U V^T`` of ``X = U S V^T``.
+    """Runs steps of ``X <- a X + (b X X^T + c (X X^T)^2) X`` from ``X / |X|``, towards ``U V^T`` of ``X = U S V^T``.
 
     Args:
         matrices: ``(k, rows, cols)`` with ``rows <= cols``, overwritten.

@@ -35,7 +35,7 @@ class ParametersWithoutGrad:
     def _mark_updated(
         self, with_grad: Sequence[Tensor], without_grad: Sequence[Tensor], clock: DeviceClock, found_inf: Tensor | None
     ) -> None:
-        """As :meth:`_mark_still`, where only the device knows whether there was an update."""
+        """As :meth:`_mark_without_grad`, where only the device knows whether there was an update."""
         if not clock.has_newest:
             return
         for param in self._without_grad:
@@ -53,7 +53,7 @@ class ParametersWithoutGrad:
     def _age(
         self, without_grad: Sequence[Tensor], past: History, clock: Clock | DeviceClock, found_inf: Tensor | None
     ) -> None:
-        """A parameter without a gradient was updated by zero: its averages fade, its weights stay."""
+        """Average an update of zero for parameters without a gradient."""
         if not without_grad:
             return
         decays: Sequence[float | Tensor]

@@ -95,7 +95,7 @@ class PredictedWeights:
     _aligned_state: Callable[[Tensor], dict[str, Any]]
 
     def set_staleness(self, staleness: float | None) -> None:
-        """Say how many updates late the gradients of the following steps are; ``None`` for every group's ``delay``.
+        """Set how many updates late the gradients of the following steps are; ``None`` for every group's ``delay``.
 
         Spike compensation, weight prediction and ``beta1_delay`` follow it from the next step on: with 0, for as long
         as a pipeline runs its minibatches one after the other, steps are those without them. Where Adam's ``beta1``
@@ -171,7 +171,7 @@ class PredictedWeights:
 
     @torch.no_grad()
     def current_weight(self, param: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """The weight ``W`` of a parameter, whichever form the parameter has.
+        """Returns the weight ``W`` of a parameter, whichever form the parameter has.
 
         Args:
             param: one of this optimizer's parameters, ``(*)``.
@@ -189,12 +189,12 @@ class PredictedWeights:
         raise NotImplementedError
 
     def _predicted(self, group: Group) -> list[tuple[Tensor, dict[str, Any]]]:
-        """The group's parameters that hold ``F``, or did before :meth:`eval`."""
+        """Returns the group's parameters that hold ``F``, or did before :meth:`eval`."""
         params = [p for p in group["params"] if p in self.state and "previous_update" in self.state[p]]
         return [(p, self._aligned_state(p)) for p in params]
 
     def _write_current(self, group: Group, param: Tensor, state: dict[str, Any], out: Tensor) -> None:
-        """``W = F + p u_``, rounded into ``out``, which may be the parameter itself."""
+        """Write ``W = F + p u_``, rounded, into ``out``, which may be the parameter itself."""
         predicted = state.get("master", state.get("train_weight", param))
         if predicted is out:
             predicted = predicted.clone()
@@ -203,7 +203,7 @@ class PredictedWeights:
         ops.reconstruct(predicted, [state["previous_update"]], taps, out=out.detach(), backend=group["backend"])
 
     def _take_over(self, group: Group, param: Tensor, state: dict[str, Any]) -> None:
-        """In evaluation: a parameter that is not the ``W`` that was written there is another's."""
+        """Take a parameter that differs from the ``W`` that :meth:`eval` wrote for new weights."""
         current = torch.empty_like(param, requires_grad=False)
         self._write_current(group, param, state, current)
         if torch.equal(current, param):
@@ -212,7 +212,7 @@ class PredictedWeights:
         state["master" if "master" in state else "train_weight"].copy_(param)
 
     def _weights_taken_over(self) -> None:
-        """Every parameter has been replaced by weights ``W``; in evaluation, those that have been."""
+        """Take the parameters for new weights ``W``; in evaluation, those that differ from what it wrote."""
         for group in self.param_groups:
             for param, state in self._predicted(group):
                 if group["train_mode"]:
@@ -232,7 +232,7 @@ class PredictedWeights:
 
     @torch.no_grad()
     def _unpredict(self, params: Sequence[Tensor], before: float | Tensor, found_inf: Tensor | None) -> None:
-        """An update by zero: ``F`` becomes ``W``, ``u_`` zero, unless ``found_inf`` says that there is no update."""
+        """Update by zero: ``F`` becomes ``W``, ``u_`` zero, unless ``found_inf`` says that there is no update."""
         for param in params:
             state: dict[str, Any] = self.state[param]
             update = state.get("previous_update")
@@ -260,7 +260,7 @@ class PredictedWeights:
 
 
 def keep_horizon_on_device(group: Group) -> None:
-    """From now on: what the last update that did not overflow has predicted with, only the device knows."""
+    """Keep the horizon of the last update that did not overflow on the device."""
     if group["horizon_at"] is None and (horizon_of(group) or group["horizon"]):
         device = group["params"][0].device
         group["horizon_at"] = torch.tensor(float(group["horizon"]), dtype=torch.float32, device=device)

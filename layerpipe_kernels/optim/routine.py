@@ -35,7 +35,7 @@ class PastMaker(NamedTuple):
 
 
 class Routine:
-    """One parameter group after a step that looked at everything.
+    """The compiled step of one parameter group, made after a step that checked everything.
 
     Args:
         group: whose parameters all have a gradient; its clock is the host's.

@@ -22,7 +22,7 @@ from layerpipe_kernels.past import Past
 
 
 class SGD(FusedOptimizer):
-    """:class:`torch.optim.SGD` with a memory of its past weights.
+    """:class:`torch.optim.SGD` that can also return its past weights.
 
     torch's names, defaults and results: a float32 step on the CPU equals torch's for-loop implementation bit for bit.
     With ``delay=n`` the step also keeps what the weights of ``n`` updates ago are reconstructed from.

@@ -162,7 +162,7 @@ class SOAP(PreconditionedOptimizer):
             _begin(stack, i, 1 + int(group["precondition_frequency"] * places[i]))
 
     def _stepped(self, group: Group, stack: Stack, turned: Tensor) -> Tensor:
-        """Adam's directions in the turned basis, in memory that the next stack uses, too."""
+        """Returns Adam's directions in the turned basis, in memory that the next stack uses, too."""
         outputs = self._scratch("stepped", turned, *turned.shape)
         if stack.adam is None or stack.adam[0] is not outputs:
             names = [f"matrix {i} of a stack" for i in range(len(outputs))]
@@ -172,14 +172,14 @@ class SOAP(PreconditionedOptimizer):
         return outputs
 
     def _factors(self, matrices: Tensor, stack: Stack) -> Tensor:
-        """In the dtype of the preconditioner."""
+        """Returns matrices in the dtype of the preconditioner."""
         dtype = next(stack[name].dtype for name in _BASES if name in stack.arrays)
         if matrices.dtype == dtype:
             return matrices
         return self._scratch("factors", matrices, *matrices.shape, dtype=dtype).copy_(matrices)
 
     def _turn(self, matrices: Tensor, left: Tensor | None, right: Tensor | None, out: Tensor) -> None:
-        """``out = left @ matrices @ right``."""
+        """Compute ``out = left @ matrices @ right``."""
         narrow = matrices.dtype != out.dtype
         made = self._scratch("product", matrices, *matrices.shape) if narrow else out
         if left is None:
@@ -216,7 +216,7 @@ def _turned(group: Group, rows: int, cols: int) -> tuple[bool, bool]:
 
 
 def _begin(stack: Stack, i: int, refresh_in: int) -> None:
-    """After the first gradient of the ``i``-th matrix: its eigenvectors, the largest eigenvalue's first."""
+    """Begin the bases of the ``i``-th matrix: eigenvectors after its first gradient, the largest eigenvalue's first."""
     for gram, basis in zip(_GRAMS, _BASES, strict=True):
         if gram not in stack.arrays:
             continue

@@ -79,7 +79,7 @@ def gather(grads: Sequence[Tensor], out: Tensor) -> Tensor:
 
 
 def split(params: Sequence[Tensor]) -> list[list[int]]:
-    """Indices of parameters of one shape, device and dtype, as many as one stack should hold."""
+    """Returns indices of parameters of one shape, device and dtype, as many as one stack should hold."""
     alike: dict[Any, list[int]] = {}
     for i, param in enumerate(params):
         alike.setdefault((sides(param), param.device, param.dtype), []).append(i)
@@ -92,14 +92,14 @@ def split(params: Sequence[Tensor]) -> list[list[int]]:
 
 
 class Scratch:
-    """Memory that products of one step after another are written into."""
+    """Temporary memory of products, used again in every step."""
 
     def __init__(self) -> None:
         self._memory: dict[Any, Tensor] = {}
         self._views: dict[Any, Tensor] = {}
 
     def __call__(self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """``shape``, on the device of ``like``, the same tensor as long as there is room for it.
+        """Returns a tensor of ``shape`` on the device of ``like``, the same one as long as it is large enough.
 
         What was written under this name before, in any shape, is lost.
         """

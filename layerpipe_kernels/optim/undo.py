@@ -22,7 +22,7 @@ def bias_correction(step: Tensor, beta: float) -> Tensor:
 
 @torch.no_grad()
 def adam_undone(param: Tensor, state: dict[str, Any], lr: float | Tensor, o: AdamOptions) -> Tensor:
-    """The weights before the last update, a fresh tensor ``(*)`` in the dtype of the state.
+    """Returns the weights before the last update, a fresh tensor ``(*)`` in the dtype of the state.
 
     Args:
         param: ``(*)``, as that update left it; a float32 master in the state counts instead.

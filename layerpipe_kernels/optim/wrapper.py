@@ -23,7 +23,7 @@ _OWN = (*HISTORY_KEYS, *PREDICTION_KEYS)
 
 
 class PastWeights(AveragingOptimizer):
-    """Any :class:`torch.optim.Optimizer` with a memory of its past weights.
+    """Wraps any :class:`torch.optim.Optimizer`, and returns its past weights.
 
     It steps the optimizer it is given and takes the difference of the weights before and after as the update. For that
     it holds one more copy of the weights during a step, unless the kind of past needs no updates (``"stash"``,
@@ -97,7 +97,7 @@ class PastWeights(AveragingOptimizer):
 
     @property
     def param_groups(self) -> list[Group]:
-        """The wrapped optimizer's own."""
+        """The wrapped optimizer's parameter groups."""
         return self.optimizer.param_groups
 
     @param_groups.setter
@@ -181,12 +181,12 @@ class PastWeights(AveragingOptimizer):
         return stepped if loss is None else loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """The wrapped optimizer's: one that adds gradients up over several steps may keep them."""
+        """Call the wrapped optimizer's, which may keep gradients that it adds up over several steps."""
         self.optimizer.zero_grad(set_to_none)
 
     @torch.no_grad()
     def _current_weights(self, group: Group) -> list[Tensor | None]:
-        """Copies of the weights ``W``, which the parameters hold from here on, in the state's dtype."""
+        """Returns copies of the weights ``W``, which the parameters hold from here on, in the state's dtype."""
         past = self.history(group)
         averaged = past is not None and (past.emas or past.design.update_tap)
         if not (averaged or predicts(group) or group["spike_compensation"]):
@@ -229,7 +229,7 @@ class PastWeights(AveragingOptimizer):
             param.copy_(weight)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and in every parameter's state what its past weights are made of."""
+        """Returns the wrapped optimizer's, in which states also have what their past weights are made of."""
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         packed = self.optimizer.state_dict()
@@ -289,12 +289,12 @@ class PastWeights(AveragingOptimizer):
                 )
 
     def optimizer_bytes(self) -> int:
-        """Bytes of the wrapped optimizer's state."""
+        """Returns the bytes of the wrapped optimizer's state."""
         states = checkpoint.by_parameter(self.optimizer.state)
         return sum(v.nbytes for _, state in states for v in state.values() if isinstance(v, Tensor))
 
 
 def _beta(group: Group) -> float:
-    """The decay of the wrapped optimizer's average of gradients; 0 where none is known."""
+    """Returns the decay of the wrapped optimizer's average of gradients; 0 where none is known."""
     betas = group.get("betas")
     return float(betas[0] if betas else group.get("momentum") or 0.0)
