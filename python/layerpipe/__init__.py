@@ -17,6 +17,7 @@ from layerpipe.errors import CheckpointError, DivergenceError, StageError, Stage
 from layerpipe.measured import StageMemory
 from layerpipe.partition import split
 from layerpipe.pipeline import Pipeline
+from layerpipe.sharded import state_dict_of
 
 __version__ = "0.1.0"
 
@@ -31,4 +32,5 @@ __all__ = [
     "deferred_init",
     "delays",
     "split",
+    "state_dict_of",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,17 @@ def check_max_norm_of(max_norm_of: str, max_norm: float | None, executor: str) -
         raise ValueError("max_norm_of='network' says what max_norm= is of; give max_norm, too")
     if max_norm_of == "network" and executor in ("streams", "graphs"):
         raise ValueError(f"max_norm_of='network' is not for executor={executor!r}, which clips each stage's norm")
+
+
+def checked_path(path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+    """The path of a directory, which every process gives.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if path is None:
+        raise ValueError("a sharded checkpoint needs its path in every process")
+    return path
 
 
 def check_fed(inputs: tuple[Any, ...]) -> None:

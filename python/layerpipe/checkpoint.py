@@ -1,4 +1,4 @@
-"""A drained pipeline in one file, written and read by any number of processes."""
+"""What a drained pipeline goes on from, and the one file of it that is written and read by any number of processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import collections
 import itertools
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "random_state", "read", "save", "set_random_state", "write"]
 
+#: A tensor's dtype and shape.
+Kind = tuple[torch.dtype, tuple[int, ...]]
+
 _PARTS: dict[str, Any] = {
     "schedule": str, "model": dict, "optimizer": dict, "versions": list, "measured": list, "random": dict, "extra": dict
 }  # fmt: skip
@@ -32,32 +35,29 @@ _OF_STAGES: dict[str, Any] = {
 _OF_OPTIMIZERS: dict[str, Any] = {"stages": dict, "options": dict, "kinds": str}
 
 
-def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
-    """Write everything that a drained pipeline goes on from. Of several processes, the first that has a path writes.
+class Content(NamedTuple):
+    """What a drained pipeline goes on from: what every process knows, and what only those of a stage have."""
 
-    Raises:
-        OSError, CheckpointError: the file cannot be written; in the processes that do not write it, the latter.
-        TypeError: ``extra`` holds something that would not be read again.
-        ValueError: no process has a path.
-    """
+    common: dict[str, Any]
+    own: dict[str, list[Any] | dict[str, Any]]  # "model", "optimizers", "accumulated" of this process's stages
+
+
+def content_of(pipe: Pipeline, extra: dict[str, Any]) -> Content:
+    """Of a drained pipeline. Its replicas are alike afterwards."""
     ranks = pipe.ranks
-    writer = _keeper(pipe, path)
     states = ranks.gather_all(random_state())
     generators = [s.random and s.random.generator.get_state() for s in pipe.stages]
     for stage in pipe.stages:
         if stage.replicas is not None and stage.accumulation.waiting:
             stage.replicas.average()  # of what the replicas do not share, the last
-    content = {
+    optimizer = without_functions(pipe.optimizer.state_dict())
+    common = {
         "schedule": pipe.schedule.name,
-        "model": pipe.state_dict(),
         "stages": _stages(pipe),
-        "optimizer": joined(
-            ranks.gather(without_functions(pipe.optimizer.state_dict())), ranks.gather(pipe.optimizer.own)
-        ),
+        "optimizer": joined(ranks.gather({**optimizer, "stages": []}), ranks.gather(pipe.optimizer.own)),
         "versions": ranks.by_stage([stage.version for stage in pipe.stages]),
         "accumulate": pipe.accumulate,
         "pacing": pipe.pacing.state_dict(),
-        "accumulated": ranks.by_stage([stage.accumulation.state(stage.params) for stage in pipe.stages]),
         "loss": ranks.gather(pipe.loss_weights.state())[-1],
         "measured": pipe.measured_delays(),
         "random": states[0],
@@ -65,19 +65,46 @@ def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
         "extra": extra,
     }
     if len(states) > 1:
-        content["random_of_ranks"] = states
+        common["random_of_ranks"] = states
     if ranks.replicas > 1:
-        content["random_of_replicas"] = _by_replica(pipe, generators)
+        common["random_of_replicas"] = _by_replica(pipe, generators)
     if any(stage.network_norm is not None for stage in pipe.stages):
-        content["norms"] = ranks.by_stage([s.network_norm.known if s.network_norm else None for s in pipe.stages])
+        common["norms"] = ranks.by_stage([s.network_norm.known if s.network_norm else None for s in pipe.stages])
+    own = {
+        "model": pipe.own_state(),
+        "optimizers": optimizer["stages"],
+        "accumulated": [stage.accumulation.state(stage.params) for stage in pipe.stages],
+    }
+    return Content(common, own)
+
+
+def save(pipe: Pipeline, path: Path | None, extra: dict[str, Any]) -> None:
+    """Write everything that a drained pipeline goes on from into one file. Of several processes, the first that has a
+    path writes.
+
+    Raises:
+        OSError, CheckpointError: the file cannot be written; in the processes that do not write it, the latter.
+        TypeError: ``extra`` holds something that would not be read again.
+        ValueError: no process has a path.
+    """
+    writer = _keeper(pipe, path)
+    common, own = content_of(pipe, extra)
+    parts: list[Any] = pipe.ranks.gather(own)
+    stages = [state for part in parts for state in part["optimizers"]]
+    content = {
+        **common,
+        "model": {name: value for part in parts for name, value in part["model"].items()},
+        "optimizer": {**common["optimizer"], "stages": stages},
+        "accumulated": [state for part in parts for state in part["accumulated"]],
+    }
     error = None
-    if ranks.process == writer:
+    if pipe.ranks.process == writer:
         assert path is not None
         try:
             write(path, content)
         except Exception as caught:
             error = caught
-    ranks.agree(error, CheckpointError)
+    pipe.ranks.agree(error, CheckpointError)
 
 
 def load(pipe: Pipeline, path: Path | None) -> dict[str, Any]:
@@ -105,11 +132,32 @@ def load(pipe: Pipeline, path: Path | None) -> dict[str, Any]:
     path, content, error = pipe.ranks.told_all((path, content, error), by=reader)
     if error is not None:
         raise error
-    wanted = {name: kind for own in pipe.ranks.gather(_kinds(pipe.own_state())) for name, kind in own.items()}
-    stages = _stages(pipe)
+    wanted = {name: kind for own in pipe.ranks.gather(kinds_of(pipe.own_state())) for name, kind in own.items()}
+    return put(pipe, path, content, wanted)
+
+
+def own_optimizers(pipe: Pipeline) -> range:
+    """Which of all stages' optimizers are in this process, counted from the input."""
     counts = pipe.ranks.gather(sum(stage.optimizer is not None for stage in pipe.stages))
     first = sum(counts[: pipe.ranks.rank])
-    own = range(first, first + counts[pipe.ranks.rank])
+    return range(first, first + counts[pipe.ranks.rank])
+
+
+def put(pipe: Pipeline, path: Any, content: dict[str, Any], wanted: dict[str, Kind]) -> dict[str, Any]:
+    """Put a checkpoint's content, of which that of other processes' stages may be missing, into a drained pipeline.
+
+    Args:
+        path: for messages.
+        wanted: the tensors of the model that the content must have.
+
+    Returns:
+        Its ``extra``.
+
+    Raises:
+        CheckpointError: it does not fit, in any process. Nothing has been loaded then.
+    """
+    error: Exception | None = None
+    stages, own = _stages(pipe), own_optimizers(pipe)
     before, loads = pipe.optimizer.state_dict(), False
     try:
         _check(pipe, content, wanted, stages, own)
@@ -143,7 +191,7 @@ def _keeper(pipe: Pipeline, path: Path | None) -> int:
 def _check(
     pipe: Pipeline,
     content: dict[str, Any],
-    wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    wanted: dict[str, Kind],
     stages: list[list[str]],
     own: range,
 ) -> None:
@@ -158,11 +206,11 @@ def _check(
         raise ValueError(f"of a pipeline with accumulate={every}, this one has accumulate={pipe.accumulate}")
     if "pacing" in content:
         pipe.pacing.check(content["pacing"])
-    kinds = _kinds(content["model"])
+    kinds = kinds_of(content["model"])
     if kinds != wanted:
         other = sorted(n for n in kinds.keys() | wanted.keys() if kinds.get(n) != wanted.get(n))
         raise ValueError(f"of another model, it differs in {', '.join(other)}")
-    kinds, wanted = _kinds(content.get("loss", {})), _kinds(pipe.loss_weights.state())
+    kinds, wanted = kinds_of(content.get("loss", {})), kinds_of(pipe.loss_weights.state())
     if kinds != wanted:
         other = sorted(n for n in kinds.keys() | wanted.keys() if kinds.get(n) != wanted.get(n))
         raise ValueError(f"of another loss, it differs in {', '.join(other)}")
@@ -207,7 +255,7 @@ def check_whole(content: dict[str, Any]) -> None:
 
 
 def _fill(pipe: Pipeline, content: dict[str, Any]) -> None:
-    pipe.load_state_dict(content["model"])
+    pipe.load_state_dict(content["model"], strict=False)  # it has been checked, and may be of the own stages only
     if "pacing" in content:
         pipe.pacing.load_state_dict(content["pacing"])
     pipe.loss_weights.load(content.get("loss", {}))
@@ -246,7 +294,7 @@ def _shown(names: list[str]) -> str:
     return f"{len(names)} parameters, {names[0]} … {names[-1]}" if names else "no parameters"
 
 
-def _kinds(state: dict[str, Any]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def kinds_of(state: dict[str, Any]) -> dict[str, Kind]:
     return {n: (value.dtype, tuple(value.shape)) for n, value in state.items() if isinstance(value, torch.Tensor)}
 
 

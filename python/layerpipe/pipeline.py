@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from layerpipe import arguments, checkpoint, delays, executors, own_part
 from layerpipe import schedule as schedules
+from layerpipe import sharded as sharded_checkpoint
 from layerpipe.actions import Actions
 from layerpipe.current_weights import CurrentWeights
 from layerpipe.executors import agreement
@@ -380,7 +381,7 @@ class Pipeline(Network):
         for stage in self.stages:
             stage.weights_loaded()
 
-    def checkpoint(self, path: str | os.PathLike[str] | None, **extra: Any) -> list[Tensor]:
+    def checkpoint(self, path: str | os.PathLike[str] | None, *, sharded: bool = False, **extra: Any) -> list[Tensor]:
         r"""Drain the pipe and write everything that training goes on from into a file, which is whole at any moment.
 
         A pipeline that goes on, and one that :meth:`resume`\ s from the file, do the same bit for bit: weights,
@@ -389,6 +390,8 @@ class Pipeline(Network):
         Args:
             path: replaced in one move when the new content is on the disk. Of several processes, the first that
                 gives a path writes it; the others' paths may be ``None`` and are not touched.
+            sharded: make ``path`` a directory, on a file system that all processes share, into which each writes its
+                own stages (:mod:`layerpipe.sharded`): none has the whole model in memory.
             extra: what :meth:`resume` shall return: tensors, numbers, strings, lists and dicts of them. Of several
                 processes, the first one's.
 
@@ -401,7 +404,10 @@ class Pipeline(Network):
         """
         losses = self.drain()
         try:
-            checkpoint.save(self, None if path is None else Path(path), extra)
+            if sharded:
+                sharded_checkpoint.save(self, Path(arguments.checked_path(path)), extra)
+            else:
+                checkpoint.save(self, None if path is None else Path(path), extra)
         except BaseException:
             self._undelivered = losses
             raise
@@ -411,7 +417,8 @@ class Pipeline(Network):
         """Go on from a file that :meth:`checkpoint` wrote, with the same stages, schedule and ``past``.
 
         Args:
-            path: of several processes, the first that gives one reads it, and hands the content to the others.
+            path: of several processes, the first that gives one reads it, and hands the content to the others. A
+                directory is given in all of them, each of which reads its own stages.
 
         Returns:
             ``extra``, as it was given to :meth:`checkpoint`.
@@ -423,7 +430,11 @@ class Pipeline(Network):
                 written. Nothing has been loaded then.
         """
         self._refuse_minibatches()
-        extra = checkpoint.load(self, None if path is None else Path(path))
+        sharded = path is not None and sharded_checkpoint.existing(Path(path)).is_dir()
+        if all(self.ranks.gather_all(sharded)):
+            extra = sharded_checkpoint.load(self, Path(arguments.checked_path(path)))
+        else:
+            extra = checkpoint.load(self, None if path is None else Path(path))
         self._restart()
         return extra
 

@@ -62,7 +62,7 @@ def half(rank: int, shape: tuple[int, int] | None, executor: str, model: str, op
     """Train, write a checkpoint, and go on."""
     with make(shape, executor, model, options) as pipe:
         feed(pipe, 0, 11, [])
-        pipe.checkpoint(path)
+        pipe.checkpoint(path, sharded=not path.endswith(".pt"))
         feed(pipe, 11, 20, [])
         pipe.drain()
         return pipe.state_dict()

@@ -81,17 +81,22 @@ def test_replicas_share_the_first_ones_buffers_and_draw_other_numbers(four: Proc
     assert same_state(one["state"], again[0]["state"])
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_checkpoint_of_replicas_goes_on_bit_for_bit(four: Processes, tmp_path: Any, accumulate: int) -> None:
-    task = ("dropping", {"accumulate": accumulate, "max_norm": 0.3, "max_norm_of": "network"}, str(tmp_path / "run.pt"))
+@pytest.mark.parametrize(("accumulate", "name"), [(1, "run.pt"), (2, "run.pt"), (2, "directory")])
+def test_a_checkpoint_of_replicas_goes_on_bit_for_bit(
+    four: Processes, tmp_path: Any, accumulate: int, name: str
+) -> None:
+    task = ("dropping", {"accumulate": accumulate, "max_norm": 0.3, "max_norm_of": "network"}, str(tmp_path / name))
     expected = four.all(programs.half, (2, 2), "serial", *task)
     for result in four.all(programs.rest, (2, 2), "threads", *task):
         assert same_state(result, expected[0])
 
 
-def test_a_checkpoint_goes_on_with_another_number_of_replicas(four: Processes, two: Processes, tmp_path: Any) -> None:
+@pytest.mark.parametrize("name", ["run.pt", "directory"])
+def test_a_checkpoint_goes_on_with_another_number_of_replicas(
+    four: Processes, two: Processes, tmp_path: Any, name: str
+) -> None:
     """The same samples per update, so the same weights to rounding."""
-    task = ("plain", {}, str(tmp_path / "run.pt"))
+    task = ("plain", {}, str(tmp_path / name))
     expected = four.all(programs.half, (2, 2), "serial", *task)[0]
     assert close_state(programs.rest(0, None, "serial", *task), expected)
     for shape in ((1, 2), (2, 1)):

@@ -50,10 +50,10 @@ class Ranks:
         self.size = dist.get_world_size(group) if group is not None else 1
         self._stages = stages
         self.own = self.held_by(self.rank)
-        self._everyone = group if everyone is None else everyone
+        self.everyone = group if everyone is None else everyone
         self.replica, self.replicas = replica, replicas
-        self.process = dist.get_rank(self._everyone) if group is not None else 0  # among all
-        self.processes = dist.get_world_size(self._everyone) if group is not None else 1
+        self.process = dist.get_rank(self.everyone) if group is not None else 0  # among all
+        self.processes = dist.get_world_size(self.everyone) if group is not None else 1
         self.notices = notices
         self.averaging = dict(zip(self.own, averaging, strict=True)) if averaging else {}
 
@@ -84,7 +84,7 @@ class Ranks:
 
     def gather_all(self, value: T) -> list[T]:
         """The value of every process of all replicas, in their order."""
-        return self._gather(value, self._everyone, self.processes)
+        return self._gather(value, self.everyone, self.processes)
 
     def _gather(self, value: T, group: Any, size: int) -> list[T]:
         if group is None:
@@ -116,7 +116,7 @@ class Ranks:
             StageError: they are not, or another process has ended.
         """
         if self.notices is not None:
-            work = dist.all_reduce(torch.zeros(1), group=self._everyone, async_op=True)
+            work = dist.all_reduce(torch.zeros(1), group=self.everyone, async_op=True)
             self.notices.wait(work, "another replica")
             self.notices.drained()
 
@@ -134,7 +134,7 @@ class Ranks:
 
     def told_all(self, value: Any, by: int) -> Any:
         """What one of all processes has."""
-        return self._told(value, self.process == by, by, self._everyone)
+        return self._told(value, self.process == by, by, self.everyone)
 
     def _told(self, value: Any, tells: bool, by: int, group: Any) -> Any:
         if group is None:
