@@ -14,7 +14,7 @@ from layerpipe.study.tasks import measure_of
 from layerpipe.study.theory import theory
 from layerpipe.study.trial import Row
 
-_SIZE = (6.4, 5.2)  # inches; with matplotlib's letters, it can be read on a phone
+_SIZE = (5.2, 5.0)  # inches; with matplotlib's letters, it can be read on a phone
 
 
 def svg(figure: Any) -> str:
@@ -126,4 +126,4 @@ def _without_stages(row: Row) -> str:
 
 def _legend(axes: Any) -> None:
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.14))
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
