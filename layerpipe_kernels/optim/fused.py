@@ -1,54 +1,27 @@
-"""The base of optimizers with one fused step per parameter group, from a plan that is kept from step to step."""
+"""The base of optimizers with one fused step per parameter group."""
 
 from __future__ import annotations
 
-import operator
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.optim.optimizer as _torch_optimizer
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from layerpipe_kernels import backend, native, reference
-from layerpipe_kernels.history import Clock, History, MomentumHistory
-from layerpipe_kernels.optim.arrays import Kept, complete
-from layerpipe_kernels.optim.base import PastOptimizer
-from layerpipe_kernels.optim.options import Group, past_of, refuse_capture, scalar_on
-from layerpipe_kernels.optim.prediction import horizon_of, keep_horizon_on_device, predicts
+from layerpipe_kernels.history import Clock, History
+from layerpipe_kernels.optim.options import Group, past_of, scalar_on
+from layerpipe_kernels.optim.planned import Found, PlannedOptimizer, Ready
 from layerpipe_kernels.optim.routine import PastMaker, Routine
 from layerpipe_kernels.options import NO_PAST, Options, StepArguments
-from layerpipe_kernels.plan import Arrays, StepPlan
 
 _empty_like = torch.empty_like
 
 
-class _Ready(NamedTuple):
-    """A group as it was in the last step; if nothing has changed, the next one is a few calls."""
-
-    kept: Kept
-    plan: StepPlan
-    with_grad: list[Tensor]  # parameters with a gradient
-    without_grad: list[Tensor]  # parameters without
-    collector: Any  # gathers the gradients for compiled kernels; None for other backends
-
-
-class _Found(NamedTuple):
-    """The inputs of a group's step besides its options."""
-
-    past: History | None
-    ready: _Ready | None  # None where no parameter has a gradient
-    grads: Sequence[Tensor]  # none where the plan has them
-    horizon_before: float  # which the weights are predicted with
-
-
-class FusedOptimizer(PastOptimizer):
+class FusedOptimizer(PlannedOptimizer):
     """A :class:`PastOptimizer` that steps a whole parameter group in one pass over memory."""
-
-    rule: ClassVar[str]  # the kernels' name for it
-    collects: ClassVar[bool] = True  # compiled kernels may gather the parameters' gradients themselves
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -60,21 +33,8 @@ class FusedOptimizer(PastOptimizer):
     def _options(self, group: Group) -> Options:
         """Returns the group's hyperparameters as the kernels take them; refuses those that would spoil the weights."""
 
-    @abstractmethod
-    def _states(self, group: Group) -> tuple[str, ...]:
-        """Returns the names of the optimizer's own arrays, in the kernels' order."""
-
-    @abstractmethod
-    def _counts(self, group: Group, on_device: bool) -> bool:
-        """Returns whether each parameter counts its own steps, under torch's name ``step``; ``on_device`` if only the
-        device knows whether there is one."""
-
-    def _keeps_state(self, group: Group) -> bool:
-        return bool(self._states(group))
-
     def _reset_caches(self) -> None:
         super()._reset_caches()
-        self._ready_groups: dict[int, _Ready] = {}
         self._routines: dict[int, Routine] = {}
         self._past_makers: dict[int, PastMaker] = {}  # by the parameter's id, which is cheaper to hash
 
@@ -163,7 +123,7 @@ class FusedOptimizer(PastOptimizer):
         return self._past(param, None, n)
 
     def _begin_routine(
-        self, index: int, group: Group, ready: _Ready | None, past: History | None, before: float
+        self, index: int, group: Group, ready: Ready | None, past: History | None, before: float
     ) -> None:
         """Make a routine for the next step, if that need not check everything again."""
         old = self._routines.get(index)
@@ -186,7 +146,7 @@ class FusedOptimizer(PastOptimizer):
         index: int,
         group: Group,
         options: Options,
-        found: _Found,
+        found: Found,
         scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
@@ -232,97 +192,6 @@ class FusedOptimizer(PastOptimizer):
         if norms is not None and past_of(group).materialize:
             states = [self.state[p] for p in params if "past" in self.state[p]]
             norms.match([state["past"] for state in states], states, clock or group["updates"], found_inf)
-
-    def _find_arrays(self, index: int, group: Group, on_device: bool) -> _Found:
-        """Returns the inputs of a step, with a new plan where an array has moved. Refuses what cannot be stepped.
-
-        Args:
-            index: of the group.
-            group: one of the optimizer's.
-            on_device: whether only the device knows whether there is an update.
-        """
-        if on_device and group["params"]:
-            keep_horizon_on_device(group)
-        previous, before = predicts(group), group["horizon"]
-        group["horizon"] = horizon_of(group)
-        past, params = self.history(group), list(group["params"])
-        if not params:
-            return _Found(past, None, (), before)
-        if (
-            isinstance(past, MomentumHistory)
-            and past.settings.momentum != group["momentum"]
-            and type(group["updates"]) is int
-        ):
-            group["designed_for"] = None
-            past = self.history(group)
-        if on_device and past is not None:
-            self._keep_clock_on_device(group)
-        elif past is not None and params[0].device.type == "cuda" and not isinstance(group["updates"], Tensor):
-            refuse_capture()
-        kept = Kept(
-            self._states(group),
-            past.emas if past is not None else 0,
-            past is not None and past_of(group).materialize,
-            group["master_weights"] and reference.state_dtype(params[0].dtype) != params[0].dtype,
-            self._counts(group, on_device),
-            previous,
-        )
-        ready = self._ready_groups.get(index)
-        if ready is not None and ready.kept != kept:
-            ready = None
-        if ready is not None and ready.collector is not None:
-            assert isinstance(ready.plan.runner, native.NativeRunner)
-            if ready.collector.collect(ready.plan.runner.plan, params, self.state):
-                return _Found(past, ready, (), before)
-        with_grad = [p for p in params if p.grad is not None]
-        if not with_grad:
-            return _Found(past, None, (), before)
-        if ready is None or not self._unchanged(ready, with_grad):
-            ready = self._ready_groups[index] = self._prepare(group, kept, with_grad)
-        return _Found(past, ready, self._grads(ready, with_grad), before)
-
-    def _grads(self, ready: _Ready, with_grad: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Returns the gradients of these, checked, as the plan takes them."""
-        return ready.plan.check_grads([p.grad for p in with_grad if p.grad is not None])
-
-    def _grad_dtype(self, param: Tensor) -> torch.dtype | None:
-        """Returns the dtype of what the plan takes as a parameter's gradient."""
-        return param.grad.dtype if param.grad is not None else None
-
-    def _unchanged(self, ready: _Ready, with_grad: Sequence[Tensor]) -> bool:
-        if len(with_grad) != len(ready.with_grad) or not all(map(operator.is_, with_grad, ready.with_grad)):
-            return False
-        if self._grad_dtype(with_grad[0]) != ready.plan.grad_dtype:
-            return False
-        arrays = [self.state[p].get(key) for key in ready.kept.names() for p in with_grad]
-        if any(array is None for array in arrays):
-            return False  # an array is gone, as torch's checkpoints have an empty one: begin it anew
-        return ready.plan.fits([*with_grad, *arrays])
-
-    @torch.no_grad()
-    def _prepare(self, group: Group, kept: Kept, with_grad: list[Tensor]) -> _Ready:
-        params = list(group["params"])
-        states = [complete(self.state[p], p, kept, past_of(group).dtype, self._fresh) for p in with_grad]
-        arrays = Arrays(
-            with_grad,
-            tuple([state[name] for state in states] for name in kept.states),
-            *([state[key] for state in states] if wanted else [] for key, wanted in (
-                ("ema", kept.emas), ("past", kept.past), ("master", kept.master), ("step", kept.counts),
-                ("previous_update", kept.previous))),
-        )  # fmt: skip
-        chosen = backend.choose(with_grad[0], group["backend"])
-        plan = StepPlan(
-            self.rule,
-            arrays,
-            names=[self.name(group, i) for i, p in enumerate(params) if p.grad is not None],
-            backend=chosen,
-            grad_dtype=self._grad_dtype(with_grad[0]),
-        )
-        collector = None
-        if self.collects and chosen in ("cpp", "cuda"):
-            flags = [p.grad is not None for p in params]
-            collector = backend.extension().Collector(params, flags, self.state, kept.names(), native.EXCHANGE)
-        return _Ready(kept, plan, with_grad, [p for p in params if p.grad is None], collector)
 
 
 @_disable_dynamo  # torch.compiler.disable would import the compiler here and now, which takes seconds
