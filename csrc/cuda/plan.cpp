@@ -1,7 +1,7 @@
 // A parameter group's step on a GPU: a table of its arrays in the device's memory, and one launch for every kMaxGrads
 // tensors.
 #include <algorithm>
-#include <cstring>
+#include <stdexcept>
 
 #include "launch.h"
 
