@@ -222,10 +222,24 @@ def _begin(stack: Stack, i: int, refresh_in: int) -> None:
             continue
         matrix = stack[gram][i]
         wide = matrix.to(max(matrix.dtype, torch.float32, key=lambda dtype: dtype.itemsize))
-        stack[basis][i].copy_(torch.linalg.eigh(wide)[1].flip(1))
+        stack[basis][i].copy_(_eigenvectors(wide).flip(1))
     for name in _ADAM:
         stack[name][i].zero_()
     stack.states[i]["refresh_in"] = refresh_in
+
+
+def _eigenvectors(matrix: Tensor) -> Tensor:
+    """Returns those of a symmetric matrix, by ascending eigenvalue. Where many eigenvalues are equal, as with the first
+    gradient of a wide convolution, LAPACK may fail in float32 or give NaN; float64 is tried then."""
+    vectors: Tensor
+    try:
+        _, vectors = torch.linalg.eigh(matrix)
+        if bool(vectors.isfinite().all()) or matrix.dtype == torch.float64:
+            return vectors
+    except RuntimeError:
+        if matrix.dtype == torch.float64:
+            raise
+    return _eigenvectors(matrix.double()).to(matrix.dtype)
 
 
 def _refresh(stack: Stack, due: list[int]) -> None:

@@ -213,3 +213,28 @@ def test_a_first_gradient_that_is_not_finite_is_refused_by_name() -> None:
     layer(torch.full((1, 3), float("nan"))).sum().backward()
     with pytest.raises(ValueError, match="first gradient of 'weight'"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("failure", ["raises", "gives NaN"])
+def test_bases_that_float32_cannot_find_are_found_in_float64(failure: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    eigh = torch.linalg.eigh
+
+    def fails(matrix: Tensor) -> Any:
+        if matrix.dtype == torch.float64:
+            return eigh(matrix)
+        if failure == "raises":
+            raise RuntimeError("linalg.eigh: the algorithm failed to converge")
+        return eigh(matrix)[0], torch.full_like(matrix, torch.nan)
+
+    def stepped() -> Tensor:
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(4, 4))
+        optimizer = lk.SOAP([weight], lr=0.1, precondition=["0"])
+        for _ in range(3):
+            weight.grad = torch.randn(4, 4)
+            optimizer.step()
+        return weight.detach()
+
+    expected = stepped()
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    torch.testing.assert_close(stepped(), expected, rtol=1e-3, atol=1e-3)

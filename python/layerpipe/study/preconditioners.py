@@ -82,7 +82,10 @@ def _eigenvectors(matrix: Tensor) -> Tensor:
     vectors: Tensor
     try:
         _, vectors = torch.linalg.eigh(matrix)
-    except RuntimeError:  # too many equal eigenvalues for float32
+        failed = not vectors.isfinite().all()
+    except RuntimeError:
+        failed = True
+    if failed:  # too many equal eigenvalues for float32: it raises, or gives NaN
         _, vectors = torch.linalg.eigh(matrix.double())
     return vectors.flip(-1).to(matrix.dtype)
 
