@@ -413,15 +413,17 @@ class Pipeline(Network):
             raise
         return losses
 
-    def resume(self, path: str | os.PathLike[str] | None) -> dict[str, Any]:
+    def resume(self, path: str | os.PathLike[str] | None, *, missing_ok: bool = False) -> dict[str, Any]:
         """Go on from a file that :meth:`checkpoint` wrote, with the same stages, schedule and ``past``.
 
         Args:
             path: of several processes, the first that gives one reads it, and hands the content to the others. A
                 directory is given in all of them, each of which reads its own stages.
+            missing_ok: begin anew where no process finds anything there, as a job does that is started again after a
+                failure, whenever that came.
 
         Returns:
-            ``extra``, as it was given to :meth:`checkpoint`.
+            ``extra``, as it was given to :meth:`checkpoint`; ``{}`` of a beginning.
 
         Raises:
             RuntimeError: minibatches are in the pipe.
@@ -430,8 +432,10 @@ class Pipeline(Network):
                 written. Nothing has been loaded then.
         """
         self._refuse_minibatches()
-        sharded = path is not None and sharded_checkpoint.existing(Path(path)).is_dir()
-        if all(self.ranks.gather_all(sharded)):
+        there = None if path is None else sharded_checkpoint.existing(Path(path))
+        if missing_ok and not any(self.ranks.gather_all(there is not None and there.exists())):
+            return {}
+        if all(self.ranks.gather_all(there is not None and there.is_dir())):
             extra = sharded_checkpoint.load(self, Path(arguments.checked_path(path)))
         else:
             extra = checkpoint.load(self, None if path is None else Path(path))
