@@ -119,3 +119,32 @@ def test_compare_refuses_processes(tmp_path: Path, capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         main(["compare", "--executor", "distributed", "--out", str(tmp_path / "run")])
     assert "--executor distributed" in capsys.readouterr().err
+
+
+def test_replicas_report_what_one_with_all_samples_does(four: Processes, tmp_path: Path) -> None:
+    """To rounding: one progress bar, one directory, the mean of their losses."""
+    options = [*OPTIONS[:-2], "--schedule", "1f1b"]
+    expected, found = tmp_path / "serial", tmp_path / "replicas"
+    with pytest.raises(SystemExit):
+        main(["train", *options, "--executor", "serial", "--out", str(expected)])
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    arguments = ["train", *options, "--executor", "distributed", "--dp", "2", "--out", str(found)]
+    said = four.all(programs.command, 4, ("127.0.0.1", store.port), str(tmp_path), arguments, True)
+    assert [status for status, _, _ in said] == [0] * 4, said
+    assert [bool(printed) for _, _, printed in said] == [False, False, False, True]
+    for one, other in zip(lines(found, "step"), lines(expected, "step"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert one["accuracy"] == pytest.approx(other["accuracy"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--dp", "2"], "add --executor distributed"),
+        (["--dp", "3", "--executor", "distributed"], "--batch-size 64 is not divided by --dp 3 replicas"),
+    ],
+)
+def test_replicas_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str], options: list[str], said: str) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", *OPTIONS, *options])
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -76,7 +76,12 @@ def train(
             if resume is not None:  # the run is where the process that reports is, and may be nowhere else
                 found = processes.agreed("distributed", lambda: _of_run(context, path) if reports else None)
                 config, baseline = processes.told("distributed", found or (config, baseline))
-            processes.check(config.executor, config.stages)
+            elif out is not None and processes.restarted():  # whatever it came to before a process died
+                left = reports and (out / "config.json").exists()
+                found = processes.agreed("distributed", lambda: read_config(out) if left else None)
+                if found := processes.told("distributed", found):
+                    resume, (config, baseline) = out, found
+            processes.check(config.executor, config.stages, config.dp)
             images = processes.agreed_on_each_host(lambda: prepare(config))
             processes.check_same({"data": images.checksum()})
             if resume is None:
@@ -96,7 +101,7 @@ def train(
     if resume is None:  # earlier versions took any
         config.check_length(len(images.train_x))
     if config.executor == "distributed":
-        return processes.start(config.stages, context.obj)
+        return processes.start(config.stages * config.dp, context.obj)
     config = settled(config, images)
     return _train(config, images, directory(config, images), baseline, resume is not None, profile)
 

@@ -32,6 +32,7 @@ class TrainConfig:
     past: o.Past = "blend"
     schedule: o.Schedule = "lockstep"
     executor: o.ExecutorName = "threads"
+    dp: o.Replicas = 1
     split_backward: o.SplitBackward = False
     accumulate: o.Accumulate = 1
     sync_steps: o.SyncSteps = 0
@@ -96,6 +97,10 @@ class TrainConfig:
         """
         if self.steps is not None and self.epochs is not None:
             raise UsageError(f"--steps {self.steps} and --epochs {self.epochs:g} both say how long; leave one out")
+        if self.dp > 1 and self.executor != "distributed":
+            raise UsageError(f"--dp {self.dp} has replicas in processes of their own: add --executor distributed")
+        if self.batch_size % self.dp:
+            raise UsageError(f"--batch-size {self.batch_size} is not divided by --dp {self.dp} replicas")
 
     def check_length(self, images: int) -> None:
         """Refuse a run on so many images that would end before its learning rate has risen.

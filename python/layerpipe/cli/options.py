@@ -143,6 +143,16 @@ ExecutorName = Annotated[
         METHOD,
     ),
 ]
+Replicas = Annotated[
+    int,
+    _option(
+        "Replicas of the pipeline, each of which takes its part of every minibatch; with --executor distributed. The "
+        "processes that torchrun starts are divided by it; without torchrun, each has one process per stage.",
+        METHOD,
+        min=1,
+        max=MOST,
+    ),
+]
 OptimizerName = Annotated[
     Literal["sgd", "adamw", "nadam", "muon", "soap"],
     _option(

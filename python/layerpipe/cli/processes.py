@@ -36,8 +36,13 @@ def started(alone: bool) -> bool:
     return "RANK" in os.environ and (alone or int(os.environ.get("WORLD_SIZE", "1")) > 1)
 
 
-def start(stages: int, arguments: list[str]) -> int:
-    """Run this command in one process per stage, as torchrun would; the exit status of the first that failed.
+def restarted() -> bool:
+    """Whether torchrun has started the processes again, after one of them died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def start(count: int, arguments: list[str]) -> int:
+    """Run this command in so many processes, as torchrun would; the exit status of the first that failed.
 
     A signal that ends this process is handed on to those, which have half a minute to write their report.
     """
@@ -47,7 +52,7 @@ def start(stages: int, arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // stages)))  # torchrun would give each one
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))  # torchrun would give each one
     sys.stdout.flush()
     sys.stderr.flush()
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # each process has said what there is to say
@@ -57,7 +62,7 @@ def start(stages: int, arguments: list[str]) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=stages,
+        nproc_per_node=count,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         run_id=str(uuid.uuid4()),
@@ -85,12 +90,15 @@ def joined(timeout: float) -> Iterator[bool]:
     """
     if "GLOO_SOCKET_IFNAME" not in os.environ and (name := _interface(os.environ["MASTER_ADDR"])):
         os.environ["GLOO_SOCKET_IFNAME"] = name
+    from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     limit = timedelta(seconds=timeout)
 
     def join() -> Any:
         store, rank, size = next(rendezvous("env://", timeout=limit))
+        # Where torchrun has started the processes again, the store may still hold the addresses of those before.
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
         return store
 
@@ -145,7 +153,7 @@ def check_same(options: dict[str, Any]) -> None:
                 raise UsageError(f"{said}; start all processes with the same options")
 
 
-def check(executor: str, stages: int) -> None:
+def check(executor: str, stages: int, replicas: int = 1) -> None:
     """Refuse a run that is not for as many processes as there are.
 
     Raises:
@@ -153,8 +161,11 @@ def check(executor: str, stages: int) -> None:
     """
     if executor != "distributed":
         raise UsageError(f"a run with --executor {executor} is in one process: start it without torchrun")
-    if stages < (size := dist.get_world_size()):
-        raise UsageError(f"--stages {stages}: {size} processes need at least as many stages")
+    size = dist.get_world_size()
+    if size % replicas:
+        raise UsageError(f"--dp {replicas}: {size} processes are not as many in each replica")
+    if stages < size // replicas:
+        raise UsageError(f"--stages {stages}: {size // replicas} processes need at least as many stages")
 
 
 def _interface(address: str) -> str | None:

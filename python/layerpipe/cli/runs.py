@@ -28,7 +28,7 @@ def import_from_here() -> None:
 
 def sequential(config: TrainConfig) -> TrainConfig:
     """Ordinary training with the same weights, data and learning rates: one stage."""
-    return dataclasses.replace(config, stages=1, at=None, schedule="sequential", executor="serial")
+    return dataclasses.replace(config, stages=1, at=None, schedule="sequential", executor="serial", dp=1)
 
 
 def prepare(config: TrainConfig) -> Images:
@@ -37,7 +37,7 @@ def prepare(config: TrainConfig) -> Images:
     images = datasets.load(config.data, config.data_dir)
     next(images.batches(config.batch_size, config.seed))
     alone = config.executor in ("threads", "distributed")
-    quiet = dataclasses.replace(config, executor="serial") if alone else config
+    quiet = dataclasses.replace(config, executor="serial", dp=1) if alone else config
     if config.balance == "time":
         quiet = dataclasses.replace(quiet, balance="flops")  # measuring comes later, once
     try:

@@ -8,9 +8,10 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +28,9 @@ from layerpipe.partition import split
 from layerpipe.pipeline import Pipeline
 from layerpipe.stage.probe import Reading, ReconstructionProbe
 from layerpipe.tracing import Trace
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 #: Ticks in a profile.
 PROFILED = 50
@@ -149,6 +153,7 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
         stages,
         loss_fn,
         optimizers.factory(config),
+        mesh=_mesh(config.dp),
         schedule=config.schedule,
         executor=config.executor,
         accumulate=config.accumulate,
@@ -157,6 +162,15 @@ def make_pipeline(config: TrainConfig, images: Images, loss_fn: Callable[[Tensor
         split_backward=config.split_backward,
         past=config.past,
     )
+
+
+def _mesh(replicas: int) -> DeviceMesh | None:
+    """All processes as so many replicas; none is needed for one."""
+    if replicas == 1:
+        return None
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas), mesh_dim_names=("dp", "pp"))
 
 
 def _device(name: str) -> torch.device:
@@ -217,7 +231,12 @@ def train(
         def report(loss: Tensor, phase: str) -> None:
             number = len(result.steps) + 1
             rate = number * config.batch_size / (time.perf_counter() - start - paused)
-            step = Step(number, loss.item(), loss_fn.accuracy(), lrs.popleft(), rate, phase)
+            found = [(loss.item(), loss_fn.accuracy())]
+            if pipe.replicas > 1:  # each has the accuracy in the process of its last stage
+                found = pipe.ranks.gather_all(found[0])
+            hits = [hit for _, hit in found if not math.isnan(hit)]
+            mean = sum(value for value, _ in found) / len(found)
+            step = Step(number, mean, sum(hits) / len(hits) if hits else math.nan, lrs.popleft(), rate, phase)
             with Held():
                 result.steps.append(step)
                 on_step(step)
@@ -246,7 +265,7 @@ def train(
                     elif profile and step == first + PROFILED:
                         pipe.watch(None)
                     lrs.append(float(scheduler.get_last_lr()[0]))
-                    loss = pipe.step(*(tensor.to(device) for tensor in minibatch))
+                    loss = pipe.step(*(tensor.chunk(pipe.replicas)[pipe.replica].to(device) for tensor in minibatch))
                     if step < total:
                         scheduler.step()
                     if loss is not None:
@@ -272,7 +291,7 @@ def train(
         except (KeyboardInterrupt, StageInterrupted) as interrupt:
             result.signal = number_of(interrupt)
         result.seconds = result.seconds or time.perf_counter() - start - paused
-        apart = result.interrupted and pipe.ranks.size > 1  # the processes may be anywhere
+        apart = result.interrupted and pipe.ranks.processes > 1  # the processes may be anywhere
         if apart:
             result.profile = None
         elif result.profile:
@@ -288,7 +307,7 @@ def train(
             )
             for stage, probe in zip(pipe.stages, probes, strict=True)
         ]
-        parts = last_words((pipe.trace, own)) if apart else pipe.ranks.gather((pipe.trace, own))
+        parts = last_words((pipe.trace, own))[-pipe.ranks.size :] if apart else pipe.ranks.gather((pipe.trace, own))
         result.trace = [event for part in parts if part is not None for event in part[0]]
         if None not in parts:
             result.stages = [stage for part in parts if part is not None for stage in part[1]]
