@@ -62,8 +62,22 @@ def networks(name: str) -> str:
     return markdown(("network", *heads), rows)
 
 
+def stages(name: str) -> str:
+    """Of a study of one network at several depths: a line for each number of stages, a column for each method."""
+    spec, found, _ = runner.load(RESULTS / name)
+    made = [r for r in results(spec, found) if r.row.delay and r.mean is not None]
+    heads = list(dict.fromkeys(_head(r.row.optimizer, r.row.method) for r in made))
+    rows = []
+    for count in sorted({r.row.stages for r in made}):
+        cells = {_head(r.row.optimizer, r.row.method): r for r in made if r.row.stages == count}
+        delay = max(r.row.delay for r in cells.values())
+        texts = [cells[h].mean.text(1) for h in heads]  # type: ignore[union-attr]
+        rows.append((f"{count}", f"{delay:g} … 0", *texts))
+    return markdown(("stages", "delays without microbatches", *heads), rows)
+
+
 def _head(optimizer: str, method: str) -> str:
-    return method if method == "ours" else f"{optimizer}, {method}"
+    return method if method.startswith("ours") else f"{optimizer}, {method}"
 
 
 def errors(name: str) -> str:
@@ -131,7 +145,7 @@ def accuracy(name: str) -> str:
 
 MAKERS: dict[str, Callable[..., str]] = {
     maker.__name__: maker
-    for maker in (study, networks, errors, memory, methods, hours, staleness, claim, accuracy)
+    for maker in (study, networks, stages, errors, memory, methods, hours, staleness, claim, accuracy)
 }  # fmt: skip
 
 

@@ -14,7 +14,22 @@ from layerpipe.study.tasks import measure_of
 from layerpipe.study.theory import theory
 from layerpipe.study.trial import Row
 
-_SIZE = (5.2, 5.0)  # inches; with matplotlib's letters, it can be read on a phone
+_STYLES = ("-", "--", ":", "-.")
+
+
+def _figure(lines: int) -> tuple[Any, Any]:
+    """With room for a legend of so many lines below; with matplotlib's letters, it can be read on a phone."""
+    figure, axes = new_figure(figsize=(5.6, 3.8 + 0.24 * lines))
+    axes.set_prop_cycle(color=_colours())
+    axes.grid(alpha=0.3, which="both")
+    return figure, axes
+
+
+def _colours() -> list[Any]:
+    from matplotlib import colormaps
+
+    tab20 = [colormaps["tab20"](i) for i in range(20)]
+    return tab20[::2] + tab20[1::2]
 
 
 def svg(figure: Any) -> str:
@@ -31,19 +46,22 @@ def svg(figure: Any) -> str:
 
 
 def curves(found: Sequence[Result]) -> str:
-    """Training loss of every row of one network, the mean over seeds; rows without a delay dashed."""
-    figure, axes = new_figure(figsize=_SIZE)
-    for result in found:
+    """Training loss of every row of one network, the mean over seeds: a colour per method, a dash per depth."""
+    drawn = [result for result in found if result.mean is not None]
+    names = list(dict.fromkeys(_name(result.row) for result in drawn))
+    depths = sorted({result.row.stages for result in drawn})
+    figure, axes = _figure(len(drawn))
+    for result in drawn:
         outcomes = [outcome for outcome in result.outcomes.values() if not outcome.diverged]
-        if not outcomes:
-            continue
         losses = [sum(values) / len(values) for values in zip(*(o.curve for o in outcomes), strict=False)]
         steps = [outcomes[0].every * (i + 1) for i in range(len(losses))]
-        style = "-" if result.row.delay else "--"
-        axes.plot(steps, losses, style, linewidth=1.5, label=f"{result.row.optimizer}, {describe(result.row)}")
+        axes.plot(
+            steps, losses, _STYLES[depths.index(result.row.stages) % len(_STYLES)], linewidth=1.5,
+            color=_colours()[names.index(_name(result.row)) % 20],
+            label=f"{result.row.optimizer}, {describe(result.row)}",
+        )  # fmt: skip
     axes.set(xlabel="minibatches", ylabel="training loss", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    _legend(axes)
+    _legend(figure)
     return svg(figure)
 
 
@@ -52,11 +70,10 @@ def by_stages(model: str, found: Sequence[Result]) -> str | None:
     lines: dict[str, dict[int, Mean]] = {}
     for result in found:
         if result.mean is not None and result.row.delay:
-            name = f"{result.row.optimizer}, {_without_stages(result.row)}"
-            lines.setdefault(name, {})[result.row.stages] = result.mean
+            lines.setdefault(_name(result.row), {})[result.row.stages] = result.mean
     if not any(len(points) > 1 for points in lines.values()):
         return None
-    figure, axes = new_figure(figsize=_SIZE)
+    figure, axes = _figure(len(lines))
     for name, points in lines.items():
         stages = sorted(points)
         errors = [points[s].error or 0.0 for s in stages]
@@ -70,8 +87,7 @@ def by_stages(model: str, found: Sequence[Result]) -> str | None:
     ticks = sorted({s for points in lines.values() for s in points})
     axes.set_xticks(ticks, [str(s) for s in ticks])
     axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    _legend(axes)
+    _legend(figure)
     return svg(figure)
 
 
@@ -86,14 +102,13 @@ def rates(tuned: Sequence[tuple[Row, float, float]], model: str) -> str | None:
         lines.setdefault(row, []).append((lr, validation))
     if not lines:
         return None
-    figure, axes = new_figure(figsize=_SIZE)
+    figure, axes = _figure(len(lines))
     for row, points in lines.items():
         points = [(lr, validation) for lr, validation in sorted(points) if math.isfinite(validation)]
         axes.plot(*zip(*points, strict=True) if points else ([], []), "-" if row.delay else "--", marker=".",
                   label=f"{row.optimizer}, {describe(row)}")  # fmt: skip
     axes.set(xlabel="learning rate", ylabel=f"validation, {measure_of(model).unit}", xscale="log")
-    axes.grid(alpha=0.3, which="both")
-    _legend(axes)
+    _legend(figure)
     return svg(figure)
 
 
@@ -103,7 +118,7 @@ def reconstruction(found: Sequence[Result]) -> str | None:
     kinds = sorted({kind for kind, _, _ in errors} - {"latest"})
     if not kinds:
         return None
-    figure, axes = new_figure(figsize=_SIZE)
+    figure, axes = _figure(len(kinds))
     for kind in kinds:
         points = [(n, Mean.of(values).value) for (name, n, _), values in sorted(errors.items()) if name == kind]
         line = axes.plot(*zip(*points, strict=True), "o", label=kind)[0]
@@ -111,19 +126,14 @@ def reconstruction(found: Sequence[Result]) -> str | None:
         axes.plot(delays, [theory(kind, n) for n in delays], "-", color=line.get_color(), alpha=0.6)
     axes.axhline(1.0, color="grey", linestyle="--", linewidth=1)
     axes.set(xlabel="delay n, updates", ylabel="error relative to the latest weights", yscale="log", ylim=(1e-5, None))
-    axes.grid(alpha=0.3, which="both")
-    _legend(axes)
+    _legend(figure)
     return svg(figure)
 
 
-def _without_stages(row: Row) -> str:
-    return (
-        describe(row)
-        .replace(f", {row.stages} stages", ",")
-        .replace(f", {row.accumulate} microbatches", ", accumulated")
-    )
+def _name(row: Row) -> str:
+    return f"{row.optimizer}, {describe(row, stages=False)}"
 
 
-def _legend(axes: Any) -> None:
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
+def _legend(figure: Any) -> None:
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.legend(loc="outside lower center", fontsize="medium")

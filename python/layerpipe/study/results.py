@@ -83,15 +83,20 @@ def _differences(result: Result, other: Result | None) -> list[float]:
     return [a.quality - b.quality for a, b in pairs if not (a.diverged or b.diverged)]
 
 
-def describe(row: Row) -> str:
-    """A row's method and where it is not the usual, past weights, stages and microbatches."""
+def describe(row: Row, stages: bool = True) -> str:
+    """A row's method and where they are not the usual, past weights, stages and microbatches.
+
+    Args:
+        stages: name their number, and the number of microbatches that a method derives from it.
+    """
     if not row.ahead:
         return "undelayed"
+    method = METHODS[row.method]
     parts = [row.method if row.method != "none" else row.past]
-    if row.method != "none" and METHODS[row.method].past is None and row.past != "stash":
+    if row.method != "none" and method.past is None and row.past != "stash":
         parts.append(row.past)
-    parts.append(f"{row.stages} stages {row.schedule}")
-    if row.accumulate > 1:
+    parts.append(f"{row.stages} stages {row.schedule}" if stages else row.schedule)
+    if row.accumulate > 1 and (stages or method.accumulate is None):
         parts.append(f"{row.accumulate} microbatches")
     if row.sync_steps:
         parts.append(f"{row.sync_steps} first ones synchronous")
