@@ -6,20 +6,29 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP := $(wildcard $(foreach dir,csrc csrc/*,$(addprefix $(dir)/*.,h cpp cu cuh)))
 
-.PHONY: help demo test bench lint clean distclean
+# As many processes as cores: a single one keeps hardly more than one core busy.
+PARALLEL := -n auto --maxprocesses=4 --dist=worksteal
+
+.PHONY: help demo test test-all bench docs lint clean distclean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo 'Options go through ARGS: make test ARGS="-n 4 -k retiming". Another Python: make demo PYTHON=python3.12'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo 'Options go through ARGS: make test ARGS="-n 0 -k retiming". Another Python: make demo PYTHON=python3.12'
 
 demo: $(VENV)/.package ## train a small network as a pipeline
 	$(BIN)/layerpipe train $(ARGS)
 
-test: $(VENV)/.package ## run the tests
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.package ## run the tests but for those marked slow: minutes
+	$(BIN)/python -m pytest -m 'not slow' $(PARALLEL) $(ARGS)
+
+test-all: $(VENV)/.package ## run all tests
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 bench: $(VENV)/.package ## measure the pipeline on this machine
 	$(BIN)/python -m bench.pipeline $(ARGS)
+
+docs: $(VENV)/.package ## write the API reference, made of the docstrings, to build/docs
+	$(BIN)/pdoc -d google -o build/docs layerpipe layerpipe_kernels
 
 lint: $(VENV)/.package ## check style and types
 	$(BIN)/ruff check .

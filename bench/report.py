@@ -38,9 +38,19 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def save(path: Path | None, **results: Any) -> None:
-    """Results and the environment as JSON; nothing without a path."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")  # so that the file is whole whenever the process dies
-        part.write_text(json.dumps({"environment": environment.describe(), **results}, indent=1) + "\n")
-        part.replace(path)
+    """Writes results and the environment as JSON; nothing without a path.
+
+    ``FILE#NAME`` adds them as ``runs[NAME]`` to the file: one file per bench and machine.
+    """
+    if path is None:
+        return
+    name, _, run = path.name.partition("#")
+    path = path.with_name(name)
+    content: dict[str, Any] = {"environment": environment.describe(), **results}
+    if run:
+        kept = json.loads(path.read_text())["runs"] if path.exists() else {}
+        content = {"runs": {**kept, run: content}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")  # so that the file is whole whenever the process dies
+    part.write_text(json.dumps(content, indent=1) + "\n")
+    part.replace(path)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -11,7 +13,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
 
-from layerpipe_kernels import available_backends
+from tests.distributed.processes import Processes
+from tests.engine.pipelines import workers
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,6 +36,39 @@ def _seeded() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-needs_cpp = pytest.mark.skipif("cpp" not in available_backends(), reason="built without a compiler")
-#: The backends of the CPU, for tests of each.
-BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
+@pytest.fixture
+def one_core() -> None:
+    """Tiny layers gain nothing from more, and lose much where the machine has other work."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def no_thread_left() -> Iterator[None]:
+    before = workers()
+    yield
+    deadline = time.monotonic() + 10
+    while workers() > before and time.monotonic() < deadline:
+        gc.collect()  # again and again: a worker still in its tick holds the pipeline until that ends
+        time.sleep(0.01)
+    assert workers() == before
+
+
+@pytest.fixture(scope="session")
+def two() -> Iterator[Processes]:
+    processes = Processes(2)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def three() -> Iterator[Processes]:
+    processes = Processes(3)
+    yield processes
+    processes.close()
+
+
+@pytest.fixture(scope="session")
+def four() -> Iterator[Processes]:
+    processes = Processes(4)
+    yield processes
+    processes.close()

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cli_runs import SMALL, metrics, refused, run
+
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
@@ -21,34 +23,11 @@ pytest.importorskip("tensorboard")
 
 from typer.main import get_command
 
-from layerpipe.cli import main
 from layerpipe.cli.app import app
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.runs import prepare
 from layerpipe.cli.training import make_stages
 from tests.engine.fake_device import fake_device
-
-SMALL = ["--model", "mlp", "--width", "2", "--steps", "25", "--warmup", "5", "--batch-size", "16", "--lr", "0.05"]
-
-
-def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    assert isinstance(end.value.code, int)
-    return end.value.code
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What is said of a mistake: one line, and status 2."""
-    assert run(*arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("layerpipe: ")
-    assert error.count("\n") == 1
-    return error
-
-
-def metrics(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_channels_last_is_how_the_weights_lie(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,7 @@ from layerpipe import data
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.optimizers import DEFAULTS, with_defaults
 from layerpipe.cli.training import make_pipeline
-from tests.test_cli import metrics, refused, run
+from tests.cli_runs import metrics, refused, run
 
 MLP = ["--model", "mlp", "--width", "2", "--steps", "12", "--warmup", "3", "--batch-size", "16", "--stages", "3"]
 GPT = ["--model", "gpt", "--width", "8", "--steps", "6", "--warmup", "2", "--batch-size", "2", "--stages", "2"]

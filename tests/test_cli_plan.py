@@ -13,7 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
 from layerpipe.cli.plan import quantity
-from tests.test_cli import refused, run
+from tests.cli_runs import refused, run
 
 SMALL = ["plan", "mlp", "--set", "depth=5", "--set", "width=4", "--batch-size", "8"]
 

@@ -26,7 +26,7 @@ from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Step
 from layerpipe.errors import UsageError
 from tests import forks
-from tests.test_cli import SMALL, metrics, refused, run
+from tests.cli_runs import SMALL, metrics, refused, run
 
 
 def final_state(path: Path, run: str = "pipeline") -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Processes for cases that need several, and what all tests of pipelines begin with."""
+import pytest
 
-from tests.distributed.conftest import three, two
-from tests.engine.conftest import _no_thread_left, _one_core
 
-__all__ = ["_no_thread_left", "_one_core", "three", "two"]
+@pytest.fixture(autouse=True)
+def _pipelines(one_core: None, no_thread_left: None) -> None:
+    """Every test here runs pipelines."""

@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 import layerpipe
 import layerpipe_kernels as lk
 from layerpipe.stage import saved
-from tests.cases.test_saved_tensors import SGD, trained_alike
+from tests.cases.alike import SGD, trained_alike
 from tests.engine.models import chain, minibatches
 from tests.engine.random_layers import LAYERS
 

@@ -11,41 +11,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import layerpipe
-from tests.distributed import programs
+from tests.distributed import failing
 from tests.distributed.processes import Processes
-from tests.engine.models import chain, minibatches
+from tests.engine.models import CallsAt, chain, minibatches
 from tests.engine.pipelines import EXECUTORS, sgd, workers
-
-
-class Calls(nn.Module):
-    """Calls something in the ``at``-th forward or backward."""
-
-    def __init__(self, what: Callable[[], None], where: str, at: int) -> None:
-        super().__init__()
-        self.what, self.where, self.at, self.calls = what, where, at, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.where == "forward":
-            return self.count(x)
-        y = x * 1.0
-        y.register_hook(self.count)
-        return y
-
-    def count(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == self.at:
-            self.what()
-        return x
 
 
 def closed_short_run(number: int, executor: str) -> None:
@@ -54,16 +32,17 @@ def closed_short_run(number: int, executor: str) -> None:
     stages, fed = chance.randint(1, 4), chance.randint(1, 8)
     made: list[layerpipe.Pipeline] = []
 
-    def close() -> None:
+    def close(value: Any = None) -> Any:
         for pipe in made:
             pipe.close()
+        return value
 
     parts = chain(stages)
     several = chance.random() < 0.3
     for victim in range(stages) if several else [chance.randrange(stages)]:
         where = chance.choice(["forward", "backward"])
-        parts[victim] = nn.Sequential(parts[victim], Calls(close, where, chance.randint(1, fed)))
-    in_loss = Calls(close, "forward", chance.randint(1, fed)) if chance.random() < 0.3 else nn.Identity()
+        parts[victim] = nn.Sequential(parts[victim], CallsAt(close, where, chance.randint(1, fed)))
+    in_loss = CallsAt(close, "forward", chance.randint(1, fed)) if chance.random() < 0.3 else nn.Identity()
     options: dict[str, Any] = {"threads_per_stage": 1} if executor == "threads" else {}
     pipe = layerpipe.Pipeline(
         parts, lambda output, target: in_loss(F.cross_entropy(output, target)), sgd, executor=executor,
@@ -96,7 +75,7 @@ def test_a_pipeline_closed_from_inside_says_so_and_never_hangs(executor: str, ru
 @pytest.mark.parametrize(("stage", "where"), [(0, "forward"), (3, "backward"), (5, "forward"), (5, "loss")])
 def test_a_pipeline_closed_inside_one_process_ends_in_all(three: Processes, stage: int, where: str, size: int) -> None:
     for at in (1, 4, 30):
-        said = three.all(programs.closes_inside, stage, where, at, size)
+        said = three.all(failing.closes_inside, stage, where, at, size)
         assert said[stage // 2] == "RuntimeError: the pipeline is closed"
         for rank in {0, 1, 2} - {stage // 2}:
             assert "closed its pipeline" in said[rank] or "the pipeline is closed" in said[rank], said

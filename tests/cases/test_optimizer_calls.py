@@ -50,6 +50,22 @@ def test_step_hooks_are_called_once_per_update_of_each_stage(executor: str, wrap
         assert len(calls) == count
 
 
+def beside(
+    pipe: layerpipe.Pipeline,
+    plain: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    data: list[tuple[Tensor, Tensor]],
+) -> None:
+    """Trains a pipeline and, in a plain loop, a network on the same minibatches."""
+    for x, y in data:
+        plain.zero_grad()
+        F.cross_entropy(plain(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        pipe.step(x, y)
+    pipe.drain()
+
+
 def test_a_hook_may_change_the_gradients_as_in_a_plain_loop() -> None:
     def halve(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for group in optimizer.param_groups:
@@ -57,20 +73,14 @@ def test_a_hook_may_change_the_gradients_as_in_a_plain_loop() -> None:
                 p.grad = p.grad / 2
 
     plain, stages = nn.Sequential(*chain(2)), chain(2)
-    theirs = [lk.SGD(stage.parameters(), lr=0.1, momentum=0.9) for stage in plain]
+    theirs: list[torch.optim.Optimizer] = [lk.SGD(stage.parameters(), lr=0.1, momentum=0.9) for stage in plain]
     for optimizer in theirs:
         optimizer.register_step_pre_hook(halve)
     with layerpipe.Pipeline(
         stages, F.cross_entropy, lambda p, **past: lk.SGD(p, lr=0.1, momentum=0.9, **past), schedule="sequential"
     ) as pipe:
         pipe.optimizer.register_step_pre_hook(halve)
-        for x, y in minibatches(8):
-            plain.zero_grad()
-            F.cross_entropy(plain(x), y).backward()
-            for optimizer in theirs:
-                optimizer.step()
-            pipe.step(x, y)
-        pipe.drain()
+        beside(pipe, plain, theirs, minibatches(8))
     assert all(map(torch.equal, weights(plain), weights(nn.Sequential(*stages))))
 
 
@@ -230,15 +240,9 @@ class Skipping(torch.optim.SGD):
 
 def test_an_optimizer_may_leave_updates_out() -> None:
     stages, plain = chain(2), nn.Sequential(*chain(2))
-    theirs = [Skipping(stage.parameters(), lr=0.1) for stage in plain]
+    theirs: list[torch.optim.Optimizer] = [Skipping(stage.parameters(), lr=0.1) for stage in plain]
     with layerpipe.Pipeline(stages, F.cross_entropy, wrapped(Skipping), schedule="sequential") as pipe:
-        for x, y in minibatches(20):
-            plain.zero_grad()
-            F.cross_entropy(plain(x), y).backward()
-            for optimizer in theirs:
-                optimizer.step()
-            pipe.step(x, y)
-        pipe.drain()
+        beside(pipe, plain, theirs, minibatches(20))
     assert all(map(torch.equal, weights(plain), weights(nn.Sequential(*stages))))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from tests.distributed import programs
+from tests.distributed import differing
 from tests.distributed.processes import Processes
 
 
@@ -30,7 +30,7 @@ from tests.distributed.processes import Processes
     ],
 )
 def test_a_process_with_something_else_is_named_in_all(two: Processes, what: str, message: str) -> None:
-    for said in two.all(programs.disagrees, what):
+    for said in two.all(differing.disagrees, what):
         assert said.startswith("ValueError: ")
         assert message in said
 
@@ -39,7 +39,7 @@ def test_a_process_with_something_else_is_named_in_all(two: Processes, what: str
     "what", ["nothing", "nothing, and every stage has a rate of its own", "nothing, and only own stages have a rate"]
 )
 def test_processes_that_agree_are_served(two: Processes, what: str) -> None:
-    assert two.all(programs.disagrees, what) == ["made", "made"]
+    assert two.all(differing.disagrees, what) == ["made", "made"]
 
 
 RUN = ["train", "--model", "mlp", "--width", "2", "--stages", "2", "--steps", "8", "--executor", "distributed"]
@@ -69,7 +69,7 @@ def test_a_command_with_another_option_is_named_in_all(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     other = ["train"] if option == "--resume" else RUN
     commands = [RUN, [*other, option, *([value] if value else [])]]
-    found = two.all(programs.one_command_each, 2, ("127.0.0.1", store.port), str(tmp_path), commands)
+    found = two.all(commands.one_command_each, 2, ("127.0.0.1", store.port), str(tmp_path), commands)
     for status, error, _ in found:
         assert status == 2
         assert message in error

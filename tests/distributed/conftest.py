@@ -10,27 +10,6 @@ from tests.distributed.processes import Processes
 
 
 @pytest.fixture(scope="session")
-def two() -> Iterator[Processes]:
-    processes = Processes(2)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="session")
-def three() -> Iterator[Processes]:
-    processes = Processes(3)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="session")
-def four() -> Iterator[Processes]:
-    processes = Processes(4)
-    yield processes
-    processes.close()
-
-
-@pytest.fixture(scope="session")
 def apart() -> Iterator[Processes]:
     """Three processes on two hosts: the first two on one, the last one on the other."""
     with contextlib.ExitStack() as stack:

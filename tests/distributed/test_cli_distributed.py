@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tensorboard")
 
 from layerpipe.cli import main
-from tests.distributed import programs
+from tests.distributed import commands
 from tests.distributed.processes import Processes
 
 SIZES = ["--width", "16", "--stages", "2", "--steps", "12", "--warmup", "3", "--checkpoint-every", "5"]
@@ -55,7 +55,7 @@ def in_those(two: Processes, monkeypatch: pytest.MonkeyPatch, directory: Path, *
             main(["train", *arguments])
     assert told == [2, sys.executable, "-m", "layerpipe.cli", "train", *arguments]
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    found = two.all(programs.command, 2, ("127.0.0.1", store.port), str(directory), ["train", *arguments], True)
+    found = two.all(commands.command, 2, ("127.0.0.1", store.port), str(directory), ["train", *arguments], True)
     assert [status for status, _, _ in found] == [0, 0], found
     return "".join(printed for _, _, printed in found)
 

@@ -11,7 +11,7 @@ import torch
 
 from layerpipe.delays import OnLoss
 from layerpipe.executors.ranks import Ranks
-from tests.distributed import programs
+from tests.distributed import failing, programs
 from tests.distributed.processes import Failure, Processes
 from tests.engine.pipelines import pipeline
 
@@ -37,6 +37,7 @@ def flat(losses: list[Any]) -> list[float]:
     return [x for part in losses for x in (part if isinstance(part, list) else [part]) if x is not None]
 
 
+@pytest.mark.invariant(3)
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "sequential"])
 @pytest.mark.parametrize("stages", [3, 5])
 @pytest.mark.parametrize("past", ["blend", "stash"])
@@ -142,20 +143,20 @@ def test_a_file_that_one_process_cannot_write_or_read_is_an_error_in_all(two: Pr
 
 @pytest.mark.parametrize("where", ["forward", "backward", "loss"])
 def test_an_error_in_one_process_stops_all_and_names_the_stage(three: Processes, where: str) -> None:
-    results = three.run(programs.fails, where, 5)
+    results = three.run(failing.fails, where, 5)
     stage = 2 if where == "loss" else 1
     for result in results:
         failed(result, "StageError", f"stage {stage} (", "on purpose")
 
 
 def test_divergence_in_one_process_is_divergence_in_all(three: Processes) -> None:
-    for result in three.run(programs.diverges):
+    for result in three.run(failing.diverges):
         failed(result, "DivergenceError", "stage 2", "not finite")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_is_killed_stops_the_others(three: Processes, rank: int) -> None:
-    results = three.run(programs.dies, rank, 4)
+    results = three.run(failing.dies, rank, 4)
     assert results[rank] is None
     near = [r for r in (rank - 1, rank + 1) if r in range(3)]
     for other in near:
@@ -165,20 +166,20 @@ def test_a_process_that_is_killed_stops_the_others(three: Processes, rank: int) 
 
 def test_different_numbers_of_minibatches_are_an_error_and_no_deadlock(two: Processes) -> None:
     for counts in ((6, 8), (8, 6)):
-        results = two.run(programs.uneven, list(counts))
+        results = two.run(failing.uneven, list(counts))
         assert all(result.kind == "StageError" for result in results)
         assert any("same number of minibatches" in result.message for result in results)
 
 
 def test_ctrl_c_in_one_process_stops_all(three: Processes) -> None:
-    results = three.run(programs.interrupted, 1)
+    results = three.run(failing.interrupted, 1)
     failed(results[1], "KeyboardInterrupt")
     for other in (0, 2):
         failed(results[other], "StageInterrupted", "KeyboardInterrupt")
 
 
 def test_a_pipeline_closed_in_one_process_stops_the_other(two: Processes) -> None:
-    results = two.run(programs.closes, 0)
+    results = two.run(failing.closes, 0)
     assert results[0] == "closed"
     failed(results[1], "StageError", "closed its pipeline")
 
@@ -205,19 +206,19 @@ def test_fewer_stages_than_processes_are_refused(three: Processes) -> None:
 
 
 def test_a_process_with_nothing_to_train_is_refused_in_all(two: Processes) -> None:
-    for result in two.run(programs.untrained):
+    for result in two.run(failing.untrained):
         failed(result, "ValueError", "no stage has parameters to train in process 1")
 
 
 def test_processes_with_other_cuts_are_refused_in_all(two: Processes) -> None:
-    for result in two.run(programs.cut_differently):
+    for result in two.run(failing.cut_differently):
         failed(result, "ValueError", "stage 0 has other parameters in process 1 than in process 0", "cut_at")
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_an_optimizer_that_one_process_cannot_make_is_an_error_in_all(two: Processes, stage: int) -> None:
     own, other = ("ArithmeticError", "RuntimeError") if stage < 2 else ("RuntimeError", "ArithmeticError")
-    for result, kind in zip(two.run(programs.refuses, stage), (own, other), strict=True):
+    for result, kind in zip(two.run(failing.refuses, stage), (own, other), strict=True):
         failed(result, kind, "on purpose")
 
 

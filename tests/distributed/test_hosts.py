@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed import programs
+from tests.distributed import commands, failing, programs
 from tests.distributed.hosts import ADDRESSES
 from tests.distributed.processes import Failure, Processes
 
@@ -49,7 +49,7 @@ def test_a_checkpoint_that_no_process_has_is_the_same_error_in_all(apart: Proces
 
 def test_a_host_without_a_network_stops_all_and_neighbours_are_named(apart: Processes) -> None:
     """The pipeline waits as long as the group that the caller made; who gives up first is a loss to its neighbours."""
-    results = apart.run(programs.unplugged, 2, 10.0)
+    results = apart.run(failing.unplugged, 2, 10.0)
     for result, stages in zip(results, ("12", "02", "1"), strict=True):
         assert isinstance(result, Failure)
         assert result.kind == "StageError", result.where
@@ -64,7 +64,7 @@ def test_the_command_trains_and_resumes_with_its_directory_on_one_host(apart: Pr
     port = iter(range(28000, 28010))
 
     def command(*arguments: str) -> list[tuple[Any, str]]:
-        found = apart.all(programs.command, 3, (ADDRESSES[0], next(port)), str(tmp_path), list(arguments))
+        found = apart.all(commands.command, 3, (ADDRESSES[0], next(port)), str(tmp_path), list(arguments))
         return [(status, said) for status, said, _ in found]
 
     def losses(path: Path) -> list[float]:

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 Tensors = tuple[Tensor, ...]
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 
 
 class DelayedTraining:
@@ -159,3 +161,12 @@ def _taken(mine: Tensor | None, theirs: Tensor) -> Tensor:
     if mine is None or mine.shape != theirs.shape:
         return theirs.detach().clone()
     return mine.detach().copy_(theirs.detach())
+
+
+def delayed_sgd(stages: list[nn.Module], data: list[tuple[Tensor, Tensor]], schedule: str = "lockstep") -> nn.Module:
+    """The stages in one, trained with stored weights by torch's SGD."""
+    simulated = DelayedTraining(
+        stages, F.cross_entropy, lambda params: torch.optim.SGD(params, **SGD), schedule=schedule, past="stash"
+    )
+    simulated.train(data)
+    return nn.Sequential(*stages)

@@ -18,11 +18,10 @@ from layerpipe import schedule as schedules
 from layerpipe.retiming.accumulation import most_updates_between, updates_between
 from layerpipe.stage.probe import ReconstructionProbe
 from tests.engine.delayed_training import DelayedTraining
+from tests.engine.layouts import data as sequences
+from tests.engine.layouts import joining, summing
 from tests.engine.models import chain, minibatches
-from tests.engine.pipelines import EXECUTORS, pipeline
-from tests.engine.test_arrival import data as sequences
-from tests.engine.test_arrival import joining, summing
-from tests.engine.test_invariants import assert_equal_state, train
+from tests.engine.pipelines import EXECUTORS, assert_equal_state, pipeline, train
 
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import layerpipe
 from layerpipe.stage.split_backward import SplitBackward
 from tests.engine.models import chain, images, minibatches
-from tests.engine.pipelines import EXECUTORS, sgd
+from tests.engine.pipelines import EXECUTORS, assert_equal_state, sgd, trained
 
 Data = list[tuple[Tensor, Tensor]]
 
@@ -47,19 +47,6 @@ def mixed() -> list[nn.Module]:
     return [nn.Linear(6, 6), Shared(), Attention(), Shared(), nn.Linear(6, 3)]
 
 
-def trained(stages: list[nn.Module], data: Data, factory: Any = sgd, **options: Any) -> dict[str, Tensor]:
-    with layerpipe.Pipeline(stages, F.cross_entropy, factory, **options) as pipe:
-        for x, y in data:
-            pipe.step(x, y)
-        pipe.drain()
-        return copy.deepcopy(pipe.state_dict())
-
-
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    for name, value in a.items():
-        assert torch.equal(value, b[name]), name
-
-
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
 @pytest.mark.parametrize("past", ["stash", "blend"])
@@ -67,7 +54,7 @@ def test_a_split_backward_gives_the_same_weights(executor: str, schedule: str, p
     torch.set_num_threads(1)
     data = minibatches(15)
     options: dict[str, Any] = {"executor": executor, "schedule": schedule, "past": past, "max_norm": 1.0}
-    assert_equal(trained(mixed(), data, split_backward=True, **options), trained(mixed(), data, **options))
+    assert_equal_state(trained(mixed(), data, split_backward=True, **options), trained(mixed(), data, **options))
 
 
 def test_a_split_backward_of_a_resnet_gives_the_same_weights() -> None:
@@ -78,7 +65,7 @@ def test_a_split_backward_of_a_resnet_gives_the_same_weights() -> None:
         trained(layerpipe.split(copy.deepcopy(model), 3, balance="params"), data, split_backward=chosen)
         for chosen in (False, True)
     )
-    assert_equal(split, plain)
+    assert_equal_state(split, plain)
 
 
 def gradients(stage: nn.Module, x: Tensor) -> tuple[list[str], Callable[[], dict[str, bool]]]:
@@ -141,7 +128,7 @@ def test_a_weight_that_is_also_an_output_gets_both_gradients_of_a_split_backward
     plain, split = (
         trained(stages(), data, schedule=schedule, past="stash", split_backward=chosen) for chosen in (False, True)
     )
-    assert_equal(split, plain)
+    assert_equal_state(split, plain)
 
 
 class Hooked(nn.Linear):
@@ -168,7 +155,7 @@ def test_a_hook_changes_the_gradients_of_a_split_backward_once(on_node: bool, mo
         return [nn.Linear(6, 6), nn.Sequential(Hooked(6, 6), nn.Tanh(), Hooked(6, 6)), nn.Linear(6, 3)]
 
     plain, split = (trained(stages(), minibatches(8), split_backward=chosen) for chosen in (False, True))
-    assert_equal(split, plain)
+    assert_equal_state(split, plain)
 
 
 def test_a_weights_own_gradient_reconstructs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +215,7 @@ def test_activation_checkpointing_recomputes_with_past_weights(executor: str, re
 
     options: dict[str, Any] = {"executor": executor, "past": "stash"}
     plain, recomputed = trained(stages(False), data, **options), trained(stages(True), data, **options)
-    assert_equal(plain, {name.replace(".inner", ""): value for name, value in recomputed.items()})
+    assert_equal_state(plain, {name.replace(".inner", ""): value for name, value in recomputed.items()})
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -239,7 +226,7 @@ def test_a_stage_that_recomputes_without_a_delay_is_not_split(reentrant: bool) -
 
     data = minibatches(5)
     plain, split = (trained(stages(), data, split_backward=chosen) for chosen in (False, True))
-    assert_equal(split, plain)
+    assert_equal_state(split, plain)
 
 
 def test_checkpointing_that_begins_after_a_drain_recomputes_with_past_weights() -> None:
@@ -263,7 +250,7 @@ def test_checkpointing_that_begins_after_a_drain_recomputes_with_past_weights() 
                 switched.on = on
             return copy.deepcopy(pipe.state_dict())
 
-    assert_equal(run(True), run(False))
+    assert_equal_state(run(True), run(False))
 
 
 def test_a_stage_that_recomputes_is_noticed_and_others_are_not() -> None:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from layerpipe.executors.buffers import Buffers
 from tests.engine.fake_device import fake_device
+from tests.engine.graph_pipelines import pipeline
+from tests.engine.layouts import Minibatches, data, summing, turning
 from tests.engine.models import minibatches
-from tests.engine.test_arrival import Minibatches, data, summing, turning
-from tests.engine.test_graphs import pipeline
-from tests.engine.test_invariants import assert_equal_state
+from tests.engine.pipelines import assert_equal_state
 
 
 def first_slots(stages: Callable[[], list[nn.Module]], minibatches: Minibatches) -> list[Any]:

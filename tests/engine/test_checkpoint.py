@@ -34,6 +34,7 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
         assert torch.equal(value, b[name]), name
 
 
+@pytest.mark.invariant(7)
 @pytest.mark.parametrize("executor", EXECUTORS)
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
 @pytest.mark.parametrize("past", ["blend", "stash"])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels as lk
 from tests.engine.models import minibatches
-from tests.engine.test_backward import trained
+from tests.engine.pipelines import trained
 
 
 @pytest.mark.slow

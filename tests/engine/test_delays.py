@@ -15,12 +15,9 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels as lk
 from layerpipe.delays import AfterSteps, DelayPolicy, Fixed, OnLoss
-from tests.engine.delayed_training import DelayedTraining
+from tests.engine.delayed_training import SGD, DelayedTraining, delayed_sgd
 from tests.engine.models import chain, minibatches
-from tests.engine.pipelines import EXECUTORS, pipeline
-from tests.engine.test_invariants import assert_equal_state, delayed_sgd, train
-
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+from tests.engine.pipelines import EXECUTORS, assert_equal_state, pipeline, train
 
 
 class Alternating(DelayPolicy):

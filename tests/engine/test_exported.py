@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from layerpipe.partition.profile import profile
 from layerpipe.partition.split_stage import label
 from layerpipe.planning.plan import plan
 from tests.engine.exported_models import ShapedBranches, ShapedConv, ShapedGPT, ShapedLayers
+from tests.engine.models import through
 
 CASES: dict[str, tuple[type[nn.Module], Callable[[int], Tensor], int]] = {
     "gpt": (ShapedGPT, lambda b: torch.randint(11, (b, 6)), 5),
@@ -27,13 +28,6 @@ CASES: dict[str, tuple[type[nn.Module], Callable[[int], Tensor], int]] = {
     "layers": (ShapedLayers, lambda b: torch.randn(b, 5, 8), 4),
 }
 every_case = pytest.mark.parametrize("case", CASES)
-
-
-def through(parts: Sequence[nn.Module], *values: Any) -> Any:
-    for part in parts:
-        out = part(*values)
-        values = out if isinstance(out, tuple) else (out,)
-    return values[0]
 
 
 @functools.cache

@@ -21,28 +21,11 @@ from layerpipe.executors.channels import Lent
 from layerpipe.tracing.spans import HostClock, Recorder
 from layerpipe_kernels.history import DeviceClock, Norms
 from layerpipe_kernels.plan import StepPlan
-from tests.engine import test_streams
+from tests.engine import stream_networks
 from tests.engine.fake_device import FakeDevice, fake_device, qualified_name
+from tests.engine.graph_pipelines import pipeline
 from tests.engine.models import chain, minibatches
-from tests.engine.test_streams import network, train
-
-
-def optimizer(name: str) -> Any:
-    def make(params: list[Tensor], **past: Any) -> Any:
-        # A learning rate that is a tensor takes another way through torch's arithmetic: it is one for all executors.
-        options: dict[str, Any] = {"backend": "reference", "capturable": True, **past}
-        if name == "SGD":
-            return lk.SGD(params, lr=torch.tensor(0.05), momentum=0.9, **options)
-        return lk.AdamW(params, lr=torch.tensor(0.01), **options)
-
-    return make
-
-
-def pipeline(stages: list[nn.Module], executor: str, *, rule: str = "SGD", **options: Any) -> layerpipe.Pipeline:
-    return layerpipe.Pipeline(
-        stages, F.cross_entropy, optimizer(rule), executor=executor, check_finite=False, **options
-    )
-
+from tests.engine.stream_networks import network, train
 
 #: (network, stages, options)
 CASES: list[tuple[str, int, dict[str, Any]]] = [
@@ -61,7 +44,7 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 ]
 
 
-run = functools.partial(test_streams.run, make=pipeline, executor="graphs")
+run = functools.partial(stream_networks.run, make=pipeline, executor="graphs")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

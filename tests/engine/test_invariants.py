@@ -15,27 +15,16 @@ import layerpipe
 import layerpipe_kernels as lk
 from layerpipe import schedule as schedules
 from layerpipe.stage.probe import ReconstructionProbe
-from tests.engine.delayed_training import DelayedTraining
+from tests.engine.delayed_training import SGD, DelayedTraining, delayed_sgd
 from tests.engine.models import chain, images, minibatches
-
-SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
+from tests.engine.pipelines import assert_equal_state, train
 
 
 def pipeline(stages: list[nn.Module], **options: Any) -> layerpipe.Pipeline:
     return layerpipe.Pipeline(stages, F.cross_entropy, lambda params, **past: lk.SGD(params, **SGD, **past), **options)
 
 
-def train(pipe: layerpipe.Pipeline, data: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    losses = [pipe.step(x, y) for x, y in data]
-    return [loss for loss in losses if loss is not None] + pipe.drain()
-
-
-def assert_equal_state(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), f"{name} differs by {(a[name] - b[name]).abs().max()}"
-
-
+@pytest.mark.invariant(1)
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b", "sequential"])
 def test_one_stage_is_ordinary_training_bit_for_bit(schedule: str) -> None:
     resnet18 = pytest.importorskip("torchvision").models.resnet18
@@ -70,14 +59,7 @@ def test_sequential_schedule_of_many_stages_is_ordinary_training() -> None:
             assert_equal_state(pipe.state_dict(), plain.state_dict())
 
 
-def delayed_sgd(stages: list[nn.Module], data: list[tuple[Tensor, Tensor]], schedule: str = "lockstep") -> nn.Module:
-    simulated = DelayedTraining(
-        stages, F.cross_entropy, lambda params: torch.optim.SGD(params, **SGD), schedule=schedule, past="stash"
-    )
-    simulated.train(data)
-    return nn.Sequential(*stages)
-
-
+@pytest.mark.invariant(2)
 @pytest.mark.parametrize("executor", ["serial", "threads"])
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
 @pytest.mark.parametrize("stages", [2, 3, 5])
@@ -256,6 +238,7 @@ def test_the_simulation_tells_stash_from_latest() -> None:
         assert not torch.equal(pipe.state_dict()["0.0.weight"], simulated["0.0.weight"])
 
 
+@pytest.mark.invariant(3)
 @pytest.mark.parametrize(
     ("past", "schedule"),
     [*((past, "lockstep") for past in ("stash", "latest", "ema", "momentum", "blend")), ("blend", "1f1b")],
@@ -281,6 +264,7 @@ def test_serial_and_threads_give_the_same_weights(past: str, schedule: str) -> N
     assert states[0].keys() == model.state_dict().keys()
 
 
+@pytest.mark.invariant(5)
 @pytest.mark.parametrize("executor", ["serial", "threads"])
 @pytest.mark.parametrize(("schedule", "registers"), [("lockstep", 2), ("1f1b", 1)])
 @pytest.mark.parametrize("stages", [1, 2, 4, 7])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from layerpipe import models, split
 from layerpipe.partition import partition
 from layerpipe.partition.profile import Rehearsal, _now, seconds
-from tests.engine.test_partition import sequential
+from tests.engine.models import sequential
 
 
 class Wrapped(nn.Module):

@@ -13,16 +13,7 @@ from layerpipe import split
 from layerpipe.partition import cut_at, share_threads
 from layerpipe.partition.balance import balance as balanced
 from layerpipe.partition.split_stage import is_split, label
-
-
-def sequential() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(4, 8),
-        nn.ReLU(inplace=True),
-        nn.Linear(8, 8),
-        nn.Sequential(nn.Tanh(), nn.Linear(8, 8)),
-        nn.Linear(8, 2),
-    )
+from tests.engine.models import sequential
 
 
 @pytest.mark.parametrize("balance", ["params", "flops", "time"])

@@ -13,8 +13,7 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels as lk
 from tests.engine.models import chain, minibatches
-from tests.engine.pipelines import EXECUTORS, sgd
-from tests.engine.test_backward import assert_equal
+from tests.engine.pipelines import EXECUTORS, assert_equal_state, sgd
 
 
 def test_loaded_weights_replace_their_masters() -> None:
@@ -42,7 +41,7 @@ def test_loaded_weights_replace_their_masters() -> None:
         for x, y in data:
             pipe.step(x, y)
         pipe.drain()
-        assert_equal({name: start[name] for name, _ in pipe.named_parameters()}, pipe.state_dict())
+        assert_equal_state({name: start[name] for name, _ in pipe.named_parameters()}, pipe.state_dict())
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

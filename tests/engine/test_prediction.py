@@ -16,8 +16,7 @@ import layerpipe
 import layerpipe_kernels as lk
 from tests.engine.delayed_training import DelayedTraining
 from tests.engine.models import chain, minibatches
-from tests.engine.pipelines import EXECUTORS
-from tests.engine.test_invariants import assert_equal_state, train
+from tests.engine.pipelines import EXECUTORS, assert_equal_state, train
 from tests.published_soap import SimulatedMatrix
 
 WD = 1e-2

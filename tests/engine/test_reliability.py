@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels as lk
-from tests.engine.models import chain, minibatches
+from tests.engine.models import CallsAt, chain, minibatches
 from tests.engine.pipelines import EXECUTORS, pipeline, sgd, workers
 
 
@@ -49,25 +49,6 @@ def assert_whole_updates(pipe: layerpipe.Pipeline, known: list[list[list[Tensor]
     """Every stage has just the weights that its number of updates gives."""
     for stage, now, versions in zip(pipe.stages, weights(pipe), known, strict=True):
         assert all(map(torch.equal, now, versions[stage.version])), stage.name
-
-
-class Trouble(nn.Module):
-    """Does something in the ``at``-th forward or backward, and nothing otherwise."""
-
-    def __init__(self, what: Any, *, where: str, at: int) -> None:
-        super().__init__()
-        self.what, self.where, self.at, self.calls = what, where, at, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.where == "forward":
-            return self.count(x)
-        y = x * 1.0
-        y.register_hook(self.count)
-        return y
-
-    def count(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return self.what(x) if self.calls == self.at else x  # type: ignore[no-any-return]
 
 
 def raises(x: Tensor) -> Tensor:
@@ -107,7 +88,7 @@ def test_trouble_in_a_stage_ends_with_its_name_and_whole_updates(
     stages = chain()
     inside = stages[stage]
     assert isinstance(inside, nn.Sequential)
-    inside.append(Trouble(what, where=where, at=9))
+    inside.append(CallsAt(what, where, at=9))
     pipe = pipeline(stages, executor=executor)
     expected = layerpipe.DivergenceError if what is not_a_number else layerpipe.StageError
     with pytest.raises(expected, match=message) as caught:
@@ -273,7 +254,7 @@ def short_run(number: int) -> None:
         where = chance.choice(["forward", "backward"])
         at = chance.randint(1, fed)
         victim = chance.randrange(stages)
-        parts[victim] = nn.Sequential(parts[victim], Trouble(raises, where=where, at=at))
+        parts[victim] = nn.Sequential(parts[victim], CallsAt(raises, where, at))
     pipe = layerpipe.Pipeline(
         parts, F.cross_entropy, lambda p, **past: lk.SGD(p, lr=0.01, **past), schedule=schedule, executor="threads",
         threads_per_stage=1, split_backward=chance.random() < 0.5,

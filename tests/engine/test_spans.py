@@ -16,8 +16,8 @@ import layerpipe
 from layerpipe.tracing import Trace
 from layerpipe.tracing.spans import INNER, Span
 from tests.engine.fake_device import FakeDevice, fake_device
+from tests.engine.graph_pipelines import pipeline
 from tests.engine.models import chain, minibatches
-from tests.engine.test_graphs import pipeline
 
 DEVICES = ["streams", "graphs"]
 STAGES = 4

@@ -14,7 +14,7 @@ import layerpipe
 import layerpipe_kernels
 from layerpipe import split
 from layerpipe.partition.partition import cut_at
-from tests.engine.test_exported import through
+from tests.engine.models import through
 
 
 class Shared(nn.Module):

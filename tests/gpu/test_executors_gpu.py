@@ -16,7 +16,7 @@ import layerpipe_kernels as lk
 from layerpipe.tracing import Trace
 from layerpipe.tracing.spans import INNER, Span
 from tests.engine.models import chain, minibatches
-from tests.engine.test_streams import network
+from tests.engine.stream_networks import network
 
 pytestmark = [
     pytest.mark.gpu,

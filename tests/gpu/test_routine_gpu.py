@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import layerpipe_kernels as lk
-from tests.kernels.test_routine import KINDS, Optimizer, check
+from tests.kernels.routines import KINDS, Optimizer, check
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
-from tests.conftest import needs_cpp
+from tests.backends import needs_cpp
 
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 KINDS: list[tuple[str, dict[str, Any]]] = [

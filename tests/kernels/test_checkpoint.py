@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import warnings
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
+from tests.kernels.checkpoints import BF16, F32, F64, parameters, saved, steps, take
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"lr": 0.1}),
     ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
@@ -30,36 +29,6 @@ PASTS: list[dict[str, Any]] = [
     {"past": lk.Blend(norm="match")},
     {"past": lk.EMA(dtype=BF16)},
 ]
-
-
-def parameters(dtype: torch.dtype = F32) -> list[Tensor]:
-    torch.manual_seed(3)
-    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in ((5, 4), (7,), (2,))]
-
-
-def steps(optimizer: torch.optim.Optimizer, params: list[Tensor], count: int, seed: int, late: bool = False) -> None:
-    """``late``: the last parameter has no gradient."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(count):
-        for param in params:
-            param.grad = torch.randn(param.shape, generator=generator).to(param.dtype)
-        if late:
-            params[-1].grad = None
-        optimizer.step()
-
-
-def saved(optimizer: torch.optim.Optimizer) -> Any:
-    """Through a file, as it is read by default."""
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
-def take(params: list[Tensor], source: list[Tensor]) -> None:
-    with torch.no_grad():
-        for param, value in zip(params, source, strict=True):
-            param.copy_(value)
 
 
 @pytest.mark.parametrize("delay", [0, 4])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import layerpipe_kernels as lk
 from layerpipe_kernels.past import KINDS
-from tests.conftest import BACKENDS
+from tests.backends import BACKENDS
 from tests.kernels.runs import Run
 
 COUPLED: dict[str, Any] = {"past": "blend:decay=coupled"}

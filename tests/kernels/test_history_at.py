@@ -9,7 +9,7 @@ import torch
 
 import layerpipe_kernels as lk
 from layerpipe_kernels import decay
-from tests.conftest import BACKENDS
+from tests.backends import BACKENDS
 from tests.kernels.runs import Run
 
 KINDS: list[dict[str, Any]] = [

@@ -9,7 +9,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 import layerpipe_kernels as lk
-from tests.conftest import BACKENDS
+from tests.backends import BACKENDS
 from tests.kernels.runs import Run
 
 P = torch.nn.Parameter

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import layerpipe_kernels as lk
-from tests.conftest import BACKENDS
+from tests.backends import BACKENDS
 from tests.kernels.runs import Run
 
 ESTIMATES = ["ema", "momentum", "blend"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import layerpipe_kernels as lk
 from layerpipe_kernels import layout, native
-from tests.conftest import needs_cpp
+from tests.backends import needs_cpp
 
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
 LAST = torch.channels_last

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import layerpipe_kernels as lk
-from tests.kernels.test_checkpoint import BF16, F32, F64, parameters, saved, steps, take
+from tests.kernels.checkpoints import BF16, F32, F64, parameters, saved, steps, take
 
 
 def test_float32_state_survives_on_bfloat16_parameters() -> None:

@@ -13,7 +13,7 @@ from layerpipe_kernels import backend as backends
 from layerpipe_kernels import ops
 from layerpipe_kernels.options import AdamOptions, PastDesign, SgdOptions, StepArguments
 from layerpipe_kernels.plan import Arrays
-from tests.conftest import needs_cpp
+from tests.backends import needs_cpp
 from tests.kernels.steps import Case, cloned
 
 PLAIN = SgdOptions(lr=0.1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
-from tests.conftest import BACKENDS
+from tests.backends import BACKENDS
 from tests.kernels.quadratics import SHAPES, give_gradients, gradient, parameters
 
 DELAY = 4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
-from tests.conftest import needs_cpp
+from tests.backends import needs_cpp
 from tests.kernels.quadratics import give_gradients, gradient, parameters
 
 

@@ -11,7 +11,7 @@ from layerpipe_kernels import reference
 from layerpipe_kernels.checks import check_options
 from layerpipe_kernels.options import NO_PAST, STEADY, AdamOptions, DirectionOptions, SgdOptions, StepArguments
 from layerpipe_kernels.plan import Arrays, StepPlan
-from tests.conftest import BACKENDS
+from tests.backends import BACKENDS
 from tests.kernels import steps
 from tests.kernels.steps import ADAM, BF16, F16, F32, F64, PREDICTED, SGD, Case
 

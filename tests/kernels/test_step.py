@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import layerpipe_kernels as lk
 from layerpipe_kernels.options import AdamOptions, PastDesign, SgdOptions, StepArguments
-from tests.conftest import BACKENDS, needs_cpp
+from tests.backends import BACKENDS, needs_cpp
 from tests.kernels import steps
 from tests.kernels.steps import BF16, F16, F32, F64, Case
 
@@ -29,6 +29,7 @@ def test_step_equals_fp64_at_every_size_and_alignment(backend: str, rule: str, o
     steps.check(Case(rule, dtype, offset=offset, sizes=sizes), backend)
 
 
+@pytest.mark.invariant(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", steps.STRUCTURES, ids=str)
 def test_every_combination_of_arrays(backend: str, case: Case) -> None:
@@ -37,6 +38,7 @@ def test_every_combination_of_arrays(backend: str, case: Case) -> None:
         steps.check(case, backend, first=True)
 
 
+@pytest.mark.invariant(4)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", steps.COVERING, ids=str)
 def test_every_combination_of_dtypes(backend: str, case: Case) -> None:
@@ -146,6 +148,7 @@ def test_tensors_may_hold_the_learning_rate_the_clock_and_the_scale(backend: str
     assert int(clock) == 5
 
 
+@pytest.mark.invariant(6)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", [Case(counts=True), Case("adam", states=3), Case("adam", BF16, master=True)], ids=str)
 def test_an_overflow_changes_no_value(backend: str, case: Case) -> None:

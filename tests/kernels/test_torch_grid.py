@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
-from tests.conftest import needs_cpp
+from tests.backends import needs_cpp
 
 pytest.importorskip("expecttest", reason="torch's test helpers need it")
 from torch.testing._internal.common_optimizers import optim_db

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import layerpipe_kernels as lk
-from tests.conftest import BACKENDS
+from tests.backends import BACKENDS
 
 CASES: list[dict[str, Any]] = [
     {"cls": lk.AdamW, "weight_decay": 0.1},

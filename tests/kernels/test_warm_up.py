@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
-from tests.kernels.test_checkpoint import parameters, saved, steps
+from tests.kernels.checkpoints import parameters, saved, steps
 
 
 def assert_warms_up_anew(optimizer: Any, params: list[Tensor]) -> None:
