@@ -1,5 +1,5 @@
-"""What streams and graphs ask of a device: one small interface, so that tests can put a device in its place that checks
-every call."""
+"""The interface that streams and graphs need of a device, small, so that tests can put a device in its place that
+checks every call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stages do in a tick: forwards, backwards, updates, and the channels that their tensors pass through."""
+"""A stage's work in a tick: forwards, backwards, updates, and the channels that their tensors pass through."""
 
 from __future__ import annotations
 

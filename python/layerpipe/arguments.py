@@ -1,4 +1,4 @@
-"""What a pipeline is made of and fed, checked before anything is built of it."""
+"""Checks of what a pipeline is made of and fed, before anything is built of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 
 def check_made_of(stages: Sequence[nn.Module], loss_fn: Any, optimizer: Any, max_norm: float | None) -> None:
-    """What :class:`layerpipe.Pipeline` is given.
+    """Check the arguments of :class:`layerpipe.Pipeline`.
 
     Raises:
         TypeError: stages that are one module or not modules, a loss or an optimizer that is no function.
@@ -35,7 +35,7 @@ def check_made_of(stages: Sequence[nn.Module], loss_fn: Any, optimizer: Any, max
 
 
 def check_accumulate(accumulate: int, executor: str) -> None:
-    """How many minibatches make an update.
+    """Check the number of minibatches per update.
 
     Raises:
         TypeError: not a whole number.
@@ -78,7 +78,7 @@ def checked_path(path: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
 
 
 def check_fed(inputs: tuple[Any, ...]) -> None:
-    """What a tick is given, and in which of torch's modes.
+    """Check what a tick is given, and torch's modes.
 
     Raises:
         RuntimeError: inside ``torch.no_grad()`` or ``torch.autocast``, which reach no other thread.
@@ -93,7 +93,7 @@ def check_fed(inputs: tuple[Any, ...]) -> None:
 
 
 def check_loss(loss: Any) -> None:
-    """What a loss returns.
+    """Check what a loss has returned.
 
     Raises:
         TypeError: something else than a tensor of real numbers.

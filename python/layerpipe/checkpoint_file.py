@@ -56,7 +56,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What :func:`write` wrote, on the CPU. Runs no code from the file.
+    """Return what :func:`write` wrote, on the CPU. Runs no code from the file.
 
     Files of format 1, which have no checksum, are held to those that their zip archive has of every tensor.
 
@@ -124,7 +124,7 @@ def _save(content: dict[str, Any], file: BinaryIO) -> None:
 
 
 def _check(path: Path, file: BinaryIO) -> bool:
-    """Whether the file has a checksum; it is left at its beginning.
+    """Return whether the file has a checksum; it is left at its beginning.
 
     Raises:
         CheckpointError: the checksum, or one of the archive's own, is not that of what is there.

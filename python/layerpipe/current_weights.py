@@ -12,7 +12,8 @@ from typing import Any
 
 
 class CurrentWeights:
-    """Which weights are in the parameters of a pipeline's stages. No stage may be at work where that changes.
+    """Switches a pipeline's parameters between predicted and current weights. No stage may be at work where that
+    changes.
 
     Args:
         optimizers: of the stages; those without ``train()`` and ``eval()`` have one kind of weights only.
@@ -56,7 +57,7 @@ class CurrentWeights:
 
     @property
     def predicted(self) -> bool:
-        """Whether the parameters hold predicted weights at present."""
+        """Return whether the parameters hold predicted weights."""
         groups = (group for optimizer in self._optimizers for group in optimizer.param_groups)
         found = any(group.get("horizon") or group.get("horizon_at") is not None for group in groups)
         return found and self.training and not self.shown

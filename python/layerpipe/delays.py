@@ -1,4 +1,4 @@
-"""When minibatches follow each other through the pipe, and when each waits for the one before it.
+"""Policies that let minibatches follow each other through the pipe, or wait for the one before.
 
 A late gradient does most harm where the weights still move fast: at the beginning of training, or where it goes wrong.
 A policy says of every minibatch whether it may enter while others are under way (*asynchronous*: the delays are those
@@ -26,7 +26,7 @@ class DelayPolicy(ABC):
 
     @abstractmethod
     def asynchronous(self, minibatch: int) -> bool:
-        """Whether a minibatch may enter a pipe that is not empty. Asked once about each, in order.
+        """Return whether a minibatch may enter a pipe that is not empty. Asked once about each, in order.
 
         Args:
             minibatch: how many have entered before it since training began, also before a checkpoint.
@@ -37,7 +37,7 @@ class DelayPolicy(ABC):
         the asynchronous schedule, whatever the executor; or when the pipe is drained."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: numbers, strings, lists and dicts of them."""
+        """State for a checkpoint: numbers, strings, lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027

@@ -1,4 +1,4 @@
-"""What can go wrong in a pipeline, by name."""
+"""Errors that a pipeline raises."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CheckpointError(RuntimeError):
 
 
 class UsageError(ValueError):
-    """What a user of the command line asked for does not exist or does not fit together."""
+    """Raised where options of the command line do not exist or do not fit together."""
 
 
 class DataError(RuntimeError):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class LossWeights:
-    """What a loss keeps from minibatch to minibatch.
+    """Parameters and buffers of a loss.
 
     Args:
         loss_fn: a function, or a module, whose parameters that require gradients are trained unless ``params`` says

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine that measurements are made on."""
 
 from __future__ import annotations
 

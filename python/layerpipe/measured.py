@@ -1,4 +1,4 @@
-"""What the stages of a pipeline did and keep, as measured; :mod:`layerpipe.planning.memory` predicts it."""
+"""Measurements of a pipeline's stages: their delays and memory; :mod:`layerpipe.planning.memory` predicts the latter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class StageMemory(NamedTuple):
 
 
 def stage_memory(stage: Stage) -> StageMemory:
-    """What a stage has kept so far, from the tensors themselves; optimizers of another kind count as 0 bytes."""
+    """Bytes that a stage has kept so far, counted on the tensors themselves; optimizers of another kind count as 0
+    bytes."""
     weights = sum(p.nbytes for p in stage.all_params)
     with_past = sum(p.nbytes for p in stage.params if p not in stage.without_past)
     optimizer: Any = stage.optimizer

@@ -1,4 +1,4 @@
-"""Who does what in which tick.
+"""Schedules: the forwards and backwards of each tick.
 
 Lockstep, three stages; ``F3`` is the forward of minibatch 3, ``B3`` its backward and the update after it::
 
@@ -47,7 +47,8 @@ class Schedule(ABC):
 
     @abstractmethod
     def tick(self, tick: int, fed: int) -> list[Action]:
-        """What happens in a tick when ``fed`` minibatches have entered; in an order that one worker can follow."""
+        """Return the actions of a tick when ``fed`` minibatches have entered; in an order that one worker can
+        follow."""
 
     @abstractmethod
     def delays(self) -> list[int]:

@@ -69,7 +69,7 @@ def _fail(message: str, status: int = 2) -> NoReturn:
 
 
 def _forget_output() -> None:
-    """What is left in the buffer would be written, and refused, once more when Python ends."""
+    """Drop what is left in the buffer: Python would write it, and be refused, once more when it ends."""
     if (stream := sys.__stdout__) is not None and sys.stdout is stream:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

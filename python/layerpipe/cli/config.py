@@ -117,7 +117,7 @@ class TrainConfig:
         return {name: value for name, value in self.to_json().items() if name not in ("data_dir", "device")}
 
     def lr_factor(self, step: int, steps: int) -> float:
-        """What the learning rate is multiplied with in a step: a linear warm-up, then the schedule."""
+        """Factor of the learning rate in a step: a linear warm-up, then the schedule."""
         warmup = min(50, steps // 2) if self.warmup is None else self.warmup
         if step < warmup:
             return (step + 1) / warmup
@@ -130,7 +130,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainConfig:
-        """What :meth:`to_json` gave. An option that is newer than the file takes its default.
+        """Make a config from :meth:`to_json`'s result. An option that is newer than the file takes its default.
 
         Raises:
             UsageError: an option that this version does not have, or a value that the command line would refuse.
@@ -204,7 +204,7 @@ def with_options_of(
 
 
 def _refusal(info: Any, value: Any) -> str | None:
-    """What the command line would say of an option's value; ``None`` if it takes it."""
+    """The command line's objection to an option's value; ``None`` if it takes it."""
     if info.min is not None and value < info.min:
         return f"which is less than {info.min}"
     if info.max is not None and value > info.max:
@@ -218,7 +218,7 @@ def _refusal(info: Any, value: Any) -> str | None:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """Whether a value from JSON is of a field's type."""
+    """Return whether a value from JSON is of a field's type."""
     if get_origin(kind) in (Union, UnionType):
         return any(_is(value, each) for each in get_args(kind))
     if get_origin(kind) is Literal:

@@ -76,7 +76,7 @@ def check(config: TrainConfig) -> None:
 
 
 def factory(config: TrainConfig) -> Callable[..., torch.optim.Optimizer]:
-    """What :class:`layerpipe.Pipeline` makes the stages' optimizers with.
+    """Return the factory of a :class:`layerpipe.Pipeline`'s optimizers.
 
     With spike compensation, SOAP averages gradients the longer the later they are.
     """

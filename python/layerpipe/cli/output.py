@@ -1,4 +1,4 @@
-"""Where a run writes: one JSON object per line, TensorBoard events, the config."""
+"""The directory of a run: one JSON object per line, TensorBoard events, the config."""
 
 from __future__ import annotations
 
@@ -59,16 +59,16 @@ class RunDirectory:
         return self.path / f"{run}.checkpoint"
 
     def earlier(self, run: str) -> Earlier | None:
-        """What an interrupted run of this name left, if it came to a checkpoint."""
+        """Return what an interrupted run of this name left, if it came to a checkpoint."""
         left = self._left.get(run)
         return None if left is None else left.earlier
 
     def metrics_so_far(self, run: str) -> dict[str, Any]:
-        """What a checkpoint says of the metrics that were written before it, see :mod:`layerpipe.cli.resumed`."""
+        """The metrics that were written so far, as a checkpoint notes them, see :mod:`layerpipe.cli.resumed`."""
         return self._tallies.setdefault(run, Tally()).to_json()
 
     def config(self, config: TrainConfig, **more: Any) -> None:
-        """What was asked for, and on what it ran."""
+        """Write the options of the run and the machine."""
         machine = {
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -83,7 +83,7 @@ class RunDirectory:
         os.replace(partial, self.path / "config.json")
 
     def summary(self, results: Mapping[str, Sequence[Result]]) -> None:
-        """What the table shows, for machines, with the spread and the errors of every stage: ``summary.json``."""
+        """Write what the table shows, for machines, with the spread and the errors of every stage: ``summary.json``."""
         config = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
         kinds = {
             name: {

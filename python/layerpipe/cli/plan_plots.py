@@ -93,7 +93,7 @@ def _draw_graph(axes: Any, graph: nx.DiGraph, title: str) -> None:
 
 
 def gantt(path: Path, timelines: Mapping[str, Timeline]) -> Path:
-    """Who does what when, one panel per schedule, on one time scale; numbers are minibatches."""
+    """Draw the schedules, a panel each, on one time scale; numbers are minibatches."""
     from matplotlib.patches import Patch
 
     rows = max(timeline.processors for timeline in timelines.values())
@@ -116,7 +116,7 @@ def gantt(path: Path, timelines: Mapping[str, Timeline]) -> Path:
 
 
 def _filled(timeline: Timeline) -> float:
-    """When eight minibatches are through, or all are."""
+    """Return when eight minibatches are through, or all are."""
     ends: dict[int, float] = {}
     for event in timeline.tasks:
         ends[event.key.minibatch] = max(ends.get(event.key.minibatch, 0.0), event.end)

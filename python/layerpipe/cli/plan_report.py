@@ -13,7 +13,7 @@ from layerpipe.planning.plan import Plan
 
 
 def report(plan: Plan, model: str, batch: int, *, measured: bool) -> Iterator[RenderableType]:
-    """What is printed, part by part."""
+    """Yield what is printed, part by part."""
     where = "measured here, one thread" if measured else "predicted for the machine given"
     yield (
         f"{model}: {sum(s.parameters for s in plan.stages):,} parameters, "

@@ -57,7 +57,7 @@ def reconstruction(path: Path, result: Result, past: str) -> None:
 
 
 def timeline(path: Path, trace: Sequence[Event], names: Sequence[str], ticks: int | None = None) -> None:
-    """Who did what in which tick, from what was recorded while it ran; colours tell minibatches apart."""
+    """Draw the ticks as they were recorded while the pipeline ran; colours tell minibatches apart."""
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
 

@@ -32,7 +32,7 @@ _PATIENCE = 10.0  # seconds
 
 
 def started(alone: bool) -> bool:
-    """Whether torchrun has started this process beside others, or ``alone`` where that matters, too."""
+    """Return whether torchrun has started this process beside others, or ``alone`` where that matters, too."""
     return "RANK" in os.environ and (alone or int(os.environ.get("WORLD_SIZE", "1")) > 1)
 
 
@@ -109,7 +109,7 @@ def joined(timeout: float) -> Iterator[bool]:
 
 
 def last_words(value: T) -> list[T | None]:
-    """What each process has, in the one that reports; ``None`` of those that did not say it within seconds.
+    """Gather what each process has, in the one that reports; ``None`` of those that did not say it within seconds.
 
     For processes that were interrupted, each wherever it was: what they tell each other otherwise may be half said.
     """
@@ -187,7 +187,7 @@ def _interface(address: str) -> str | None:
 
 
 def agreed(executor: str, call: Callable[[], T]) -> T:
-    """What ``call`` returns in this process, or in all of them an error where it raises in one.
+    """Return what ``call`` returns in this process, or in all of them an error where it raises in one.
 
     Raises:
         UsageError: what another process raised.
@@ -220,7 +220,7 @@ def _cores() -> int:
 
 
 def told(executor: str, value: T) -> T:
-    """What the process that reports has."""
+    """Broadcast a value of the process that reports."""
     ranks = _all_of(executor)
     return cast(T, ranks.told(value, by=ranks.size - 1))
 

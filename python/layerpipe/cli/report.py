@@ -86,7 +86,7 @@ def profile_table(trace: Trace) -> Table:
 
 
 def history_sentence(result: Result) -> str | None:
-    """What is kept for past weights beside what weight stashing keeps; nothing where no stage has a delay."""
+    """Sentence on what is kept for past weights, beside what stashing keeps; nothing where no stage has a delay."""
     kept = sum(s.memory.history for s in result.stages)
     stashed = sum(s.memory.stash for s in result.stages)
     if not stashed or not any(s.measured for s in result.stages):

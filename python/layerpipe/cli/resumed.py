@@ -1,4 +1,4 @@
-"""What an interrupted run left in its directory, checked whole before anything is written there."""
+"""An interrupted run's directory, checked whole before anything is written there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TYPES = {name: int if name == "step" else str if name == "phase" else float for
 
 
 class Left(NamedTuple):
-    """What is left of one run of a directory."""
+    """The files of one interrupted run."""
 
     lines: list[bytes]  # of its metrics, up to the checkpoint
     earlier: Earlier
@@ -62,7 +62,7 @@ def read_config(path: Path) -> tuple[TrainConfig, bool]:
 
 
 def read(path: Path, runs: Mapping[str, TrainConfig], images: int, data: str) -> dict[str, Left]:
-    """What is left of each of these runs that came to a checkpoint.
+    """Return what is left of each of these runs that came to a checkpoint.
 
     Args:
         runs: their options.
@@ -143,7 +143,7 @@ def _left(
 
 
 class Tally:
-    """How many lines of metrics there are, and their checksum: what a checkpoint says of those that came before it."""
+    """Number of lines of metrics, and their checksum: what a checkpoint says of those that came before it."""
 
     def __init__(self, lines: Iterable[bytes] = ()) -> None:
         self._count, self._digest = 0, hashlib.sha256()

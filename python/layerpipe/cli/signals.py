@@ -1,4 +1,4 @@
-"""What ends a run from outside: Ctrl-C, and SIGTERM and SIGHUP, which leave what Ctrl-C leaves."""
+"""Signals that end a run: Ctrl-C, and SIGTERM and SIGHUP, which leave what Ctrl-C leaves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def number_of(interrupt: BaseException) -> int:
 
 
 def exit_status(number: int) -> int:
-    """What a shell is told of a process that a signal has ended: 130 after Ctrl-C."""
+    """Exit status of a process that a signal has ended: 130 after Ctrl-C."""
     return 128 + number
 
 

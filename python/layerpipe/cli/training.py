@@ -66,7 +66,7 @@ class StageResult(NamedTuple):
 
 @dataclasses.dataclass
 class Result:
-    """What a run gave. Where it diverged or was interrupted, what it had given by then."""
+    """The results of a run. Where it diverged or was interrupted, what it had given by then."""
 
     steps: list[Step]
     tests: list[tuple[int, float]]  # (step, test accuracy)

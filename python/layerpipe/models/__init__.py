@@ -1,4 +1,4 @@
-"""What the examples train."""
+"""Models of the examples and the command line."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def is_name(text: str) -> bool:
-    """Whether this has the form of a function's name."""
+    """Return whether this has the form of a function's name."""
     return text.find(":") > 0
 
 

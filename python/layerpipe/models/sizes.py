@@ -17,5 +17,5 @@ def reason(error: BaseException) -> str:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether the memory of a device was too small; the CPU's allocator has no exception of its own for that."""
+    """Return whether the memory of a device was too small; the CPU's allocator has no exception of its own for that."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""What operations change in place, and what else lies in the same memory."""
+"""Values of a traced forward: single tensors, sizes, and memory that they share."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def unique_names(parts: Sequence[Piece]) -> list[str]:
 
 
 def find_cuts(forward: Forward, parts: list[Piece], names: Sequence[str]) -> list[int]:
-    """Which pieces these layers begin.
+    """Return the pieces that these layers begin.
 
     Raises:
         ValueError: no cut is possible before one of them; the message says why.
@@ -87,7 +87,8 @@ def _why_not(forward: Forward, name: str) -> str:
 
 
 def _cuts(forward: Forward) -> tuple[list[fx.Node], dict[int, list[fx.Node]], dict[int, str]]:
-    """What is computed, the values that cross before each node where a cut is legal, and elsewhere why it is not."""
+    """Return what is computed, the values that cross before each node where a cut is legal, and elsewhere why it is
+    not."""
     model = forward.root
     work = [node for node in forward.nodes if not constants(node)]
     position = {node: i for i, node in enumerate(work)}

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 
 class Examples(NamedTuple):
-    """How a model is called: ``model(*args, **kwargs)``."""
+    """A call of a model: ``model(*args, **kwargs)``."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]

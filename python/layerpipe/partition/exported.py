@@ -151,7 +151,8 @@ def _refuse_changed_buffers(graph: fx.Graph) -> None:
 
 
 def _inputs(arguments: dict[str, Any], program: Any, placeholders: Sequence[fx.Node]) -> Inputs:
-    """What the graph may be given: what it has fixed, and the conditions that the model's code has asked for."""
+    """Return the graph's guard on its inputs: what it has fixed, and the conditions that the model's code has asked
+    for."""
     keys = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(arguments)[0]]
     paths, names = [f"L{key}" for key in keys], [key[2:].replace("']", "", 1) for key in keys]
     kinds = [kind_of(node) for node in placeholders]
@@ -177,7 +178,7 @@ def _inputs(arguments: dict[str, Any], program: Any, placeholders: Sequence[fx.N
 
 
 def kind_of(node: fx.Node, *, any_dtype: bool = False) -> Any:
-    """What ``torch.export`` knows of a value that a stage is given."""
+    """Return what ``torch.export`` knows of a value that a stage is given."""
     value = node.meta["val"]
     if isinstance(value, Tensor):
         return TensorLike(

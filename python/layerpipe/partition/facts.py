@@ -1,4 +1,4 @@
-"""What was so when a model was traced, and how to see in a tick, for a hundred of them at once, that it still is."""
+"""Assumptions of a trace, checked in every tick, a hundred of them at once."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class Facts:
         self._hold: Callable[[], Any] = eval(f"lambda: {' and '.join(terms)}", names)
 
     def hold(self) -> bool:
-        """Whether all do, and nothing has come into what must stay empty."""
+        """Return whether all do, and nothing has come into what must stay empty."""
         try:
             return bool(self._hold())
         except (KeyError, AttributeError):
             return False
 
     def broken(self) -> str:
-        """What has changed, in words; empty where nothing has."""
+        """Return what has changed, in words; empty where nothing has."""
         return next((fact.message() for fact in self._facts if not fact.holds()), "")
 
 

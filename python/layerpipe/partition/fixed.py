@@ -1,4 +1,4 @@
-"""What a trace has fixed of a model, and which part of that one stage relies on."""
+"""Attributes of a model that a trace has fixed, and those of them that one stage relies on."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def hooks_in(fields: dict[str, Any]) -> list[Any]:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody has registered a forward or backward hook on this module."""
+    """Return whether a forward or backward hook is registered on this module."""
     return any(hooks_in(module.__dict__))
 
 
 class Part(NamedTuple):
-    """What a stage relies on of one module.
+    """The attributes of one module that a stage relies on.
 
     Attributes:
         module: the module; ``None`` for what is no module's own.
@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
 
 class Fixed:
-    """What was so when a model was traced.
+    """The attributes of a model when it was traced.
 
     Args:
         model: the model.
@@ -73,7 +73,7 @@ class Fixed:
                 self._shown.update(path for path in self._paths if path == layer or path.startswith(f"{layer}."))
 
     def stage(self, nodes: Sequence[fx.Node], *, first: bool) -> list[Part]:
-        """What these nodes rely on: the modules that they do the work of without calling them.
+        """Return what these nodes rely on: the modules that they do the work of without calling them.
 
         Args:
             nodes: of one stage.
@@ -107,8 +107,8 @@ class Fixed:
         return Part(module, path, label, facts)
 
     def _others(self, modules: Sequence[nn.Module]) -> Part:
-        """What lives as long as the code does: numbers of classes and Python modules, and of objects such as a config,
-        which others may hold, too."""
+        """Attributes that live as long as the code does: numbers of classes and Python modules, and of objects such as
+        a config, which others may hold, too."""
         facts: list[Fact] = []
         for label, owner in self.reads.owners.values():
             if not isinstance(owner, nn.Module):

@@ -24,7 +24,7 @@ from layerpipe.partition.tensors import noting
 
 
 class Forward(NamedTuple):
-    """What a forward does, in order.
+    """A traced forward: its operations, in order.
 
     Attributes:
         root: has everything that the nodes name: the model's own layers, and what tracing adds.
@@ -188,7 +188,7 @@ def _of_another_dtype(x: Tensor) -> Tensor:
 
 
 def constants(node: fx.Node) -> bool:
-    """Whether a node is a parameter, a buffer or a constant: had wherever it is needed, and never handed on."""
+    """Return whether a node is a parameter, a buffer or a constant: had wherever it is needed, and never handed on."""
     return node.op == "get_attr" or "by_mode" in node.meta
 
 

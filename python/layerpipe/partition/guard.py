@@ -25,7 +25,7 @@ class TensorLike(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What a stage may be given.
+    """The inputs that a stage takes.
 
     Attributes:
         names: of the values, flattened.
@@ -52,14 +52,14 @@ class Inputs(NamedTuple):
         )
 
     def also(self, other: Inputs) -> Inputs:
-        """What both allow, of the same forward in two modes."""
+        """Return what both allow, of the same forward in two modes."""
         return self._replace(
             kinds=tuple(_narrower(a, b) for a, b in zip(self.kinds, other.kinds, strict=True)),
             conditions={**self.conditions, **other.conditions},
         )
 
     def refused(self, values: Sequence[Any]) -> str:
-        """What is wrong with these values; empty where nothing is."""
+        """Return what is wrong with these values; empty where nothing is."""
         if len(values) != len(self.names):
             return f"it takes {', '.join(self.names)}, got {len(values)} values"
         sizes: dict[str, tuple[str, int]] = {}

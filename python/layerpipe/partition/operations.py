@@ -1,4 +1,4 @@
-"""What a forward does to its inputs and weights, operation by operation: a trace has to do what its model does.
+"""The operations of a forward on its inputs and weights: a trace has to do what its model does.
 
 ``torch.fx`` runs a model's Python on stand-ins for tensors. Code that asks what it has been given (``isinstance(x,
 Tensor)``), draws random numbers of a fixed shape, or opens a ``torch.no_grad()`` or ``torch.autocast`` leaves no trace,
@@ -65,7 +65,8 @@ def check_same(wanted: list[str] | None, found: list[str] | None) -> None:
 
 
 def alike(a: list[str] | None, b: list[str] | None) -> bool:
-    """Whether operations are the same but for gradients being on: ``torch.export`` detaches what ran without them."""
+    """Return whether operations are the same but for gradients being on: ``torch.export`` detaches what ran without
+    them."""
     if a is None or b is None:
         return a is b
     return _without_gradients(a) == _without_gradients(b)

@@ -124,7 +124,8 @@ def split(
 
 
 def cut_at(stages: Sequence[nn.Module]) -> list[str]:
-    """Where :func:`split` has cut: the layers that begin the second stage, the third, ..., as it takes them in ``at=``.
+    """Return where :func:`split` has cut: the layers that begin the second stage, the third, ..., as it takes them in
+    ``at=``.
 
     Raises:
         ValueError: stages that it has not made.
@@ -163,7 +164,7 @@ def _whole(model: nn.Module) -> str:
 
 
 def costs_by(layers: LayerGraph, balance: str) -> list[float]:
-    """What each layer counts for when stages are balanced by one of ``BALANCES``.
+    """Return each layer's cost when stages are balanced by one of ``BALANCES``.
 
     Raises:
         ValueError: ``time`` where nothing was measured.
@@ -180,7 +181,7 @@ def costs_by(layers: LayerGraph, balance: str) -> list[float]:
 
 
 def share_threads(threads: int, stages: Sequence[nn.Module]) -> list[int]:
-    """How many of a machine's threads each stage gets: one at least, the rest by what :func:`split` says they cost.
+    """Return the number of threads of each stage: one at least, the rest by what :func:`split` says they cost.
 
     Equal shares where stages were made by hand, or balance well. The rest goes, thread by thread, to whichever stage
     would otherwise take longest.

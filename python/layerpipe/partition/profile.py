@@ -1,4 +1,4 @@
-"""What a model's layers cost, found on fake tensors, and their times, measured."""
+"""Costs of a model's layers, found on fake tensors, and their times, measured."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _profile(
 
 
 class _Storages:
-    """What is kept for backwards, each storage once; holds them, so that none is taken for another."""
+    """Counts what is kept for backwards, each storage once; holds them, so that none is taken for another."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[Any, int | None]] = {}  # a storage and the last layer to keep it; None: a weight

@@ -1,4 +1,5 @@
-"""What a model's Python reads while it is traced: attributes of its modules, and of the plain objects that they hold.
+"""Records what a model's Python reads while it is traced: attributes of its modules, and of the plain objects that they
+hold.
 
 A trace has the numbers that it has met (a temperature, a flag, a field of a ``config``) as constants. These are the
 attributes whose later change would go unnoticed.
@@ -66,7 +67,7 @@ class Reads:
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
-        """What is written in here is undone."""
+        """Undo what is written to attributes in here."""
         try:
             yield
         finally:
@@ -74,7 +75,7 @@ class Reads:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """What is read in here is recorded."""
+        """Record what is read in here."""
         replaced: list[tuple[Any, Any]] = []
         objects = (owner.value for owner in self.owners.values() if not isinstance(owner.value, nn.Module))
         kinds: set[Any] = {nn.Module, *(type(value) for value in objects if _can_record(type(value)))}
@@ -120,7 +121,7 @@ def _recorder(read: Any, owners: dict[int, Owner], names: dict[int, dict[str, No
 
 
 def has_fields(value: Any) -> bool:
-    """Whether this is an object, such as a ``config``, whose attributes are data."""
+    """Return whether this is an object, such as a ``config``, whose attributes are data."""
     data = (list, dict, set, tuple, enum.Enum, Tensor)
     code = (type, types.ModuleType, types.FunctionType, nn.Module)
     return (
@@ -131,7 +132,7 @@ def has_fields(value: Any) -> bool:
 
 
 def _can_record(kind: type) -> bool:
-    """Whether a class lets itself be told to record."""
+    """Return whether a class can be made to record."""
     return bool(kind.__flags__ & _HEAP_TYPE) and not kind.__flags__ & _IMMUTABLE_TYPE
 
 
@@ -142,13 +143,13 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _equal(now: Any, before: Any) -> bool:
-    """Whether an attribute is what it was; ``torch.export`` makes tuples anew."""
+    """Return whether an attribute is what it was; ``torch.export`` makes tuples anew."""
     data = isinstance(before, tuple | list | dict | set | int | float | str)
     return now is before or (data and type(now) is type(before) and same(now, before))
 
 
 def same(container: Any, content: Any) -> bool:
-    """Whether a list, dict or set holds what it held: the same objects, or equal ones."""
+    """Return whether a list, dict or set holds what it held: the same objects, or equal ones."""
     try:
         return bool(container == content)
     except (RuntimeError, ValueError, TypeError, AssertionError):  # tensors or arrays that are not the same object

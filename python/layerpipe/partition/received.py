@@ -11,7 +11,8 @@ from layerpipe.partition.forward import constants
 
 
 def derivable(node: fx.Node, tensors: Sequence[fx.Node]) -> bool:
-    """Whether a stage that gets these tensors need not be given this value: a size of theirs, or their device."""
+    """Return whether a stage that gets these tensors need not be given this value: a size of theirs, or their
+    device."""
     if constants(node) or _is_device(node) or _size_of(node, tensors) is not None:
         return True
     is_size = isinstance(node.meta.get("val"), int | torch.SymInt)

@@ -1,4 +1,5 @@
-"""What an exported forward runs under a ``with``: ``torch.export`` puts it into a graph of its own, called by a node.
+"""Regions of an exported forward that run under a ``with``: ``torch.export`` makes each a graph of its own, called by a
+node.
 
 Without gradients (``torch.no_grad()``), it is put back where it is called, and its layers are layers like all others.
 In another precision (``torch.autocast``), it stays a graph, which can still run under the autocast of somebody else.
@@ -78,7 +79,7 @@ def _detached(graph: fx.Graph, value: Any) -> Any:
 
 
 def follow_the_inputs_device(graph: fx.Graph, tensor: fx.Node | None) -> None:
-    """What is made where this tensor is shall be made there in a stage that has been moved, too."""
+    """Create tensors on this tensor's device, in a stage that has been moved, too."""
     made = [n for n in graph.nodes if any(isinstance(a, torch.device) for a in (*n.args, *n.kwargs.values()))]
     if tensor is None or not made:
         return

@@ -117,12 +117,13 @@ def _give_all_names(stage: fx.GraphModule) -> None:
 
 
 def is_split(stage: nn.Module) -> TypeGuard[fx.GraphModule]:
-    """Whether :func:`split` made this stage, so that its parameters have the model's names."""
+    """Return whether :func:`split` made this stage, so that its parameters have the model's names."""
     return isinstance(stage, fx.GraphModule) and (hasattr(stage, "is_split") or "is_split" in stage.meta)
 
 
 def uncompiled(stage: nn.Module) -> nn.Module:
-    """What :func:`torch.compile` was given, whose parameters have their own names; any other module as it is."""
+    """Return the module that :func:`torch.compile` was given, whose parameters have their own names; any other module
+    as it is."""
     original = getattr(stage, "_orig_mod", stage)
     return original if isinstance(original, nn.Module) else stage
 
@@ -137,7 +138,7 @@ def wrapped(stage: SplitStage, wrap: Callable[[nn.Module], Any]) -> Any:
 
 
 def label(stage: nn.Module) -> str:
-    """What a stage holds, for people: its first and last layer."""
+    """Return a stage's name for people: its first and last layer."""
     stage = uncompiled(stage)
     if not is_split(stage):
         return type(stage).__name__

@@ -13,7 +13,7 @@ from layerpipe.partition.guard import Inputs
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module is compiled, as a whole."""
+    """Return whether a module is compiled, as a whole."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
 
 
@@ -35,7 +35,7 @@ class Layers(fx.Tracer):
         self._without = _surroundings()
 
     def inputs(self, graph: fx.Graph) -> Inputs | None:
-        """What the trace may be given: ``None`` where the examples had that."""
+        """Return what the trace may be given: ``None`` where the examples had that."""
         if not self._fixed:
             return None
         names = tuple(str(node.target) for node in graph.find_nodes(op="placeholder"))

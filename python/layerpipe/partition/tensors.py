@@ -1,4 +1,4 @@
-"""Which values of a traced forward are single tensors: only those cross a boundary between stages."""
+"""Finds the values of a traced forward that are single tensors: only those cross a boundary between stages."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIELDS = ("values", "indices")
 
 
 def is_tensor(model: nn.Module, node: fx.Node) -> bool:
-    """Whether a value is one tensor: by what :func:`noting` saw, or as far as its making and its use show."""
+    """Return whether a value is one tensor: by what :func:`noting` saw, or as far as its making and its use show."""
     if "val" in node.meta:  # of torch.export
         return regions.is_tensor(node)
     if "is_tensor" in node.meta:
@@ -69,14 +69,14 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_part(node: fx.Node) -> bool:
-    """Whether a value is, by number or name, one of several."""
+    """Return whether a value is, by number or name, one of several."""
     if node.target is operator.getitem:
         return isinstance(node.args[1], int)
     return node.target is getattr and node.args[1] in _FIELDS
 
 
 def _is_size(node: fx.Node) -> bool:
-    """Whether a value is a tensor's size or made of such."""
+    """Return whether a value is a tensor's size or made of such."""
     sources = node.all_input_nodes
     made_of_sizes = node.op == "call_function" and bool(sources) and all(map(_is_size, sources))
     return node.target is getattr or _name(node) in _SIZES or made_of_sizes

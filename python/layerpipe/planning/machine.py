@@ -1,4 +1,4 @@
-"""What a pipeline would run on, and how long a layer takes there."""
+"""The processors and links of a pipeline, and the time that a layer takes there."""
 
 from __future__ import annotations
 

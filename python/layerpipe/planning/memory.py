@@ -50,7 +50,7 @@ def stage_memory(
     momentum: float = 0.9,
     no_past: int = 0,
 ) -> Memory:
-    """What a stage keeps.
+    """Bytes that a stage keeps.
 
     Args:
         weights: bytes of its parameters.

@@ -1,4 +1,4 @@
-"""What any part of a network would keep, for all parts at once."""
+"""Bytes that any part of a network would keep, for all parts at once."""
 
 from __future__ import annotations
 

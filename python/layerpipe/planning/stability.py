@@ -1,4 +1,4 @@
-"""How large a step may be when gradients come late: the classical answer for a quadratic.
+"""The largest stable step when gradients come late: the classical answer for a quadratic.
 
 Along an eigenvector with curvature ``h`` gradient descent with momentum and a gradient that is ``n`` updates old is
 

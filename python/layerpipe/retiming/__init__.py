@@ -1,4 +1,4 @@
-"""Where the delays come from: the training graph, what may be done to its registers, and the pipeline that follows.
+"""Derives delays: the training graph, the legal moves of its registers, and the pipeline that follows.
 
 A register on an edge is a delay of one tick. The derivation is LayerPipe2's (arXiv 2512.08160):
 

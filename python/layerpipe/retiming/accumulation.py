@@ -16,7 +16,7 @@ from __future__ import annotations
 
 
 def updates_between(minibatch: int, lag: int, accumulate: int = 1, begun: int = 0) -> int:
-    """How many updates a stage makes between a minibatch's forward and its backward.
+    """Return the number of updates that a stage makes between a minibatch's forward and its backward.
 
     Args:
         minibatch: its number since the pipe was last empty, from 0.

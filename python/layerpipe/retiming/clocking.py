@@ -1,4 +1,4 @@
-"""What schedules ask of the registers."""
+"""Registers that each schedule needs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Clocking(NamedTuple):
-    """What a schedule asks of the registers."""
+    """The registers that a schedule needs."""
 
     slow: int  # ticks per minibatch: how many of a stage's tasks share its processor, one after the other
     boundary: int  # registers where one stage hands over to the next, in each direction
@@ -28,7 +28,7 @@ _UNDERIVED = {
 
 
 def clocking(schedule: str) -> Clocking:
-    """What this schedule asks for.
+    """Return what this schedule needs.
 
     Raises:
         ValueError: it is unknown, or asks for nothing that retiming could give; the message says why.

@@ -18,7 +18,7 @@ Operation = Callable[[Mapping[Node, Any]], Any]
 def run(
     graph: nx.DiGraph, operations: Mapping[Node, Operation], weights: Mapping[Node, Any], inputs: Iterable[Any]
 ) -> list[Any]:
-    """What ``Y`` puts out in each tick when ``X`` gets ``inputs``.
+    """Return what ``Y`` puts out in each tick when ``X`` gets ``inputs``.
 
     None is a bubble: a node with a bubble among its inputs rests and hands one on; an update keeps its weights. So does
     one that accumulates gradients, until it has as many as it wants; then it is given their mean.

@@ -105,7 +105,7 @@ def training_graph(layers: nx.DiGraph | int) -> nx.DiGraph:
 
 
 def registers(graph: nx.DiGraph, a: Node, b: Node) -> int:
-    """How many registers an edge carries."""
+    """Return the number of registers of an edge."""
     return int(graph.edges[a, b]["registers"])
 
 

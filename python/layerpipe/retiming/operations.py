@@ -1,4 +1,4 @@
-"""What may be done to the registers of a graph. Every operation checks that it is legal and returns a new graph."""
+"""Legal changes of a graph's registers. Every operation checks that it is legal and returns a new graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast a graph can be clocked, as it is and after the best retiming (Leiserson and Saxe, Algorithmica 6, 1991)."""
+"""The clock period of a graph, as it is and after the best retiming (Leiserson and Saxe, Algorithmica 6, 1991)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a schedule would give before it is built: tasks on processors, simulated.
+"""Simulates schedules before they are built: tasks on processors, in time.
 
 >>> stages = [StageCost(forward=1, backward=1, gradient=1)] * 4
 >>> report(run(gpipe(stages, minibatches=1, parts=8))).bubble      # (P - 1) / (M + P - 1)

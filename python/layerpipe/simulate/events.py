@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 
 class Key(NamedTuple):
-    """Which work of which minibatch. ``part`` tells pieces of a minibatch, or of a layer's work, apart."""
+    """Identifies one task of one minibatch. ``part`` tells pieces of a minibatch, or of a layer's work, apart."""
 
     kind: str  # F, B, G
     stage: int

@@ -22,7 +22,7 @@ from layerpipe.simulate.schedules import StageCost, together
 
 
 class Piece(NamedTuple):
-    """What one processor does of a layer: ``share`` of one of its tasks."""
+    """A part of a layer's work on one processor: ``share`` of one of its tasks."""
 
     kind: str
     layer: int

@@ -1,4 +1,4 @@
-"""What a timeline amounts to: throughput, idle time, staleness, and what is in flight."""
+"""Sums up a timeline: throughput, idle time, staleness, and what is in flight."""
 
 from __future__ import annotations
 

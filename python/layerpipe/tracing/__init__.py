@@ -1,4 +1,4 @@
-"""What took how long: spans of every stage's work, read from the host's or a device's clock."""
+"""Traces of real ticks: spans of every stage's work, read from the host's or a device's clock."""
 
 from layerpipe.tracing.trace import StageTime, Trace
 

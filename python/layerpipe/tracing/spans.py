@@ -1,4 +1,4 @@
-"""What a stage did from when to when, and the two clocks that say so: the host's and a device's.
+"""Spans of a stage's work, and the two clocks that time them: the host's and a device's.
 
 The host's clock is right where the host does the work or waits for it. Where it only issues work, a device says when it
 has come to a mark: an event in the stream that the work is in. Nobody waits for an event before the end of the trace.
@@ -34,7 +34,7 @@ class Clock(Protocol):
         """A mark, where the work that the calling thread gives goes."""
 
     def span(self, name: str, start: Any, end: Any) -> Span:
-        """What is between two marks that have been reached."""
+        """Return the span between two marks that have been reached."""
 
 
 class HostClock:

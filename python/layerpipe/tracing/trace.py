@@ -1,4 +1,4 @@
-"""Where the time of real ticks goes: spans of every stage, as a Chrome/Perfetto trace and as a summary."""
+"""The time of real ticks: spans of every stage, as a Chrome/Perfetto trace and as a summary."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Trace:
         self._seconds = 0.0
 
     def add(self, stages: Sequence[Sequence[Span]]) -> None:
-        """What each stage did from one beginning to its end."""
+        """Add what each stage did from one beginning to its end."""
         for mine, new in zip(self.stages, stages, strict=True):
             mine += new
         spans = [span for new in stages for span in new]
@@ -72,7 +72,7 @@ class Trace:
         return report
 
     def overlap(self) -> float:
-        """How many stages are at work at once, on average; a stage on several streams counts once."""
+        """Return the mean number of stages at work at once; a stage on several streams counts once."""
         return sum(time.utilisation for time in self.times())
 
     def issuing(self) -> float:
