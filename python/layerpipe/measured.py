@@ -1,4 +1,4 @@
-"""Measurements of a pipeline's stages: their delays and memory; :mod:`layerpipe.planning.memory` predicts the latter."""
+"""Measurements of a pipeline's stages: delays and memory, which :mod:`layerpipe.planning.memory` predicts."""
 
 from __future__ import annotations
 

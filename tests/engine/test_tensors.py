@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from layerpipe import split
 from layerpipe.partition.forward import trace
-from layerpipe.partition.tensors import is_tensor
+from layerpipe.partition.values import is_tensor
 
 
 class Between(nn.Module):

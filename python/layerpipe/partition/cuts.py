@@ -8,10 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import fx, nn
 
-from layerpipe.partition.aliasing import overwritten
-from layerpipe.partition.forward import Forward, constants
-from layerpipe.partition.received import derivable
-from layerpipe.partition.tensors import is_tensor
+from layerpipe.partition.forward import Forward
+from layerpipe.partition.values import derivable, is_constant, is_tensor, overwritten
 
 
 class Piece(NamedTuple):
@@ -90,7 +88,7 @@ def _cuts(forward: Forward) -> tuple[list[fx.Node], dict[int, list[fx.Node]], di
     """Return what is computed, the values that cross before each node where a cut is legal, and elsewhere why it is
     not."""
     model = forward.root
-    work = [node for node in forward.nodes if not constants(node)]
+    work = [node for node in forward.nodes if not is_constant(node)]
     position = {node: i for i, node in enumerate(work)}
     last_use = {node: max((position[user] for user in node.users), default=-1) for node in work}
     overwriter: dict[fx.Node, fx.Node] = {}

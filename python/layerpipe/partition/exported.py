@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from layerpipe.partition.aliasing import written
 from layerpipe.partition.examples import Examples
 from layerpipe.partition.guard import Inputs, TensorLike
-from layerpipe.partition.regions import follow_the_inputs_device, is_tensor, unfold
+from layerpipe.partition.regions import follow_the_inputs_device, unfold
+from layerpipe.partition.values import holds_tensor, written
 
 
 class Unflatten(nn.Module):
@@ -79,7 +79,7 @@ def exported(model: nn.Module, examples: Examples) -> Exported:
     unfold(graph, module)
     _regroup(graph, model)
     _refuse_changed_buffers(graph)
-    follow_the_inputs_device(graph, next(filter(is_tensor, graph.find_nodes(op="placeholder")), None))
+    follow_the_inputs_device(graph, next(filter(holds_tensor, graph.find_nodes(op="placeholder")), None))
     for node in graph.find_nodes(op="get_attr"):
         if not node.users:
             graph.erase_node(node)
@@ -121,7 +121,7 @@ def _regroup(graph: fx.Graph, model: nn.Module) -> None:
     for path, nodes in calls.values():
         inside = set(nodes)
         read = [a for a in _unique(a for node in nodes for a in node.all_input_nodes) if a not in inside]
-        inputs = [a for a in read if a.op != "get_attr" and is_tensor(a)]
+        inputs = [a for a in read if a.op != "get_attr" and holds_tensor(a)]
         outputs = [node for node in nodes if any(user not in inside for user in node.users)]
         if len(inputs) == len(outputs) == 1:
             with graph.inserting_before(nodes[0]):
@@ -158,7 +158,7 @@ def _inputs(arguments: dict[str, Any], program: Any, placeholders: Sequence[fx.N
     kinds = [kind_of(node) for node in placeholders]
     symbols: dict[str, str] = {}
     for i, node in enumerate(placeholders):
-        for d, size in enumerate(node.meta["val"].shape if is_tensor(node) else ()):
+        for d, size in enumerate(node.meta["val"].shape if holds_tensor(node) else ()):
             symbols.setdefault(str(size), f"args[{i}].size()[{d}]")
     conditions: dict[str, str] = {}
     for code in getattr(program, "_guards_code", None) or ():

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from layerpipe.partition.aliasing import overwritten
 from layerpipe.partition.draws import no_draws
 from layerpipe.partition.examples import Examples, in_order
 from layerpipe.partition.exported import exported, kind_of
@@ -20,7 +19,7 @@ from layerpipe.partition.guard import Guard, Inputs
 from layerpipe.partition.operations import alike, check_same, run_without_data
 from layerpipe.partition.reads import Reads
 from layerpipe.partition.symbolic import Blocks, Layers, is_compiled
-from layerpipe.partition.tensors import noting
+from layerpipe.partition.values import noting, overwritten
 
 
 class Forward(NamedTuple):
@@ -185,11 +184,6 @@ def _one(x: Any) -> Any:
 
 def _of_another_dtype(x: Tensor) -> Tensor:
     return x.to(torch.float32 if x.dtype is torch.float64 else torch.float64) if x.is_floating_point() else x
-
-
-def constants(node: fx.Node) -> bool:
-    """Return whether a node is a parameter, a buffer or a constant: had wherever it is needed, and never handed on."""
-    return node.op == "get_attr" or "by_mode" in node.meta
 
 
 class _Captured(NamedTuple):

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from layerpipe.partition.aliasing import overwritten, written
+from layerpipe.partition.values import holds_tensor, overwritten, written
 
 
 def unfold(graph: fx.Graph, module: fx.GraphModule) -> None:
@@ -35,7 +35,7 @@ def unfold(graph: fx.Graph, module: fx.GraphModule) -> None:
             for value in overwritten(body, changed):
                 if value.op == "placeholder":
                     raise ValueError(f"its forward changes {given[value]} in place under torch.autocast")
-        follow_the_inputs_device(body.graph, next((n for n in given if is_tensor(n)), None))
+        follow_the_inputs_device(body.graph, next((n for n in given if holds_tensor(n)), None))
         body.recompile()
     for node in graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled):
         _put_back(node, graph, module)
@@ -71,7 +71,7 @@ def _body(node: fx.Node, module: fx.GraphModule, place: int) -> tuple[fx.GraphMo
 
 
 def _detached(graph: fx.Graph, value: Any) -> Any:
-    if not (isinstance(value, fx.Node) and is_tensor(value)):
+    if not (isinstance(value, fx.Node) and holds_tensor(value)):
         return value
     detached = graph.call_function(torch.ops.aten.detach.default, (value,))
     detached.meta = {"val": value.meta["val"]}
@@ -89,8 +89,3 @@ def follow_the_inputs_device(graph: fx.Graph, tensor: fx.Node | None) -> None:
     for node in made:
         node.args = tuple(device if a == there else a for a in node.args)
         node.kwargs = {key: device if a == there else a for key, a in node.kwargs.items()}
-
-
-def is_tensor(node: fx.Node) -> bool:
-    """Of a node that ``torch.export`` made."""
-    return isinstance(node.meta.get("val"), Tensor)

@@ -11,7 +11,7 @@ from layerpipe.partition.cuts import Piece
 from layerpipe.partition.exported import Unflatten
 from layerpipe.partition.forward import ByMode, Forward
 from layerpipe.partition.guard import Guard, guard_of
-from layerpipe.partition.received import made_again
+from layerpipe.partition.values import made_again
 
 
 class SplitStage(fx.GraphModule):
