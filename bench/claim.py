@@ -22,7 +22,7 @@ from layerpipe.models import catalog
 from layerpipe.partition.balance import balance
 from layerpipe.partition.layers import LayerGraph
 from layerpipe.partition.profile import profile
-from layerpipe.simulate import StageCost, layerpipe, one_f_one_b, report, run, together
+from layerpipe.theory.simulate import StageCost, layerpipe, one_f_one_b, report, run, together
 
 CLAIMED = (7, 8, 9)
 #: Layers, and the bytes of each one's weights.

@@ -36,8 +36,8 @@ from bench.others import Others
 from bench.report import console, save, spread, summary
 from layerpipe import models
 from layerpipe.partition.profile import profile
-from layerpipe.planning.plan import plan
-from layerpipe.simulate import BUILDERS, StageCost, report, run
+from layerpipe.theory.planning.plan import plan
+from layerpipe.theory.simulate import BUILDERS, StageCost, report, run
 
 WARM_UP = 6  # minibatches through a stage before its times count
 CALIBRATED = 20  # that count; a pipeline keeps the trace of somewhat more

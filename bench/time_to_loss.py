@@ -37,8 +37,8 @@ from bench import distributed, pipeline, staleness
 from bench.networks import Case, loss_fn
 from bench.others import Others
 from bench.report import console, save, spread
-from layerpipe import simulate
-from layerpipe.simulate import StageCost
+from layerpipe.theory import simulate
+from layerpipe.theory.simulate import StageCost
 
 CASES = {"gpt": Case("gpt", 128, 16, 64, layers=8), "resnet18": Case("resnet18", 8, 64, 28)}
 PARTS = (1, 2, 4, 8, 16)  # microbatches that a synchronous pipeline may cut a minibatch into

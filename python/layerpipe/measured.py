@@ -1,4 +1,4 @@
-"""Measurements of a pipeline's stages: delays and memory, which :mod:`layerpipe.planning.memory` predicts."""
+"""Measurements of a pipeline's stages: delays and memory, which :mod:`layerpipe.theory.planning.memory` predicts."""
 
 from __future__ import annotations
 

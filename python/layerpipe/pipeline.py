@@ -67,7 +67,7 @@ class Pipeline(Network):
             default the caller's setting is shared by what the stages cost, see
             :func:`layerpipe.partition.share_threads`.
         accumulate: make one update in so many minibatches, with the mean of their gradients, at as many times smaller a
-            delay; see :mod:`layerpipe.retiming.accumulation`.
+            delay; see :mod:`layerpipe.schedule`.
         sync_steps: so many first minibatches go through the pipe one at a time, without a delay.
         delay_policy: decides that for every minibatch, in place of ``sync_steps``; see :mod:`layerpipe.delays`.
         max_norm: clip the norm of each stage's gradient, or of their mean, to this before its update.

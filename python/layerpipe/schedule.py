@@ -21,14 +21,25 @@ a whole tick late before a neighbour waits for it; in 1F1B the loop from a stage
 ``auto`` is lockstep where a stage's forward and backward may run at the same time, as on streams: nothing in a lockstep
 tick waits for anything else in it but an update for its own stage, while the backwards of 1F1B's tick are a chain
 through all stages.
+
+The delays here are the closed forms of those that :mod:`layerpipe.theory.retiming` derives.
+
+*Accumulation*: with one update per minibatch, a backward that comes ``d`` minibatches after its forward finds its
+weights ``d`` updates old. With one update in ``m``, minibatch ``k`` (the first is 0) was sent forward after
+``floor((k - d) / m)`` updates and comes back after ``floor(k / m)``::
+
+    d = 2, m = 4     k           0  1  2  3 | 4  5  6  7 | 8  9 10 11
+                     updates     0  0  0  0 | 1  1  1  1 | 2  2  2  2     before its backward
+                     updates     0  0  0  0   0  0 | 1  1   1  1 | 2  2   before its forward
+                     n           0  0  0  0   1  1  0  0   1  1  0  0
+
+So ``n`` is ``d / m``, rounded down for some minibatches and up for others, and ``d / m`` in the mean.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal, NamedTuple
-
-from layerpipe import retiming
 
 
 class Action(NamedTuple):
@@ -85,7 +96,7 @@ class Lockstep(Schedule):
         return forwards + [Action(s, "B", first + s) for s in range(self.stages) if 0 <= first + s < fed]
 
     def delays(self) -> list[int]:
-        return retiming.lockstep_delays(self.stages)
+        return [2 * after for after in reversed(range(self.stages))]
 
     @property
     def latency(self) -> int:
@@ -107,7 +118,7 @@ class OneFOneB(Schedule):
         return forwards + [Action(s, "B", m) for s in reversed(range(self.stages)) if 0 <= m < fed]
 
     def delays(self) -> list[int]:
-        return retiming.delays(self.stages, "1f1b")
+        return list(reversed(range(self.stages)))
 
     @property
     def latency(self) -> int:
@@ -160,3 +171,21 @@ def make(name: str, stages: int, executor: str = "serial") -> Schedule:
     if name not in NAMES:
         raise ValueError(f"schedule={name!r} is unknown; there are: {', '.join(NAMES)}")
     return SCHEDULES[AUTO[executor] if name == "auto" else name](stages)
+
+
+def updates_between(minibatch: int, lag: int, accumulate: int = 1, begun: int = 0) -> int:
+    """Return the number of updates that a stage makes between a minibatch's forward and its backward.
+
+    Args:
+        minibatch: its number since the pipe was last empty, from 0.
+        lag: minibatches whose backwards lie between the two, once the pipe is full: ``d``.
+        accumulate: minibatches per update: ``m``.
+        begun: gradients that were waiting for an update when the pipe was last empty.
+    """
+    k = begun + minibatch
+    return k // accumulate - (k - min(minibatch, lag)) // accumulate
+
+
+def most_updates_between(lag: int, accumulate: int = 1) -> int:
+    """The most that :func:`updates_between` gives for any minibatch: ``d / m`` rounded up."""
+    return -(-lag // accumulate)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import layerpipe
 import layerpipe_kernels as lk
 from layerpipe import schedule as schedules
-from layerpipe.retiming.accumulation import most_updates_between, updates_between
+from layerpipe.schedule import most_updates_between, updates_between
 from layerpipe.stage.probe import ReconstructionProbe
 from tests.engine.delayed_training import DelayedTraining
 from tests.engine.layouts import data as sequences

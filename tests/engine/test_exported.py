@@ -17,7 +17,7 @@ import layerpipe_kernels
 from layerpipe import split
 from layerpipe.partition.profile import profile
 from layerpipe.partition.split_stage import label
-from layerpipe.planning.plan import plan
+from layerpipe.theory.planning.plan import plan
 from tests.engine.exported_models import ShapedBranches, ShapedConv, ShapedGPT, ShapedLayers
 from tests.engine.models import through
 

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 
 import layerpipe
 import layerpipe_kernels as lk
-from layerpipe import schedule as schedules
 from layerpipe.stage.probe import ReconstructionProbe
+from layerpipe.theory import retiming
 from tests.engine.delayed_training import SGD, DelayedTraining, delayed_sgd
 from tests.engine.models import chain, images, minibatches
 from tests.engine.pipelines import assert_equal_state, train
@@ -272,7 +272,7 @@ def test_measured_delay_is_that_of_the_retimed_graph(executor: str, schedule: st
     data = minibatches(4 * stages + 10)
     with pipeline(chain(stages), executor=executor, schedule=schedule) as pipe:
         train(pipe, data)
-        assert pipe.delays == schedules.make(schedule, stages).delays()
+        assert pipe.delays == retiming.delays(stages, schedule)
         assert pipe.delays == [registers * (stages - 1 - s) for s in range(stages)]
         for n, measured in zip(pipe.delays, pipe.measured_delays(), strict=True):
             # One backward each while the pipe fills, and the rule's n for all others.

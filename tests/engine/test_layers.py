@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from layerpipe import split
 from layerpipe.models.gpt import GPT
 from layerpipe.partition.profile import profile
-from layerpipe.retiming import Node, derive, registers
+from layerpipe.theory.retiming import Node, derive, registers
 
 
 class Branches(nn.Module):

@@ -17,9 +17,9 @@ from layerpipe.models.gpt import GPT
 from layerpipe.models.resnet import resnet18
 from layerpipe.partition.layers import Layer, LayerGraph
 from layerpipe.partition.profile import profile
-from layerpipe.planning.machine import Machine
-from layerpipe.planning.memory import history_copies, stage_memory
-from layerpipe.planning.plan import SCHEDULES, plan, readable
+from layerpipe.theory.planning.machine import Machine
+from layerpipe.theory.planning.memory import history_copies, stage_memory
+from layerpipe.theory.planning.plan import SCHEDULES, plan, readable
 
 
 def chain(layers: int = 8, width: int = 16, batch: int = 4) -> tuple[nn.Sequential, tuple[Tensor, ...]]:

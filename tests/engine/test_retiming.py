@@ -8,8 +8,8 @@ from typing import Any
 import networkx as nx
 import pytest
 
-from layerpipe import retiming
-from layerpipe.retiming import Node, RetimingError, derive, registers, training_graph
+from layerpipe.theory import retiming
+from layerpipe.theory.retiming import Node, RetimingError, derive, registers, training_graph
 
 
 def groupings(layers: int) -> Iterator[list[list[int]]]:
@@ -47,10 +47,10 @@ def test_no_fewer_delayed_gradients_would_do(schedule: str) -> None:
             continue
         graph = retiming.slow_down(derivation.sequential, slow)
         graph = retiming.delay_gradients(retiming.insert_cutset(graph, {Node("X")}, derivation.input_delay), fewer)
-        with pytest.raises(RetimingError, match=f"G{layer} -> W{layer} would carry -{slow}"):
+        with pytest.raises(RetimingError, match=f"W{layer} -> U{layer} would carry -{slow}"):
             retiming.retime(graph, lags)
         # The update cannot come later either: the forward would read weights that its own tick makes.
-        assert registers(derivation.graph, Node("W", layer), Node("F", layer)) - slow < 1
+        assert registers(derivation.graph, Node("U", layer), Node("F", layer)) - slow < 1
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "1f1b"])
@@ -60,7 +60,7 @@ def test_retiming_keeps_the_registers_of_every_loop(schedule: str) -> None:
     for loop in nx.simple_cycles(derivation.sequential):
         edges = list(zip(loop, [*loop[1:], loop[0]], strict=True))
         before = slow * sum(registers(derivation.sequential, *e) for e in edges)
-        added = sum(slow * derivation.gradient_delays[b.layer] for a, b in edges if (a.kind, b.kind) == ("G", "W"))
+        added = sum(slow * derivation.gradient_delays[b.layer] for a, b in edges if (a.kind, b.kind) == ("W", "U"))
         assert sum(registers(derivation.graph, *e) for e in edges) == before + added
 
 
@@ -114,8 +114,8 @@ def test_the_derivation_is_a_series_of_checked_steps() -> None:
     for step in derivation.steps:
         assert all(data["registers"] >= 0 for _, _, data in step.graph.edges(data=True))
     text = str(derivation)
-    assert "G0→W0 0→6" in text
-    assert "W1→B1 5: 4 updates old" in text
+    assert "W0→U0 0→6" in text
+    assert "U1→B1 5: 4 updates old" in text
 
 
 # -- what it computes ----------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def scalar_network(layers: int) -> tuple[dict[Node, Any], dict[Node, float]]:
     operations: dict[Node, Any] = {}
 
     def layer(i: int) -> None:
-        f, b, g, w = (Node(kind, i) for kind in "FBGW")
+        f, b, g, w = (Node(kind, i) for kind in "FBWU")
         source = Node("F", i - 1) if i else Node("X")
         above = Node("B", i + 1) if i + 1 < layers else Node("L")
         entering = lambda v: v[source][0] if not i else v[source]
@@ -141,7 +141,7 @@ def scalar_network(layers: int) -> tuple[dict[Node, Any], dict[Node, float]]:
     last = Node("F", layers - 1)
     operations[Node("L")] = lambda v: ((v[last] - v[Node("X")][1]) ** 2, 2 * (v[last] - v[Node("X")][1]))
     operations[Node("Y")] = lambda v: v[Node("L")][0]
-    return operations, {Node("W", i): 0.5 + 0.1 * i for i in range(layers)}
+    return operations, {Node("U", i): 0.5 + 0.1 * i for i in range(layers)}
 
 
 def losses(graph: nx.DiGraph, layers: int, *, count: int = 30, slow: int = 1) -> list[float]:
@@ -207,8 +207,8 @@ def test_with_accumulation_too(schedule: str, accumulate: int) -> None:
 def test_accumulation_is_a_step_of_its_own() -> None:
     text = str(derive(4, singles(4), "lockstep", 4))
     assert "accumulation: each update loop makes one update in 4 minibatches, with the mean of their gradients" in text
-    assert "W0→B0 7: 6 minibatches, 1 or 2 updates old" in text
-    assert "W1→B1 5: 4 minibatches, 1 updates old" in text
+    assert "U0→B0 7: 6 minibatches, 1 or 2 updates old" in text
+    assert "U1→B1 5: 4 minibatches, 1 updates old" in text
     with pytest.raises(ValueError, match="an update takes the gradients of at least 1 minibatch, got 0"):
         derive(4, singles(4), "lockstep", 0)
 
@@ -236,7 +236,7 @@ def test_the_forward_alone_can_be_pipelined_by_cutsets() -> None:
     piped = forward
     for s in range(3):
         piped = retiming.insert_cutset(piped, {Node("X"), *(Node("F", i) for i in range(s + 1))})
-    weights = {Node("W", i): 0.5 for i in range(4)}
+    weights = {Node("U", i): 0.5 for i in range(4)}
     operations, _ = scalar_network(4)
     held = {n: (lambda v, op=op, n=n: op({**v, **weights})) for n, op in operations.items()}
     ticks = [(float(m), 0.0) for m in range(9)] + [None] * 3
@@ -251,7 +251,7 @@ def test_the_forward_alone_can_be_pipelined_by_cutsets() -> None:
 
 def test_a_cut_through_the_training_loop_is_refused_and_names_the_edge() -> None:
     graph = training_graph(4)
-    before = {Node("X"), *(Node(kind, i) for kind in "FBGW" for i in range(2))}
+    before = {Node("X"), *(Node(kind, i) for kind in "FBWU" for i in range(2))}
     with pytest.raises(RetimingError, match="B2 -> B1 crosses it backwards") as refused:
         retiming.insert_cutset(graph, before)
     assert refused.value.edge == (Node("B", 2), Node("B", 1))
@@ -259,7 +259,7 @@ def test_a_cut_through_the_training_loop_is_refused_and_names_the_edge() -> None
 
 def test_an_illegal_retiming_is_refused_and_names_the_edge() -> None:
     with pytest.raises(RetimingError, match="F0 -> B0 would carry -1 registers"):
-        retiming.retime_cutset(training_graph(2), {Node("F", 0), Node("W", 0)})
+        retiming.retime_cutset(training_graph(2), {Node("F", 0), Node("U", 0)})
     with pytest.raises(RetimingError, match="L -> B2 would carry -1"):  # without delayed LMS there is nothing to move
         retiming.retime_cutset(training_graph(3), {Node("L"), Node("Y"), *(Node("F", i) for i in range(3))}, 1)
 
@@ -286,7 +286,7 @@ def test_a_bad_grouping_is_refused(grouping: list[list[int]], message: str) -> N
 
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one stage"):
-        retiming.lockstep_delays(0)
+        retiming.delays(0, "lockstep")
     with pytest.raises(ValueError, match="at least one layer"):
         training_graph(0)
     with pytest.raises(ValueError, match="circle: a -> b"):
@@ -347,7 +347,7 @@ def test_the_textbook_correlator() -> None:
 
 def test_a_loop_without_a_register_is_refused() -> None:
     graph = training_graph(1)
-    graph.edges[Node("W", 0), Node("F", 0)]["registers"] = 0
+    graph.edges[Node("U", 0), Node("F", 0)]["registers"] = 0
     with pytest.raises(RetimingError, match=r"a loop without a register: .*F0"):
         retiming.clock_period(graph)
 

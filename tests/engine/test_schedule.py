@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from layerpipe import schedule as schedules
+from layerpipe.theory import retiming
 
 
 @pytest.mark.parametrize("name", ["lockstep", "1f1b", "sequential"])
@@ -50,6 +51,12 @@ def test_1f1b_is_the_order_of_pipedream(stages: int) -> None:
 @pytest.mark.parametrize("executor", ["serial", "threads", "distributed"])
 def test_auto_is_1f1b_where_one_processor_runs_forward_and_backward_in_turn(executor: str) -> None:
     assert schedules.make("auto", 3, executor).name == "1f1b"
+
+
+@pytest.mark.parametrize("name", ["lockstep", "1f1b", "sequential"])
+@pytest.mark.parametrize("stages", range(1, 9))
+def test_delays_are_those_that_retiming_derives(name: str, stages: int) -> None:
+    assert schedules.make(name, stages).delays() == retiming.delays(stages, name)
 
 
 def test_unknown_schedule() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from layerpipe.planning.stability import largest_stable_step
+from layerpipe.theory.planning.stability import largest_stable_step
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9, 0.99])

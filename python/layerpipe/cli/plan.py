@@ -19,9 +19,9 @@ from layerpipe.models import catalog
 from layerpipe.models.catalog import InputShape
 from layerpipe.models.sizes import out_of_memory, reason
 from layerpipe.partition.profile import profile
-from layerpipe.planning import plan as planning
-from layerpipe.planning.machine import Machine
-from layerpipe.simulate import Link, to_chrome
+from layerpipe.theory.planning import plan as planning
+from layerpipe.theory.planning.machine import Machine
+from layerpipe.theory.simulate import Link, to_chrome
 
 CUT, MACHINE, OUTPUT = "Cut and schedule", "Machine", "Output"
 _UNITS = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}

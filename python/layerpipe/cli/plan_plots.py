@@ -9,25 +9,25 @@ from typing import Any
 
 import networkx as nx
 
-from layerpipe import retiming
 from layerpipe.drawing import new_figure, save
-from layerpipe.planning.memory import Memory
-from layerpipe.planning.plan import Plan
-from layerpipe.retiming import Derivation, Node
-from layerpipe.simulate import Timeline
+from layerpipe.theory import retiming
+from layerpipe.theory.planning.memory import Memory
+from layerpipe.theory.planning.plan import Plan
+from layerpipe.theory.retiming import Derivation, Node
+from layerpipe.theory.simulate import Timeline
 
 #: Beyond this a graph's labels cannot be read any more.
 MOST_DRAWN = 8
 COLOURS = {
     "F": "#4c78a8",
     "B": "#e45756",
-    "G": "#f2a541",
-    "W": "#72b7b2",
+    "W": "#f2a541",
+    "U": "#72b7b2",
     "X": "#bab0ac",
     "L": "#bab0ac",
     "Y": "#bab0ac",
 }
-KINDS = {"F": "forward", "B": "activation gradient", "G": "weight gradient", "W": "update"}
+KINDS = {"F": "forward", "B": "activation gradient", "W": "weight gradient", "U": "update"}
 
 
 def draw(plan: Plan, directory: Path) -> list[Path]:
@@ -51,7 +51,7 @@ def delay_graph(path: Path, derivation: Derivation) -> Path:
     )
     kinds = ", ".join(f"{kind} {name}" for kind, name in KINDS.items())
     below.text(0.5, -0.02, f"{kinds}; X input, L loss, Y output. Red: registers, and how many.\n"
-               "Not drawn: each W's loop to itself, and what the forwards save for the backwards.",
+               "Not drawn: each U's loop to itself, and what the forwards save for the backwards.",
                transform=below.transAxes, ha="center", va="top", fontsize=9, color="#666666")  # fmt: skip
     title = f"After retiming, {derivation.schedule}: delays n = {', '.join(map(str, derivation.delays))}"
     _draw_graph(below, derivation.graph, title)
@@ -61,14 +61,14 @@ def delay_graph(path: Path, derivation: Derivation) -> Path:
 def _draw_graph(axes: Any, graph: nx.DiGraph, title: str) -> None:
     layers = [node.layer for node in graph if node.kind == "F"]
     column = {layer: 2.0 * i for i, layer in enumerate(layers)}
-    height, shift = {"F": 3.0, "W": 2.0, "B": 0.0, "G": 1.0}, {"F": 0.0, "W": 0.45, "B": 0.0, "G": -0.35}
-    places = {n: (column[n.layer] + shift[n.kind], height[n.kind]) for n in graph if n.kind in "FBGW"}
+    height, shift = {"F": 3.0, "U": 2.0, "B": 0.0, "W": 1.0}, {"F": 0.0, "U": 0.45, "B": 0.0, "W": -0.35}
+    places = {n: (column[n.layer] + shift[n.kind], height[n.kind]) for n in graph if n.kind in "FBWU"}
     end = 2.0 * len(layers) - 0.4
     places |= {Node("X"): (-1.4, 3.0), Node("L"): (end, 1.5), Node("Y"): (end + 0.9, 1.5)}
     # What a forward saves for its backward is left out: its registers are the activations of minibatches in flight.
     shown = [
         (a, b) for a, b in graph.edges
-        if a != b and (a.kind, b.kind) not in {("F", "B"), ("F", "G"), ("X", "G"), ("X", "L")}
+        if a != b and (a.kind, b.kind) not in {("F", "B"), ("F", "W"), ("X", "W"), ("X", "L")}
     ]  # fmt: skip
     ink = {(a, b): "#c0392b" if retiming.registers(graph, a, b) else "#999999" for a, b in shown}
     nx.draw_networkx_nodes(
@@ -76,7 +76,7 @@ def _draw_graph(axes: Any, graph: nx.DiGraph, title: str) -> None:
     )
     nx.draw_networkx_labels(graph, places, {n: str(n) for n in graph}, ax=axes, font_size=9, font_color="white")
     # Weights go to a backward past its weight gradient: bent, so that edges do not lie on each other.
-    bent = [(a, b) for a, b in shown if (a.kind, b.kind) == ("W", "B")]
+    bent = [(a, b) for a, b in shown if (a.kind, b.kind) == ("U", "B")]
     for edges, style in ((bent, "arc3,rad=-0.25"), ([e for e in shown if e not in bent], "arc3")):
         nx.draw_networkx_edges(
             graph, places, edges, ax=axes, edge_color=[ink[e] for e in edges], connectionstyle=style,
@@ -109,7 +109,7 @@ def gantt(path: Path, timelines: Mapping[str, Timeline]) -> Path:
         _draw_timeline(axes, timeline, span, numbers=rows <= MOST_DRAWN)
         axes.set_title(name, loc="left", fontsize=10)
     panels[-1, 0].set_xlabel("milliseconds")
-    handles = [Patch(color=COLOURS[k], label=KINDS[k]) for k in "FBG"]
+    handles = [Patch(color=COLOURS[k], label=KINDS[k]) for k in "FBW"]
     handles[1].set_label("backward (under layerpipe the activation gradient alone)")
     fig.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=9)
     return save(fig, path)

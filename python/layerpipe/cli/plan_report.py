@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.filesize import decimal
 from rich.table import Table
 
-from layerpipe.planning.plan import Plan
+from layerpipe.theory.planning.plan import Plan
 
 
 def report(plan: Plan, model: str, batch: int, *, measured: bool) -> Iterator[RenderableType]:

@@ -67,7 +67,7 @@ class LayerGraph:
         return len(self.layers)
 
     def graph(self) -> nx.DiGraph:
-        """For :mod:`layerpipe.retiming`: layers by name."""
+        """For :mod:`layerpipe.theory.retiming`: layers by name."""
         graph = nx.DiGraph()
         graph.add_nodes_from(layer.name for layer in self.layers)
         for flow in self.flows:

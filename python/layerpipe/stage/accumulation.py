@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layerpipe.retiming.accumulation import most_updates_between, updates_between
+from layerpipe.schedule import most_updates_between, updates_between
 
 
 class Accumulation:

@@ -9,7 +9,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerpipe.planning.memory import history_copies
+from layerpipe.theory.planning.memory import history_copies
 from layerpipe.study.methods import METHODS
 from layerpipe.study.results import Result, describe, errors_by_delay
 from layerpipe.study.stability import largest_stable_step

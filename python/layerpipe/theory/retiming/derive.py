@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import networkx as nx
 
-from layerpipe.retiming.accumulation import most_updates_between
-from layerpipe.retiming.clocking import CLOCKINGS, Clocking, clocking
-from layerpipe.retiming.graph import INPUT, LOSS, OUTPUT, Node, registers, training_graph
-from layerpipe.retiming.operations import (
+from layerpipe.schedule import most_updates_between
+from layerpipe.theory.retiming.clocking import CLOCKINGS, Clocking, clocking
+from layerpipe.theory.retiming.graph import INPUT, LOSS, OUTPUT, Node, registers, training_graph
+from layerpipe.theory.retiming.operations import (
     RetimingError,
     accumulate_gradients,
     delay_gradients,
@@ -70,7 +70,7 @@ class Derivation:
         found = {}
         for layers in self.stages:
             for layer in layers:
-                found[layer] = -(-registers(self.graph, Node("W", layer), Node("B", layer)) // slow) - 1
+                found[layer] = -(-registers(self.graph, Node("U", layer), Node("B", layer)) // slow) - 1
         return found
 
     @property
@@ -141,7 +141,7 @@ class Derivation:
             lines.append("      No stage boundary asks for a register: none is inserted, and nothing is late.")
         lines.append("Left on the weights that the backwards read:")
         for layer, lag in self.layer_lags.items():
-            edge = Node("W", layer), Node("B", layer)
+            edge = Node("U", layer), Node("B", layer)
             least, most = lag // self.accumulate, self.layer_delays[layer]
             age = f"{most} updates old" if least == most else f"{least} or {most} updates old"
             minibatches = f"{lag} minibatches, " if self.accumulate > 1 else ""
@@ -162,7 +162,7 @@ def derive(
         layers: an acyclic graph of layers, or how many a chain has.
         grouping: the layers of each stage, from input to output.
         schedule: ``"sequential"``, which gets no registers, ``"lockstep"`` or ``"1f1b"``.
-        accumulate: minibatches per update, see :mod:`layerpipe.retiming.accumulation`. No register depends on it.
+        accumulate: minibatches per update, see :mod:`layerpipe.schedule`. No register depends on it.
 
     Raises:
         RetimingError: a connection between layers runs against the stages' order; the message names it.
@@ -178,7 +178,7 @@ def derive(
         # A skip connection over k boundaries passes every stage on its way, and needs a register at each.
         return boundary * abs(stage_of[b] - stage_of[a]) + turn * (a == LOSS != b and b != OUTPUT)
 
-    compute = sequential.subgraph(node for node in sequential if node.kind != "W")
+    compute = sequential.subgraph(node for node in sequential if node.kind != "U")
     lags: dict[Node, int] = {LOSS: 0}
     order = list(nx.topological_sort(compute))
     for node in reversed(order):
@@ -192,8 +192,8 @@ def derive(
     input_delay, lags[INPUT] = -lags[INPUT], 0
 
     gradient_delays: dict[Hashable, int] = {}
-    for layer in (node.layer for node in sequential if node.kind == "W"):
-        forward, gradient, update = Node("F", layer), Node("G", layer), Node("W", layer)
+    for layer in (node.layer for node in sequential if node.kind == "U"):
+        forward, gradient, update = Node("F", layer), Node("W", layer), Node("U", layer)
         latest = lags[forward] + slow * registers(sequential, update, forward) - WEIGHTS_HELD
         gradient_delays[layer] = max(0, -((latest - lags[gradient]) // slow))
         lags[update] = lags[gradient] - slow * gradient_delays[layer]
@@ -202,7 +202,7 @@ def derive(
     graph = delay_gradients(graph, {layer: slow * count for layer, count in gradient_delays.items()})
     graph = retime(graph, lags)
     for a, b, data in graph.edges(data=True):
-        if "W" not in (a.kind, b.kind) and data["registers"] < needed(a, b):
+        if "U" not in (a.kind, b.kind) and data["registers"] < needed(a, b):
             raise RetimingError(f"no legal retiming: {a} -> {b} is left with {data['registers']} registers", (a, b))
     if accumulate != 1:
         graph = accumulate_gradients(graph, accumulate)
@@ -218,11 +218,6 @@ def delays(stages: int, schedule: str, accumulate: int = 1) -> list[int]:
     if stages < 1:
         raise ValueError(f"a pipeline has at least one stage, got {stages}")
     return derive(stages, [[s] for s in range(stages)], schedule, accumulate).delays
-
-
-def lockstep_delays(stages: int) -> list[int]:
-    """The delay of every stage when each boundary holds one register in each direction: ``[2 (P-1), ..., 2, 0]``."""
-    return delays(stages, "lockstep")
 
 
 def _stage_of(graph: nx.DiGraph, stages: Sequence[Sequence[Hashable]]) -> Mapping[Node, int]:

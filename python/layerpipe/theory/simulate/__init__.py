@@ -5,10 +5,10 @@
 0.2727...
 """
 
-from layerpipe.simulate.events import Event, Key, Link, Task, Timeline, Wait, in_order, run
-from layerpipe.simulate.layerpipe import Placement, layerpipe, place
-from layerpipe.simulate.report import Report, report, to_chrome
-from layerpipe.simulate.schedules import Builder, StageCost, gpipe, lockstep, one_f_one_b, sequential, together
+from layerpipe.theory.simulate.events import Event, Key, Link, Task, Timeline, Wait, in_order, run
+from layerpipe.theory.simulate.layerpipe import Placement, layerpipe, place
+from layerpipe.theory.simulate.report import Report, report, to_chrome
+from layerpipe.theory.simulate.schedules import Builder, StageCost, gpipe, lockstep, one_f_one_b, sequential, together
 
 #: Schedules of stages with a processor each; ``layerpipe`` places layers and takes other arguments.
 BUILDERS: dict[str, Builder] = {

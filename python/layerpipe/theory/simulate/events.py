@@ -18,7 +18,7 @@ from typing import NamedTuple
 class Key(NamedTuple):
     """Identifies one task of one minibatch. ``part`` tells pieces of a minibatch, or of a layer's work, apart."""
 
-    kind: str  # F, B, G
+    kind: str  # F, B, W
     stage: int
     minibatch: int
     part: int = 0

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
-from layerpipe.simulate.events import Key, Task, Wait, in_order
+from layerpipe.theory.simulate.events import Key, Task, Wait, in_order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from layerpipe.partition.layers import Layer
-from layerpipe.simulate import Link, StageCost
+from layerpipe.theory.simulate import Link, StageCost
 from layerpipe_kernels.traffic import Traffic
 
 #: A pipeline's default: momentum SGD, a blend of two averages. Past weights are made in the backward and not costed.

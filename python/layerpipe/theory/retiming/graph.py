@@ -2,13 +2,14 @@
 
 For a chain of two layers, ``[1]`` a register::
 
-    X ──> F0 ──────> F1 ──> L ──> Y         W0 ──[1]──> W0, F0, B0
-                            │               W1 ──[1]──> W1, F1, B1
+    X ──> F0 ──────> F1 ──> L ──> Y         U0 ──[1]──> U0, F0, B0
+                            │               U1 ──[1]──> U1, F1, B1
           B0 <────── B1 <───┤
-                 └──> G0    └──> G1         G0 ──> W0,  G1 ──> W1
+                 └──> W0    └──> W1         W0 ──> U0,  W1 ──> U1
 
-``F`` is a layer's forward, ``B`` its activation gradient, ``G`` its weight gradient, ``W`` its update; ``X`` the input
-and target, ``L`` the loss, ``Y`` where it leaves. ``B`` and ``G`` also read what the forward saved (not drawn).
+``F`` is a layer's forward, ``B`` its activation gradient, ``W`` its weight gradient, ``U`` its update; ``X`` the input
+and target, ``L`` the loss, ``Y`` where it leaves. ``F``, ``B`` and ``W`` are
+the letters of the zero-bubble papers (arXiv 2401.10241). ``B`` and ``W`` also read what the forward saved (not drawn).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import networkx as nx
 
 
 class Node(NamedTuple):
-    kind: str  # X, F, L, B, G, W, Y
+    kind: str  # X, F, L, B, W, U, Y
     layer: Hashable = None  # X, L and Y belong to none
 
     def __str__(self) -> str:
@@ -74,8 +75,8 @@ def training_graph(layers: nx.DiGraph | int) -> nx.DiGraph:
         for kind, name, default in (
             ("F", "forward", 1),
             ("B", "backward", 1),
-            ("G", "gradient", 1),
-            ("W", "update", 0),
+            ("W", "gradient", 1),
+            ("U", "update", 0),
         ):
             graph.add_node(Node(kind, layer), time=float(data.get(name, default)))
 
@@ -85,7 +86,7 @@ def training_graph(layers: nx.DiGraph | int) -> nx.DiGraph:
     edge(INPUT, LOSS)  # the target
     edge(LOSS, OUTPUT)
     for layer in layers:
-        forward, backward, gradient, update = (Node(kind, layer) for kind in "FBGW")
+        forward, backward, gradient, update = (Node(kind, layer) for kind in "FBWU")
         sources = [Node("F", a) for a in layers.predecessors(layer)] or [INPUT]
         above = [Node("B", b) for b in layers.successors(layer)] or [LOSS]
         for source in sources:

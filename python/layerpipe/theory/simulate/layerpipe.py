@@ -1,10 +1,10 @@
 """LayerPipe's schedule (Unnikrishnan and Parhi, arXiv 2108.06629), as we read its abstract.
 
-*Intra-layer*: a weight gradient ``G`` is a task of its own. It does not hold up the activation gradient ``B``, and may
+*Intra-layer*: a weight gradient ``W`` is a task of its own. It does not hold up the activation gradient ``B``, and may
 run on another processor than its layer's forward. *Inter-layer*: an activation gradient is divided into two parts that
 two neighbouring processors compute, so that every processor has the same to do.
 
-Placement: the tasks ``F``, ``B``, ``G`` of the first layer, in whatever order is best, then those of the second, ...
+Placement: the tasks ``F``, ``B``, ``W`` of the first layer, in whatever order is best, then those of the second, ...
 are laid out on a line and cut into one stretch per processor; a cut may fall between tasks, or anywhere inside a ``B``.
 """
 
@@ -17,8 +17,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from layerpipe.simulate.events import Key, Link, Task, Wait
-from layerpipe.simulate.schedules import StageCost, together
+from layerpipe.theory.simulate.events import Key, Link, Task, Wait
+from layerpipe.theory.simulate.schedules import StageCost, together
 
 
 class Piece(NamedTuple):
@@ -72,7 +72,7 @@ def _fill(layers: Sequence[StageCost], processors: int, period: float) -> list[P
     period *= 1 + 1e-9
     state = _Filled(0, period, [])
     for number, layer in enumerate(layers):
-        tasks = {"B": layer.backward, "F": layer.forward, "G": layer.gradient + layer.update}
+        tasks = {"B": layer.backward, "F": layer.forward, "W": layer.gradient + layer.update}
         found = (_pour(number, tasks, order, state, period) for order in itertools.permutations("BFG"))
         ways = [way for way in found if way is not None and way.processor < processors]
         if not ways:
@@ -126,7 +126,7 @@ def layerpipe(
         by_layer.setdefault((piece.kind, piece.layer), []).append(piece)
         homes[piece.layer].add(piece.processor)
     for piece in pieces:
-        if piece.layer and piece.kind != "G" and homes[piece.layer] != homes[piece.layer - 1]:
+        if piece.layer and piece.kind != "W" and homes[piece.layer] != homes[piece.layer - 1]:
             seconds += layers[piece.layer].received / link.bandwidth + link.latency
     admitted = max(1, math.ceil(2 * seconds / placement.period)) if placement.period else 1
     return [_task(layers, by_layer, piece, m, admitted, weights) for m in range(minibatches) for piece in pieces]
@@ -165,11 +165,11 @@ def _task(
     layer = layers[number]
     key = Key(kind, number, minibatch, part)
     last = number == len(layers) - 1
-    priority = (minibatch, {"B": 0, "F": 1, "G": 2}[kind])
+    priority = (minibatch, {"B": 0, "F": 1, "W": 2}[kind])
     if kind == "F":
         after = [Wait(Key("F", number - 1, minibatch), layer.received)] if number else []
         if not number and minibatch >= admitted:  # let in when the oldest one is done
-            after.append(Wait(Key("G", 0, minibatch - admitted)))
+            after.append(Wait(Key("W", 0, minibatch - admitted)))
         return Task(key, processor, layer.forward, tuple(after), priority)
     after = [Wait(Key("F", number, minibatch), 0 if last else layers[number + 1].received)]
     if not last:

@@ -8,8 +8,8 @@ from typing import Any
 
 import networkx as nx
 
-from layerpipe.retiming.graph import INPUT, OUTPUT, Node
-from layerpipe.retiming.period import combinational_order
+from layerpipe.theory.retiming.graph import INPUT, OUTPUT, Node
+from layerpipe.theory.retiming.period import combinational_order
 
 #: A node's value from those of its sources.
 Operation = Callable[[Mapping[Node, Any]], Any]
@@ -25,8 +25,8 @@ def run(
 
     Args:
         graph: with registers on its edges.
-        operations: for every node but ``X``, ``W`` included.
-        weights: what the registers behind each ``W`` hold at first. All others hold bubbles.
+        operations: for every node but ``X``, ``U`` included.
+        weights: what the registers behind each ``U`` hold at first. All others hold bubbles.
         inputs: one per tick.
 
     Raises:
@@ -34,7 +34,7 @@ def run(
     """
     order = combinational_order(graph)
     held = {(a, b): collections.deque([weights.get(a)] * data["registers"]) for a, b, data in graph.edges(data=True)}
-    waiting: dict[Node, list[Any]] = {node: [] for node in graph if node.kind == "W"}
+    waiting: dict[Node, list[Any]] = {node: [] for node in graph if node.kind == "U"}
     outputs = []
     for value in inputs:
         now: dict[Node, Any] = {}
@@ -54,7 +54,7 @@ def run(
             if ready:
                 now[node] = operations[node](sources)
             else:
-                now[node] = sources[node] if node.kind == "W" else None
+                now[node] = sources[node] if node.kind == "U" else None
         for (a, _), line in held.items():
             if line:
                 line.append(now[a])

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from layerpipe.simulate.events import Event, Timeline
+from layerpipe.theory.simulate.events import Event, Timeline
 
 
 @dataclasses.dataclass(frozen=True)

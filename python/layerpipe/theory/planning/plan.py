@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from layerpipe import retiming
 from layerpipe.partition import costs_by
 from layerpipe.partition.balance import CapError
 from layerpipe.partition.balance import balance as balanced
 from layerpipe.partition.layers import Layer, LayerGraph
-from layerpipe.planning.machine import A100, Machine
-from layerpipe.planning.memory import Memory, history_copies, stage_memory
-from layerpipe.planning.parts import Parts
-from layerpipe.retiming import Derivation
-from layerpipe.simulate import BUILDERS, Report, StageCost, Timeline, layerpipe, report, run, together
+from layerpipe.theory import retiming
+from layerpipe.theory.planning.machine import A100, Machine
+from layerpipe.theory.planning.memory import Memory, history_copies, stage_memory
+from layerpipe.theory.planning.parts import Parts
+from layerpipe.theory.retiming import Derivation
+from layerpipe.theory.simulate import BUILDERS, Report, StageCost, Timeline, layerpipe, report, run, together
 from layerpipe_kernels.past import Past
 
 #: Schedules that a plan compares.

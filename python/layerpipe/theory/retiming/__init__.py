@@ -11,12 +11,11 @@ A register on an edge is a delay of one tick. The derivation is LayerPipe2's (ar
 >>> print(derive(chain(4), [[0], [1], [2], [3]], "lockstep"))       # doctest: +SKIP
 """
 
-from layerpipe.retiming.accumulation import most_updates_between, updates_between
-from layerpipe.retiming.clocking import CLOCKINGS, Clocking, clocking
-from layerpipe.retiming.derive import Derivation, Step, delays, derive, lockstep_delays
-from layerpipe.retiming.evaluate import run
-from layerpipe.retiming.graph import Node, chain, latency, registers, training_graph
-from layerpipe.retiming.operations import (
+from layerpipe.theory.retiming.clocking import CLOCKINGS, Clocking, clocking
+from layerpipe.theory.retiming.derive import Derivation, Step, delays, derive
+from layerpipe.theory.retiming.evaluate import run
+from layerpipe.theory.retiming.graph import Node, chain, latency, registers, training_graph
+from layerpipe.theory.retiming.operations import (
     RetimingError,
     accumulate_gradients,
     delay_gradients,
@@ -25,7 +24,7 @@ from layerpipe.retiming.operations import (
     retime_cutset,
     slow_down,
 )
-from layerpipe.retiming.period import clock_period, minimum_period
+from layerpipe.theory.retiming.period import clock_period, minimum_period
 
 __all__ = [
     "CLOCKINGS",
@@ -43,14 +42,11 @@ __all__ = [
     "derive",
     "insert_cutset",
     "latency",
-    "lockstep_delays",
     "minimum_period",
-    "most_updates_between",
     "registers",
     "retime",
     "retime_cutset",
     "run",
     "slow_down",
     "training_graph",
-    "updates_between",
 ]

@@ -7,8 +7,8 @@ from typing import Any
 import networkx as nx
 import numpy as np
 
-from layerpipe.retiming.graph import INPUT, OUTPUT, Node
-from layerpipe.retiming.operations import RetimingError
+from layerpipe.theory.retiming.graph import INPUT, OUTPUT, Node
+from layerpipe.theory.retiming.operations import RetimingError
 
 Array = np.ndarray[Any, Any]
 

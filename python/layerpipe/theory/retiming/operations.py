@@ -6,7 +6,7 @@ from collections.abc import Collection, Hashable, Mapping
 
 import networkx as nx
 
-from layerpipe.retiming.graph import Node
+from layerpipe.theory.retiming.graph import Node
 
 
 class RetimingError(ValueError):
@@ -54,7 +54,7 @@ def delay_gradients(graph: nx.DiGraph, counts: Mapping[Hashable, int]) -> nx.DiG
     """
     out = graph.copy()
     for layer, count in counts.items():
-        edge = Node("G", layer), Node("W", layer)
+        edge = Node("W", layer), Node("U", layer)
         if edge not in out.edges:
             raise ValueError(f"the graph has no layer {layer!r}")
         if count < 0:
@@ -67,7 +67,7 @@ def accumulate_gradients(graph: nx.DiGraph, count: int) -> nx.DiGraph:
     """Let every update add up the gradients of ``count`` minibatches and change the weights in the last of them only.
 
     No register is moved or made; a register in an update loop then holds the same weights for ``count`` minibatches.
-    Like a larger minibatch this changes the algorithm. Nodes ``W`` of the result carry ``every``.
+    Like a larger minibatch this changes the algorithm. Nodes ``U`` of the result carry ``every``.
 
     Raises:
         ValueError: a count below 1.
@@ -76,7 +76,7 @@ def accumulate_gradients(graph: nx.DiGraph, count: int) -> nx.DiGraph:
         raise ValueError(f"an update takes the gradients of at least 1 minibatch, got {count}")
     out = graph.copy()
     for node, data in out.nodes(data=True):
-        if node.kind == "W":
+        if node.kind == "U":
             data["every"] = count
     return out
 
