@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from layerpipe import models, split
 from layerpipe.partition import partition
-from layerpipe.partition.profile import Rehearsal, _now, seconds
+from layerpipe.partition.profile import TimedCut, _now, seconds
 from tests.engine.models import sequential
 
 
@@ -42,7 +42,7 @@ def test_stages_take_turns_when_they_are_measured(wrap: Any) -> None:
             return super().forward(x)
 
     x, (a, b, c) = (torch.randn(2, 4),), (Watched(4, 5), Watched(5, 6), Watched(6, 7))
-    ways = [Rehearsal([a, b, c], x, wrap), Rehearsal([nn.Sequential(a, b), c], x, wrap)]
+    ways = [TimedCut([a, b, c], x, wrap), TimedCut([nn.Sequential(a, b), c], x, wrap)]
     del order[:]
     taken = seconds(ways)
     assert [len(stages) for stages in taken] == [3, 2]
@@ -92,8 +92,8 @@ def test_the_cut_follows_what_whole_stages_take(wrap: Any, monkeypatch: pytest.M
     def count(stage: nn.Module) -> int:
         return sum(isinstance(m, nn.Linear) for m in stage.modules())
 
-    def fake_seconds(tried: list[Rehearsal], **_: object) -> list[list[tuple[float, float]]]:
-        return [[(0.01, count(stage)) for stage, _, _ in rehearsal.runs] for rehearsal in tried]
+    def fake_seconds(tried: list[TimedCut], **_: object) -> list[list[tuple[float, float]]]:
+        return [[(0.01, count(stage)) for stage, _, _ in cut.runs] for cut in tried]
 
     monkeypatch.setattr(partition, "seconds", fake_seconds)
     model = nn.Sequential(nn.Linear(64, 64), *[nn.Linear(2**i, 2 ** (i - 1)) for i in range(6, 0, -1)], nn.Tanh())
@@ -115,7 +115,7 @@ def test_wrapped_stages_are_first_measured_with_residual_blocks_left_whole(monke
     pytest.importorskip("torchvision")
     measured: list[list[int]] = []
 
-    def fake_seconds(tried: list[Rehearsal], **_: object) -> list[list[tuple[float, float]]]:
+    def fake_seconds(tried: list[TimedCut], **_: object) -> list[list[tuple[float, float]]]:
         newest = [stage for stage, _, _ in tried[-1].runs]
         measured.append([sum(isinstance(m, nn.Conv2d) for m in stage.modules()) for stage in newest])
         return [[(0.5, 0.5), (1.0, 1.0)] for _ in tried]

@@ -74,20 +74,20 @@ def train(
         with processes.joined(timeout) as reports:
             processes.check_same({"resume": resume is not None, **config.of_all_processes(), "profile": profile})
             if resume is not None:  # the run is where the process that reports is, and may be nowhere else
-                found = processes.agreed("distributed", lambda: _of_run(context, path) if reports else None)
-                config, baseline = processes.told("distributed", found or (config, baseline))
+                found = processes.call_on_all_ranks("distributed", lambda: _of_run(context, path) if reports else None)
+                config, baseline = processes.broadcast("distributed", found or (config, baseline))
             elif out is not None and processes.restarted():  # whatever it came to before a process died
                 left = reports and (out / "config.json").exists()
-                found = processes.agreed("distributed", lambda: read_config(out) if left else None)
-                if found := processes.told("distributed", found):
+                found = processes.call_on_all_ranks("distributed", lambda: read_config(out) if left else None)
+                if found := processes.broadcast("distributed", found):
                     resume, (config, baseline) = out, found
             processes.check(config.executor, config.stages, config.dp)
-            images = processes.agreed_on_each_host(lambda: prepare(config))
+            images = processes.call_on_each_host(lambda: prepare(config))
             processes.check_same({"data": images.checksum()})
             if resume is None:
                 config.check_length(len(images.train_x))
             config = settled(config, images, reports=reports)
-            ours = processes.agreed(config.executor, lambda: directory(config, images) if reports else None)
+            ours = processes.call_on_all_ranks(config.executor, lambda: directory(config, images) if reports else None)
             if ours is None:
                 status = _status(Console(quiet=True), [follow(config, images, profile=profile)])
             else:

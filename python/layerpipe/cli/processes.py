@@ -108,7 +108,7 @@ def joined(timeout: float) -> Iterator[bool]:
     dist.destroy_process_group()
 
 
-def last_words(value: T) -> list[T | None]:
+def gather_after_interrupt(value: T) -> list[T | None]:
     """Gather what each process has, in the one that reports; ``None`` of those that did not say it within seconds.
 
     For processes that were interrupted, each wherever it was: what they tell each other otherwise may be half said.
@@ -186,7 +186,7 @@ def _interface(address: str) -> str | None:
     return None
 
 
-def agreed(executor: str, call: Callable[[], T]) -> T:
+def call_on_all_ranks(executor: str, call: Callable[[], T]) -> T:
     """Return what ``call`` returns in this process, or in all of them an error where it raises in one.
 
     Raises:
@@ -201,11 +201,11 @@ def agreed(executor: str, call: Callable[[], T]) -> T:
     return cast(T, value)
 
 
-def agreed_on_each_host(call: Callable[[], T]) -> T:
-    """As :func:`agreed`; in one process of each host before the others, which find what that one downloads."""
+def call_on_each_host(call: Callable[[], T]) -> T:
+    """As :func:`call_on_all_ranks`; one process of each host goes first, so that the others find what it downloads."""
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    value = agreed("distributed", lambda: call() if first else None)
-    rest = agreed("distributed", lambda: None if first else call())
+    value = call_on_all_ranks("distributed", lambda: call() if first else None)
+    rest = call_on_all_ranks("distributed", lambda: None if first else call())
     return cast(T, value if first else rest)
 
 
@@ -219,7 +219,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def told(executor: str, value: T) -> T:
+def broadcast(executor: str, value: T) -> T:
     """Broadcast a value of the process that reports."""
     ranks = _all_of(executor)
     return cast(T, ranks.told(value, by=ranks.size - 1))

@@ -11,7 +11,7 @@ from rich.console import Console
 from layerpipe import data as datasets
 from layerpipe.cli.config import TrainConfig
 from layerpipe.cli.output import RunDirectory
-from layerpipe.cli.processes import told
+from layerpipe.cli.processes import broadcast
 from layerpipe.cli.progress import TrainingBar
 from layerpipe.cli.training import Earlier, Result, Step, make_pipeline, make_stages, train
 from layerpipe.data import Images
@@ -56,12 +56,12 @@ def settled(config: TrainConfig, images: Images, *, reports: bool = True) -> Tra
     if config.balance != "time" or config.at is not None or config.stages == 1:
         return config
     at = tuple(cut_at(make_stages(config, images))) if reports else None
-    return dataclasses.replace(config, at=told(config.executor, at))
+    return dataclasses.replace(config, at=broadcast(config.executor, at))
 
 
 def follow(config: TrainConfig, images: Images, *, profile: bool) -> Result:
     """A process's part of a run that another one reports, see :func:`run`."""
-    resume = told(config.executor, False)
+    resume = broadcast(config.executor, False)
     return train(config, images, resume=Earlier(None, [], []) if resume else None, profile=profile)
 
 
@@ -87,7 +87,7 @@ def run(
 
         checkpoint = directory.checkpoint(name) if config.checkpoint_every else None
         earlier = directory.earlier(name)
-        told(config.executor, earlier is not None)
+        broadcast(config.executor, earlier is not None)
         result = train(
             config, images, on_step=on_step, on_test=on_test,
             checkpoint=checkpoint, resume=earlier, profile=profile,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from layerpipe import models
 from layerpipe.cli import optimizers
 from layerpipe.cli.config import TrainConfig
-from layerpipe.cli.processes import last_words
+from layerpipe.cli.processes import gather_after_interrupt
 from layerpipe.cli.signals import number_of
 from layerpipe.data import Images
 from layerpipe.errors import DivergenceError, StageInterrupted, UsageError
@@ -307,7 +307,11 @@ def train(
             )
             for stage, probe in zip(pipe.stages, probes, strict=True)
         ]
-        parts = last_words((pipe.trace, own))[-pipe.ranks.size :] if apart else pipe.ranks.gather((pipe.trace, own))
+        parts = (
+            gather_after_interrupt((pipe.trace, own))[-pipe.ranks.size :]
+            if apart
+            else pipe.ranks.gather((pipe.trace, own))
+        )
         result.trace = [event for part in parts if part is not None for event in part[0]]
         if None not in parts:
             result.stages = [stage for part in parts if part is not None for stage in part[1]]

@@ -69,7 +69,7 @@ def find_cuts(forward: Forward, parts: list[Piece], names: Sequence[str]) -> lis
     return cuts
 
 
-def hindrances(forward: Forward) -> dict[str, str]:
+def uncuttable(forward: Forward) -> dict[str, str]:
     """Layers with parameters before which there is no cut, and why."""
     work, _, reasons = _cuts(forward)
     return {str(work[i].target): reason for i, reason in reasons.items()

@@ -50,7 +50,7 @@ class Forward(NamedTuple):
         return Guard(inputs, self.fixed.stage(nodes, first=not received), self.fixed.modes)
 
 
-class ByMode(nn.Module):
+class ModeConstant(nn.Module):
     """A constant that is another one in training, such as the rate of a dropout called as a function."""
 
     def __init__(self, training: Any, evaluating: Any) -> None:
@@ -64,7 +64,7 @@ class ByMode(nn.Module):
 @contextlib.contextmanager
 def _in_mode(root: nn.Module, mode: bool) -> Iterator[None]:
     """The constants that differ as the model is."""
-    before = {module: module.training for module in root.modules() if isinstance(module, ByMode)}
+    before = {module: module.training for module in root.modules() if isinstance(module, ModeConstant)}
     for constant in before:
         constant.training = mode
     try:
@@ -83,8 +83,8 @@ def trace(
     ``*args`` or asserts something is run by ``torch.export`` instead, on fake tensors.
 
     Both freeze ``self.training``, so the model is traced in both modes. Constants that differ become
-    :class:`ByMode`; where the operations differ, the trace goes less deep or is refused. Modules with hooks, compiled
-    ones and those that set attributes of their own are called as they are.
+    :class:`ModeConstant`; where the operations differ, the trace goes less deep or is refused. Modules with hooks,
+    compiled ones and those that set attributes of their own are called as they are.
 
     Args:
         model: left as it is.
@@ -283,14 +283,14 @@ def _both_modes(
             raise ValueError("its code depends on self.training")
         if type(a) is type(b) and a == b:
             return a
-        name = f"by_mode_{len(added)}"
-        added[name] = constant = ByMode(a, b)
+        name = f"mode_constant_{len(added)}"
+        added[name] = constant = ModeConstant(a, b)
         path = innermost(at)
         constant.training = fixed.modes[path] = training[model.get_submodule(path)]
         with trained.graph.inserting_before(at):
             node = trained.graph.create_node("call_module", name)
         node.meta["nn_module_stack"] = at.meta.get("nn_module_stack")
-        node.meta["by_mode"] = True
+        node.meta["mode_constant"] = True
         return node
 
     if [_spelled(node) for node in nodes] != [_spelled(node) for node in others]:

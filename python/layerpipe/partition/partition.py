@@ -12,12 +12,12 @@ from torch import nn
 
 from layerpipe.partition.balance import Cuts, refine
 from layerpipe.partition.balance import balance as balanced
-from layerpipe.partition.cuts import Piece, find_cuts, hindrances, pieces, unique_names
+from layerpipe.partition.cuts import Piece, find_cuts, pieces, uncuttable, unique_names
 from layerpipe.partition.examples import Examples, in_order
 from layerpipe.partition.fixed import hooked
 from layerpipe.partition.forward import Forward, trace
 from layerpipe.partition.layers import FLOPS_PER_ELEMENT, LayerGraph
-from layerpipe.partition.profile import Rehearsal, intraop_threads, profile_units, seconds
+from layerpipe.partition.profile import TimedCut, intraop_threads, profile_units, seconds
 from layerpipe.partition.split_stage import SplitStage, is_split, label, uncompiled, wrapped
 
 BALANCES = ("flops", "time", "params", "bytes")
@@ -82,20 +82,21 @@ def split(
     if stages > len(parts):
         raise ValueError(
             f"cannot split {type(model).__name__} into {stages} stages: it has {len(parts)} splittable layers "
-            f"({', '.join(label(SplitStage(forward, [p])) for p in parts)}){_hindrance(forward)}{_whole(model)}{unseen}"
+            f"({', '.join(label(SplitStage(forward, [p])) for p in parts)})"
+            f"{_why_uncuttable(forward)}{_whole(model)}{unseen}"
         )
     inputs = () if examples is None else in_order(forward.nodes, examples.by_name(model))
 
     def between(cuts: Sequence[int]) -> list[SplitStage]:
         return [SplitStage(forward, parts[a:b]) for a, b in itertools.pairwise(cuts)]
 
-    rehearsals: dict[Cuts, Rehearsal] = {}
+    timed: dict[Cuts, TimedCut] = {}
 
     def measure(tried: Sequence[Cuts]) -> list[list[float]]:
         for cuts in tried:
-            if cuts not in rehearsals:
-                rehearsals[cuts] = Rehearsal(between(cuts), inputs, wrap)
-        times = seconds([rehearsals[cuts] for cuts in tried], at_least=1.0)
+            if cuts not in timed:
+                timed[cuts] = TimedCut(between(cuts), inputs, wrap)
+        times = seconds([timed[cuts] for cuts in tried], at_least=1.0)
         return [[sum(stage) for stage in stages] for stages in times]
 
     taken: list[float] | None = None  # by each stage
@@ -151,9 +152,9 @@ def _costs(parts: list[Piece], units: Sequence[nn.Module], inputs: Sequence[Any]
     return costs_by(profile_units(parts, units, inputs, measure=balance == "time"), balance)
 
 
-def _hindrance(forward: Forward) -> str:
+def _why_uncuttable(forward: Forward) -> str:
     """The first cut that might have been, and why it cannot be."""
-    found = next(iter(hindrances(forward).items()), None)
+    found = next(iter(uncuttable(forward).items()), None)
     return f"; no cut before {found[0]}, for example: {found[1]}" if found else ""
 
 

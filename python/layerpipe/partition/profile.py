@@ -74,7 +74,7 @@ def profile_units(
     no_past: Collection[nn.Parameter] = (),
 ) -> LayerGraph:
     """:func:`profile` of a model that is in pieces already. A first stage has no past of the weights ``no_past``."""
-    measured = seconds([Rehearsal(units, example_inputs)])[0] if measure else []
+    measured = seconds([TimedCut(units, example_inputs)])[0] if measure else []
     with FakeTensorMode():
         return _profile(parts, units, pytree.tree_map(fake, tuple(example_inputs)), measured, no_past)
 
@@ -213,7 +213,7 @@ def _backward_flops(outputs: Tensors, wanted: list[Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-class Rehearsal:
+class TimedCut:
     """Stages of one cut, ready to be timed: each with its buffers and what the one before puts out."""
 
     def __init__(
@@ -236,29 +236,29 @@ class Rehearsal:
                 values = result if isinstance(result, tuple) else (result,)
 
 
-def seconds(rehearsals: Sequence[Rehearsal], *, at_least: float = 0.0) -> list[list[tuple[float, float]]]:
-    """Of each stage's forward and of its backward, for every rehearsal. No random numbers are used up.
+def seconds(timed: Sequence[TimedCut], *, at_least: float = 0.0) -> list[list[tuple[float, float]]]:
+    """Of each stage's forward and of its backward, for every cut. No random numbers are used up.
 
-    All stages of all rehearsals take turns: none finds its weights still in a cache, as in training. What each takes is
+    All stages of all cuts take turns: none finds its weights still in a cache, as in training. What each takes is
     the median of its shares of a turn, so that a machine whose speed drifts from turn to turn measures the same, in
     seconds of the fastest turn.
 
     Args:
-        rehearsals: which may share stages.
-        at_least: seconds to go on for, per rehearsal; but no more than 30 turns.
+        timed: cuts, which may share stages.
+        at_least: seconds to go on for, per cut; but no more than 30 turns.
     """
     turns: list[list[list[tuple[float, float]]]] = []
-    with _random_numbers_kept([stage for rehearsal in rehearsals for stage, _, _ in rehearsal.runs]):
+    with _random_numbers_kept([stage for cut in timed for stage, _, _ in cut.runs]):
         began = time.perf_counter()
-        while len(turns) < 8 or (len(turns) < 30 and time.perf_counter() - began < at_least * len(rehearsals)):
-            turns.append([[_seconds(*run) for run in rehearsal.runs] for rehearsal in rehearsals])
+        while len(turns) < 8 or (len(turns) < 30 and time.perf_counter() - began < at_least * len(timed)):
+            turns.append([[_seconds(*run) for run in cut.runs] for cut in timed])
             if len(turns) == 1:
                 began = time.perf_counter()
     times = np.array([[t for takes in turn for both in takes for t in both] for turn in turns])
     times = times[1:]  # the first also builds and tunes kernels
     totals = times.sum(axis=1, keepdims=True)
     each = iter((np.median(times / totals, axis=0) * totals.min()).tolist())
-    return [[(next(each), next(each)) for _ in rehearsal.runs] for rehearsal in rehearsals]
+    return [[(next(each), next(each)) for _ in cut.runs] for cut in timed]
 
 
 @contextmanager

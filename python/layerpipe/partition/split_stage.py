@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from layerpipe.partition.cuts import Piece
 from layerpipe.partition.exported import Unflatten
-from layerpipe.partition.forward import ByMode, Forward
+from layerpipe.partition.forward import Forward, ModeConstant
 from layerpipe.partition.guard import Guard, guard_of
 from layerpipe.partition.values import made_again
 
@@ -143,7 +143,7 @@ def label(stage: nn.Module) -> str:
     if not is_split(stage):
         return type(stage).__name__
     calls = [str(node.target) for node in stage.graph.nodes if node.op == "call_module"]
-    names = [name for name in calls if not isinstance(stage.get_submodule(name), ByMode | Guard | Unflatten)]
+    names = [name for name in calls if not isinstance(stage.get_submodule(name), ModeConstant | Guard | Unflatten)]
     if not names:
         return type(stage).__name__
     return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}"

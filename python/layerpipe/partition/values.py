@@ -36,7 +36,7 @@ _VIEWS = frozenset(
 
 def is_constant(node: fx.Node) -> bool:
     """Return whether a node is a parameter, a buffer or a constant: had wherever it is needed, and never handed on."""
-    return node.op == "get_attr" or "by_mode" in node.meta
+    return node.op == "get_attr" or "mode_constant" in node.meta
 
 
 def holds_tensor(node: fx.Node) -> bool:

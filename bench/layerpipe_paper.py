@@ -1,6 +1,6 @@
 """LayerPipe's schedule beside PipeDream's, on the layer shapes of VGG-16 and ResNet-50: simulated, not run.
 
-    python -m bench.claim
+    python -m bench.layerpipe_paper
 
 The setting of the claim of LayerPipe (arXiv 2108.06629: "an average speedup of 25% and upwards of 80% with 7 to 9
 processors ... when compared to PipeDream"), as far as its abstract gives it. Ours: times are FLOPs; processors are
