@@ -94,7 +94,7 @@ def run_dialogue(page: Path, block: Block, names: dict[str, Any]) -> None:
     said: list[str] = []
     test = doctest.DocTestParser().get_doctest(block.code, {}, page.name, str(page), block.line)
     test.globs = names
-    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
     runner.run(test, out=said.append, clear_globs=False)
     assert not said, "".join(said)
 

@@ -34,7 +34,7 @@ class Step(NamedTuple):
     changes: dict[tuple[Node, Node], tuple[int, int]]  # edge -> registers before, after
 
     def __str__(self) -> str:
-        saved = [a.kind in "XF" and b.kind in "BG" for a, b in self.changes]
+        saved = [a.kind in "XF" and b.kind in "BW" for a, b in self.changes]
         changes = [f"{a}→{b} {old}→{new}" for (a, b), (old, new) in self.changes.items()]
         shown = [text for text, is_saved in zip(changes, saved, strict=True) if not is_saved]
         if any(saved):
@@ -186,7 +186,7 @@ def derive(
             readers = (b for b in compute.successors(node) if b.kind in "FL")
             lags[node] = min(lags[b] - needed(node, b) for b in readers)
     for node in order:
-        if node.kind in "BGY":
+        if node.kind in "BWY":
             sources = (a for a in compute.predecessors(node) if a.kind in "LB")
             lags[node] = max(lags[a] + needed(a, node) for a in sources)
     input_delay, lags[INPUT] = -lags[INPUT], 0

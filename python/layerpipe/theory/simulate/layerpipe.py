@@ -73,7 +73,7 @@ def _fill(layers: Sequence[StageCost], processors: int, period: float) -> list[P
     state = _Filled(0, period, [])
     for number, layer in enumerate(layers):
         tasks = {"B": layer.backward, "F": layer.forward, "W": layer.gradient + layer.update}
-        found = (_pour(number, tasks, order, state, period) for order in itertools.permutations("BFG"))
+        found = (_pour(number, tasks, order, state, period) for order in itertools.permutations("BFW"))
         ways = [way for way in found if way is not None and way.processor < processors]
         if not ways:
             return None
