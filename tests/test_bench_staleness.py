@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 pytest.importorskip("rich")
 from bench import engine_training, staleness
-from layerpipe.theory.planning import stability as planning_stability
 from layerpipe.study import stability
 from layerpipe.study.optimizers import DelayedOptimizer
 from layerpipe.study.settings import Settings
 from layerpipe.study.training import DelayedTraining, Horizon, Task, train
-from layerpipe.theory.planning import stability
+from layerpipe.theory.planning import stability as planning_stability
 from tests.engine.delayed_training import DelayedTraining as Slow
 
 CONSTANT = Horizon(steps=1000, warmup=0, final=1.0)

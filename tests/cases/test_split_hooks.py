@@ -57,9 +57,8 @@ def test_a_hook_from_before_the_split_keeps_its_module_whole_and_is_called_while
 def test_a_block_that_is_kept_whole_weighs_as_much_as_its_layers() -> None:
     cut, whole = Blocks(), Blocks()
     whole.blocks[1].register_forward_hook(hook)
-    x = torch.randn(8, 6)
-    first, _ = split(whole, 2, (x,))
-    assert first(x).shape == split(cut, 2, (x,))[0](x).shape == x.shape  # both are cut between two blocks
+    first, _ = split(whole, 2, (X,))
+    assert first(X).shape == split(cut, 2, (X,))[0](X).shape == X.shape  # both are cut between two blocks
 
 
 def test_a_hook_that_changes_the_output_does_so_until_it_is_removed() -> None:

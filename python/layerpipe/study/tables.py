@@ -9,7 +9,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from layerpipe.theory.planning.memory import history_copies
 from layerpipe.study.methods import METHODS
 from layerpipe.study.results import Result, describe, errors_by_delay
 from layerpipe.study.stability import largest_stable_step
@@ -18,6 +17,7 @@ from layerpipe.study.tasks import LOSS, cut, measure_of, task
 from layerpipe.study.theory import theory
 from layerpipe.study.training import SCHEDULES
 from layerpipe.study.trial import Row
+from layerpipe.theory.planning.memory import history_copies
 
 #: Of the map of stable steps.
 DELAYS = (0, 1, 3, 7, 14)
