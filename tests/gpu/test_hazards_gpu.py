@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import layerpipe_kernels as lk
-from layerpipe_kernels.options import Moment
+from layerpipe_kernels.options import StepArguments
 from layerpipe_kernels.plan import Arrays
 from tests.gpu.test_step_gpu import on_gpu, plan_of
 from tests.kernels import steps
@@ -44,10 +44,10 @@ def test_sgd_has_the_cpus_bits_in_every_dtype(
     grad, master = (F32, dtype != F32) if wide else (dtype, False)
     case = Case("sgd", dtype, grad, ema, 2, True, master, counts=True, offset=offset, sizes=(0, 1, 7, 8193, 40_001))
     arrays, grads = case.make()
-    moment = Moment(t=9)
-    want = steps.run("sgd", arrays, grads, "cpp", case.options(), case.design(), moment)
+    args = StepArguments(t=9)
+    want = steps.run("sgd", arrays, grads, "cpp", case.options(), case.design(), args)
     there, grads_there = Arrays(*(on_gpu(x) for x in arrays)), [g.cuda() for g in grads]  # type: ignore[arg-type]
-    got = steps.run("sgd", there, grads_there, backend, case.options(), case.design(), moment)
+    got = steps.run("sgd", there, grads_there, backend, case.options(), case.design(), args)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(want.written(), got.written(), strict=True))
 
 
@@ -59,16 +59,16 @@ def test_a_thousand_tensors_over_steps_and_replays(backend: str) -> None:
     options, design = case.options(), case.design(delay=3)
     plan = plan_of(case, plain, grads, backend)
     for _ in range(6):
-        plan.step(grads, options, design, Moment(clock=clocks[0]))
+        plan.step(grads, options, design, StepArguments(clock=clocks[0]))
     plan = plan_of(case, captured, grads, backend)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        plan.step(grads, options, design, Moment(clock=clocks[1]))
+        plan.step(grads, options, design, StepArguments(clock=clocks[1]))
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        plan.step(grads, options, design, Moment(clock=clocks[1]))
+        plan.step(grads, options, design, StepArguments(clock=clocks[1]))
     for _ in range(5):
         graph.replay()
     torch.cuda.synchronize()
