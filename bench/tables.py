@@ -35,7 +35,10 @@ def markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def read(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    """Returns the content of a file, or of one of its runs: ``FILE#RUN``."""
+    file, _, run = name.partition("#")
+    content = json.loads((RESULTS / file).read_text(encoding="utf-8"))
+    return content["runs"][run] if run else content
 
 
 def study(name: str, model: str) -> str:
