@@ -129,7 +129,7 @@ def test_replicas_report_what_one_with_all_samples_does(four: Processes, tmp_pat
         main(["train", *options, "--executor", "serial", "--out", str(expected)])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     arguments = ["train", *options, "--executor", "distributed", "--dp", "2", "--out", str(found)]
-    said = four.all(programs.command, 4, ("127.0.0.1", store.port), str(tmp_path), arguments, True)
+    said = four.all(commands.command, 4, ("127.0.0.1", store.port), str(tmp_path), arguments, True)
     assert [status for status, _, _ in said] == [0] * 4, said
     assert [bool(printed) for _, _, printed in said] == [False, False, False, True]
     for one, other in zip(lines(found, "step"), lines(expected, "step"), strict=True):
