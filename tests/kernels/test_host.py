@@ -66,3 +66,11 @@ def test_nobody_waits_for_late_threads_and_these_touch_nothing(
     if "unexpected memory mapping" in done.stderr:
         pytest.skip("the thread sanitizer does not run on this kernel")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_plan_of_a_gpu_compiles_without_nvcc() -> None:
+    """So that a build without it finds what would break the other's."""
+    compiler = shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    compiled([compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Werror", "-DLP_CUDA", str(CSRC / "cuda/plan.cpp")])
