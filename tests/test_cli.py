@@ -120,6 +120,7 @@ def test_compare_takes_matched_norms_and_coupled_averages(tmp_path: Path) -> Non
     assert len({str(result["past_weight_error"]) for result in summary.values()}) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("past", ["blend:norm=match", "blend:decay=coupled"])
 def test_train_with_an_option_of_the_past_trains_otherwise(past: str, tmp_path: Path) -> None:
     losses = []

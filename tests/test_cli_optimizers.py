@@ -29,6 +29,7 @@ def config(path: Path) -> dict[str, Any]:
     return json.loads((path / "config.json").read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", DEFAULTS)
 def test_every_optimizer_trains_with_its_own_defaults(optimizer: str, tmp_path: Path) -> None:
     assert run("train", *MLP, *ALONE, "--optimizer", optimizer, "--out", str(tmp_path)) == 0
@@ -87,6 +88,7 @@ def test_a_gpt_learns_text_with_soap_beside_sequential_training(
         assert len([m for m in metrics(tmp_path) if m["run"] == name and m["event"] == "step"]) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_texts")
 def test_compare_takes_an_optimizer_and_texts(tmp_path: Path) -> None:
     options = ["--optimizer", "adamw", "--past", "blend,latest", "--seeds", "1", *ALONE]

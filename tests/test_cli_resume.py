@@ -53,6 +53,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 CHECKPOINTED = ["--checkpoint-every", "7", "--past", "blend", "--stages", "3"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("when", "optimizer"), [(9, "sgd"), (24, "sgd"), (9, "muon"), (16, "soap")])
 def test_a_resumed_run_is_the_one_that_was_not_interrupted(
     when: int, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

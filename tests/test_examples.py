@@ -28,6 +28,7 @@ def test_optimizer(tmp_path: Path) -> None:
     assert 0 < float(found[1]) < 0.02
 
 
+@pytest.mark.slow
 def test_pipeline_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     options = ("--epochs", "2", "--checkpoint", "run.pt")
@@ -39,6 +40,7 @@ def test_pipeline_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert [line.split(":")[0] for line in again[:-1]] == ["epoch 3"]
 
 
+@pytest.mark.slow
 def test_gpt(tmp_path: Path) -> None:
     pytest.importorskip("rich")
     out = run(tmp_path, "gpt.py", "--steps", "5", "--write", "5", "--executor", "serial")

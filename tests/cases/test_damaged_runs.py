@@ -336,6 +336,7 @@ def damaged(interrupted: Path, path: Path, number: int, capsys: pytest.CaptureFi
     return how, error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damages", [16, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])])
 def test_a_damaged_run_is_refused_in_a_line_or_goes_on_with_the_same_numbers(
     damages: int, interrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -127,6 +127,7 @@ def interrupted_run(out: Path, number: int, at: int, where: str, executor: str) 
     return end.value.code, [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: signal.Signals(n).name)
 @pytest.mark.parametrize(("where", "at"), [("bar", 3), ("metrics", 7), ("board", 20), ("flush", 11), ("checkpoint", 2)])
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -157,6 +158,7 @@ def test_a_signal_inside_what_a_run_writes_leaves_a_report_and_whole_files(
     assert [event.step for event in board.Scalars("loss/pipeline")] == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: signal.Signals(n).name)
 def test_a_signal_to_processes_leaves_the_same_report(number: int, tmp_path: Path) -> None:
     for module in ("typer", "sklearn", "matplotlib", "tensorboard"):

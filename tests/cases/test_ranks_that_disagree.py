@@ -8,6 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed import differing
+from tests.distributed.commands import one_command_each
 from tests.distributed.processes import Processes
 
 
@@ -69,7 +70,7 @@ def test_a_command_with_another_option_is_named_in_all(
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     other = ["train"] if option == "--resume" else RUN
     commands = [RUN, [*other, option, *([value] if value else [])]]
-    found = two.all(commands.one_command_each, 2, ("127.0.0.1", store.port), str(tmp_path), commands)
+    found = two.all(one_command_each, 2, ("127.0.0.1", store.port), str(tmp_path), commands)
     for status, error, _ in found:
         assert status == 2
         assert message in error

@@ -60,6 +60,7 @@ def in_those(two: Processes, monkeypatch: pytest.MonkeyPatch, directory: Path, *
     return "".join(printed for _, _, printed in found)
 
 
+@pytest.mark.slow
 def test_a_run_in_processes_reports_what_one_in_this_process_does(
     two: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

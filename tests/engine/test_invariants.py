@@ -241,7 +241,11 @@ def test_the_simulation_tells_stash_from_latest() -> None:
 @pytest.mark.invariant(3)
 @pytest.mark.parametrize(
     ("past", "schedule"),
-    [*((past, "lockstep") for past in ("stash", "latest", "ema", "momentum", "blend")), ("blend", "1f1b")],
+    [
+        ("stash", "lockstep"),
+        ("blend", "1f1b"),
+        *(pytest.param(past, "lockstep", marks=pytest.mark.slow) for past in ("latest", "ema", "momentum", "blend")),
+    ],
 )
 def test_serial_and_threads_give_the_same_weights(past: str, schedule: str) -> None:
     torch.set_num_threads(1)

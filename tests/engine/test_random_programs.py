@@ -69,6 +69,7 @@ def test_every_layer_trains_as_in_the_simulation(name: str, past: str) -> None:
     assert_trained_alike(["linear", name], [9, 4], "serial", False, schedule="lockstep", past=past)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     names=st.lists(st.sampled_from(sorted(ZOO)), min_size=1, max_size=4),

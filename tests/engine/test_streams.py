@@ -83,6 +83,7 @@ def sites() -> dict[Site, str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_wait_is_needed() -> None:
     """Each one left out is found; else it is one too many, or the detector sees nothing."""
     found = sites()

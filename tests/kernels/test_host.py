@@ -29,6 +29,7 @@ def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [compiler, *flags]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_gpu_threads_code_equals_the_cpus_bit_for_bit_under_sanitizers(sanitizers: list[str], tmp_path: Path) -> None:
     """Every rule and dtype, every size around a pack and a chunk, aligned and not; nothing outside its own memory."""
