@@ -58,14 +58,16 @@ def variants(meshes: list[tuple[int, int]]) -> list[Variant]:
     return found
 
 
-def step_of(variant: Variant, rank: int, case: Case, cuts: list[nn.Module], microbatches: int) -> Callable[[], object]:
-    """A step of this process."""
+def step_of(
+    variant: Variant, rank: int, case: Case, cuts: list[nn.Module], microbatches: int
+) -> tuple[Callable[[], object], Callable[[], None]]:
+    """A step of this process, and what ends it."""
     x, y = case.minibatch()
     if variant.name == "layerpipe":
         mesh = init_device_mesh("cpu", (variant.dp, variant.pp), mesh_dim_names=("dp", "pp"))
         pipe = layerpipe.Pipeline(cuts, loss_fn, our_sgd, schedule="lockstep", mesh=mesh)
         part = [each.chunk(pipe.replicas)[pipe.replica] for each in (x, y)]
-        return functools.partial(pipe.step, *part)
+        return functools.partial(pipe.step, *part), pipe.close
     if variant.name == "ddp":
         model = DistributedDataParallel(cuts[0])
         x, y = (each.chunk(variant.dp)[rank] for each in (x, y))
@@ -76,7 +78,7 @@ def step_of(variant: Variant, rank: int, case: Case, cuts: list[nn.Module], micr
             loss_fn(model(x), y).backward()
             optimizer.step()
 
-        return train
+        return train, lambda: None
     own = range(rank, len(cuts), variant.pp)
     stages = [PipelineStage(cuts[i], i, len(cuts), torch.device("cpu")) for i in own]
     schedule: Any
@@ -93,7 +95,7 @@ def step_of(variant: Variant, rank: int, case: Case, cuts: list[nn.Module], micr
         schedule.step(*inputs, **target)
         optimizer.step()
 
-    return train_in_pipe
+    return train_in_pipe, lambda: None
 
 
 def process(
@@ -111,7 +113,7 @@ def process(
     torch.manual_seed(0)
     size = variant.dp * variant.pp
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
-    step = step_of(variant, rank, case, cuts, microbatches)
+    step, close = step_of(variant, rank, case, cuts, microbatches)
     for _ in range(2 * variant.pp + 1):  # fill
         step()
     while steps := orders.get():
@@ -122,6 +124,7 @@ def process(
         dist.barrier()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
         said.put(((time.perf_counter() - start) / steps, peak))
+    close()
     dist.destroy_process_group()
 
 
