@@ -24,9 +24,7 @@ def docstrings(package: Path) -> Iterator[tuple[str, str]]:
                     yield f"{path.relative_to(package)}:{getattr(node, 'lineno', 1)}", text
 
 
-@pytest.mark.parametrize(
-    "package", [pytest.param(layerpipe_kernels), pytest.param(layerpipe, marks=pytest.mark.skip(reason="not yet"))]
-)
+@pytest.mark.parametrize("package", [layerpipe_kernels, layerpipe], ids=lambda package: package.__name__)
 def test_no_docstring_begins_as_a_question(package: object) -> None:
     root = Path(package.__file__).parent  # type: ignore[attr-defined]
     asked = [f"{place}: {text.splitlines()[0]}" for place, text in docstrings(root)

@@ -1,4 +1,4 @@
-"""What a drained pipeline goes on from, and the one file of it that is written and read by any number of processes."""
+"""Checkpoints of a drained pipeline: the one file that is written and read by any number of processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _OF_OPTIMIZERS: dict[str, Any] = {"stages": dict, "options": dict, "kinds": str}
 
 
 class Content(NamedTuple):
-    """What a drained pipeline goes on from: what every process knows, and what only those of a stage have."""
+    """The state that a drained pipeline goes on from: what every process knows, and what only those of a stage have."""
 
     common: dict[str, Any]
     own: dict[str, list[Any] | dict[str, Any]]  # "model", "optimizers", "accumulated" of this process's stages
@@ -137,7 +137,7 @@ def load(pipe: Pipeline, path: Path | None) -> dict[str, Any]:
 
 
 def own_optimizers(pipe: Pipeline) -> range:
-    """Which of all stages' optimizers are in this process, counted from the input."""
+    """Return the numbers of the optimizers in this process, counted from the input."""
     counts = pipe.ranks.gather(sum(stage.optimizer is not None for stage in pipe.stages))
     first = sum(counts[: pipe.ranks.rank])
     return range(first, first + counts[pipe.ranks.rank])

@@ -40,7 +40,7 @@ class _Operation(NamedTuple):
 
 
 class DeferredInit:
-    """What was done to tensors of the meta device while they were made; see :func:`deferred_init`."""
+    """Records what was done to tensors of the meta device while they were made; see :func:`deferred_init`."""
 
     def __init__(self) -> None:
         self._operations: list[_Operation] = []

@@ -1,4 +1,4 @@
-"""What a minibatch's inputs are to the first stage: positional and keyword arguments, as one tuple."""
+"""A minibatch's inputs as the first stage takes them: positional and keyword arguments, as one tuple."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def call(module: nn.Module, inputs: tuple[Any, ...]) -> Any:
 
 
 def results(output: Any) -> tuple[Any, ...]:
-    """What a module returned as a tuple: only a plain tuple is several values."""
+    """Return what a module returned as a tuple: only a plain tuple is several values."""
     return output if type(output) is tuple else (output,)
 
 

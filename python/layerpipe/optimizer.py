@@ -18,7 +18,7 @@ from layerpipe_kernels.past import Past
 
 
 class PipelineOptimizer(torch.optim.Optimizer):
-    """What schedulers, loggers and checkpoints see: the parameter groups of every stage in one list.
+    """The optimizer that schedulers, loggers and checkpoints see: the parameter groups of every stage in one list.
 
     Options set here, such as a scheduler's learning rate, reach a stage with the next tick that is submitted; a tick
     that already runs keeps those it was submitted with. What an optimizer changes in its groups itself, such as a step
@@ -238,7 +238,8 @@ def common_optimizer(
 
 
 def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """What other processes see of these stages' parameter groups: no parameters, and nothing that no message holds."""
+    """Return what other processes see of these stages' parameter groups: no parameters, and nothing that no message
+    holds."""
     return [
         {key: value for key, value in frozen_options(group).items() if not holds_function(value)}
         for optimizer in optimizers
@@ -247,7 +248,7 @@ def options_of(optimizers: Sequence[torch.optim.Optimizer]) -> list[dict[str, An
 
 
 def holds_function(value: Any) -> bool:
-    """Whether an option is a function, or a kind of past weights with one, which its group could not spell."""
+    """Return whether an option is a function, or a kind of past weights with one, which its group could not spell."""
     return callable(value) or isinstance(value, Past)
 
 
@@ -265,7 +266,7 @@ def joined(states: Sequence[dict[str, Any]], own: Sequence[range]) -> dict[str, 
 
 
 def part(state: dict[str, Any], stages: range) -> dict[str, Any]:
-    """What a process with these stages, counted among those with parameters, has of what :func:`joined` made."""
+    """Return a process's part of what :func:`joined` made; stages are counted among those with parameters."""
     own: dict[str, Any] = {key: state[key][stages.start : stages.stop] for key in ("stages", "kinds") if key in state}
     return {**own, "options": state["options"]}
 

@@ -1,4 +1,4 @@
-"""Which minibatches may follow each other: a policy, asked about each of them and shown what it may know."""
+"""Decides which minibatches may follow each other: a policy, asked about each of them and shown what it may know."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Pacing:
         self._known: collections.deque[Tensor] = collections.deque()  # and not shown yet
 
     def next(self) -> bool:
-        """Whether the next minibatch may follow the one before it; counts it."""
+        """Return whether the next minibatch may follow the one before it; counts it."""
         if self.policy.needs_losses:
             self._show(self.minibatches - self._lag)
         self.minibatches += 1

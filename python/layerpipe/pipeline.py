@@ -271,7 +271,7 @@ class Pipeline(Network):
 
     @property
     def synchronous(self) -> bool:
-        """Whether a policy lets minibatches through one at a time at present."""
+        """Return whether the policy lets minibatches through one at a time at present."""
         return self._accumulations[0].synchronous
 
     @property
@@ -362,12 +362,12 @@ class Pipeline(Network):
 
     @property
     def replica(self) -> int:
-        """Which replica this process holds stages of, from 0: it takes minibatches of its own."""
+        """The replica that this process holds stages of, from 0: it takes minibatches of its own."""
         return self.ranks.replica
 
     @property
     def replicas(self) -> int:
-        """How many replicas of the stages there are, in as many processes each."""
+        """The number of replicas of the stages, in as many processes each."""
         return self.ranks.replicas
 
     def load_state_dict(self, state: dict[str, Any], strict: bool = True) -> None:
@@ -453,7 +453,7 @@ class Pipeline(Network):
         return self.ranks.by_stage([dict(stage.measured) for stage in self.stages])
 
     def memory(self) -> list[StageMemory]:
-        """What each stage has kept so far, measured from the tensors themselves."""
+        """Return the bytes that each stage has kept so far, counted on the tensors themselves."""
         self._synchronize()
         return self.ranks.by_stage([stage_memory(stage) for stage in self.stages])
 

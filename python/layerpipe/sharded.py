@@ -129,7 +129,7 @@ def packed(prefix: str, value: Any) -> dict[str, Tensor]:
 
 
 def unpacked(prefix: str, found: dict[str, Tensor]) -> Any:
-    """What :func:`packed` was given.
+    """Return what :func:`packed` was given.
 
     Raises:
         CheckpointError: it is not there.
@@ -148,7 +148,7 @@ def unpacked(prefix: str, found: dict[str, Tensor]) -> Any:
 
 
 def _together(pipe: Pipeline, call: Callable[[], Any]) -> Any:
-    """What a call returns here; where it raises in one process, it does in all."""
+    """Return what a call returns here; where it raises in one process, it does in all."""
     value, error = None, None
     try:
         value = call()

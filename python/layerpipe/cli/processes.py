@@ -37,7 +37,7 @@ def started(alone: bool) -> bool:
 
 
 def restarted() -> bool:
-    """Whether torchrun has started the processes again, after one of them died."""
+    """Return whether torchrun has started the processes again, after one of them died."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 

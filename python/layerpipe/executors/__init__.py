@@ -46,7 +46,8 @@ def per_stage(threads: int | Sequence[int] | None, stages: int) -> list[int] | N
 
 
 def random_numbers(name: str, stages: Sequence[nn.Module], ranks: Ranks) -> list[RandomNumbers | None]:
-    """What each stage draws from, the same numbers under every executor; ``None`` where that is torch's generator.
+    """Return the random numbers that each stage draws from, the same numbers under every executor; ``None`` where that
+    is torch's generator.
 
     Which it is for a stage alone, whose training is a plain loop's; for graphs, which refuse to draw; and for compiled
     stages in threads.

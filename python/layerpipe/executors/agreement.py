@@ -1,4 +1,4 @@
-"""What all processes of a pipeline must have been given alike, looked at before the first minibatch."""
+"""Checks that all processes of a pipeline have been given the same, before the first minibatch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who runs the stages, and what every executor must do."""
+"""The interface of executors, which run the stages."""
 
 from __future__ import annotations
 
@@ -67,21 +67,22 @@ class Executor(ABC):
         self.synchronize()
 
     def clocks(self) -> Sequence[Clock]:
-        """What times each stage's work in a trace that begins now.
+        """Return the clocks that time each stage's work in a trace that begins now.
 
         :meth:`settle` comes before, and again before what they have marked is read.
         """
         return [HostClock()] * len(self.names)
 
     def channel(self, name: str, sender: int, receiver: int) -> Channel:
-        """What one stage hands tensors to another through; the caller counts as the stage it feeds."""
+        """Return the channel through which one stage hands tensors to another; the caller counts as the stage it
+        feeds."""
         device = self.devices[receiver] if self.devices is not None else None
         if self.links is not None and (link := self.links.channel(name, sender, receiver, device)) is not None:
             return link
         return Channel(name, blocking=self.blocking, device=device)
 
     def acting(self, stages: Sequence[Any]) -> Sequence[Any]:
-        """What does the stages' work: they themselves, or others in their place."""
+        """Return what does the stages' work: they themselves, or others in their place."""
         return stages
 
     def latency(self, schedule: Schedule) -> int:
@@ -109,7 +110,7 @@ class Executor(ABC):
         return list(losses)
 
     def inside_stage(self) -> bool:
-        """Whether the caller is inside an action: called by a stage's module, the loss or an optimizer."""
+        """Return whether the caller is inside an action: called by a stage's module, the loss or an optimizer."""
         return self._acts == threading.get_ident()
 
     def check_outside(self) -> None:

@@ -1,4 +1,4 @@
-"""What a stage must be like for its step to be captured in a graph."""
+"""Checks that a stage's step can be captured in a graph."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def own_learning_rates(stage: Stage, device: torch.device) -> None:
 
 
 def addresses(stage: Stage) -> list[Any]:
-    """What a graph has become part of: where things are, and the modes of the layers."""
+    """Return what a captured graph depends on: where things are, and the modes of the layers."""
     module, optimizer = stage.module, stage.optimizer
     found: list[Any] = [m.training for m in module.modules()]
     found += [t.data_ptr() for t in (*stage.all_params, *module.buffers())]
@@ -61,7 +61,7 @@ def addresses(stage: Stage) -> list[Any]:
 
 
 def count_update(stage: Stage) -> None:
-    """What the host counts of a step that was replayed: of a group without a past, whose clock nobody reads."""
+    """Count a step that was replayed, on the host: of a group without a past, whose clock nobody reads."""
     for group in groups(stage):
         if isinstance(group.get("updates"), int):
             group["updates"] += 1
@@ -80,7 +80,7 @@ def uncounted(stage: Stage) -> Iterator[None]:
 
 
 def held_by(stage: Stage) -> list[Any]:
-    """What a captured step reads and its graph does not keep: for as long as that is replayed."""
+    """Return tensors that a captured step reads and its graph does not keep: for as long as that is replayed."""
     optimizer = stage.optimizer
     states = [dict(s) for s in optimizer.state.values() if isinstance(s, dict)] if optimizer is not None else []
     return [*states, *optimizer.tables()] if isinstance(optimizer, FusedOptimizer) else states
@@ -88,7 +88,7 @@ def held_by(stage: Stage) -> list[Any]:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """What is collected may wait for the device, such as a pipeline that was forgotten, and that breaks a capture."""
+    """Keep the garbage collector from running: it may wait for the device, which breaks a capture."""
     was = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""How neighbouring stages hand tensors to each other inside one process."""
+"""Channels through which neighbouring stages of one process hand tensors to each other."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Lent(tuple[Any, ...]):
         return lent
 
     def was_read(self, stream: Any) -> None:
-        """Whoever got them has them, once this stream has done what it was given."""
+        """Note that the receiver has read them, once this stream has done what it was given."""
         if self.read is not None:
             self.read.record(stream)
 

@@ -65,7 +65,7 @@ class _Slot:
 
 
 class CapturedStage:
-    """What the pipeline calls in a :class:`Stage`'s place.
+    """A captured stage, called in a :class:`Stage`'s place.
 
     Args:
         lane: the stage and its streams.
@@ -93,7 +93,7 @@ class CapturedStage:
         return self.stage.spans
 
     def ready(self) -> bool:
-        """Whether the delay has filled up: from here on every tick is like the next."""
+        """Return whether the delay has filled up: from here on every tick is like the next."""
         return not self.stage.accumulation.synchronous and self.stage.version - self.stage.base > self.stage.delay
 
     def revalidate(self) -> None:

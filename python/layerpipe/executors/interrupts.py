@@ -16,7 +16,7 @@ _get, _set = _signals.getsignal, _signals.signal
 
 
 class _Handler:
-    """What is called for one signal: the handler that was there before, unless somebody holds it back at present."""
+    """Handles one signal: the handler that was there before, unless somebody holds it back at present."""
 
     __slots__ = ("before", "held")
 

@@ -1,4 +1,5 @@
-"""Which process is which: a device mesh's replicas (``"dp"``) by processes of a pipeline (``"pp"``)."""
+"""The places of processes in a device mesh: a device mesh's replicas (``"dp"``) by processes of a pipeline
+(``"pp"``)."""
 
 from __future__ import annotations
 
@@ -98,7 +99,8 @@ def _group(ranks: list[int]) -> Any:
 
 
 def _timeout(group: Any) -> datetime.timedelta:
-    """What :func:`torch.distributed.init_process_group` was given; new groups have torch's default otherwise."""
+    """Return the timeout that :func:`torch.distributed.init_process_group` was given; new groups have torch's default
+    otherwise."""
     try:
         timeout: datetime.timedelta = group._get_backend(group._device_types[0]).options._timeout
     except AttributeError:  # a torch that has renamed it

@@ -1,4 +1,4 @@
-"""What processes that wait for each other's replicas leave in torch's store: that one of them ended, and why.
+"""Notices in torch's store for processes that wait for each other's replicas: that one of them ended, and why.
 
 A replica that ended sends no gradient, and whoever averages with it would wait until the group's timeout. A wait looks
 here once a second.

@@ -1,4 +1,4 @@
-"""Which device each stage is on."""
+"""The device of each stage."""
 
 from __future__ import annotations
 

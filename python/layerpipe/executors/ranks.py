@@ -1,4 +1,4 @@
-"""Which process holds which stages of which replica, and how processes tell each other what only one of them knows."""
+"""The stages and replicas of each process, and collectives for what only one process knows."""
 
 from __future__ import annotations
 
@@ -129,11 +129,11 @@ class Ranks:
         return [value for values in self.gather(list(own)) for value in values]
 
     def told(self, value: Any, by: int) -> Any:
-        """What one process of this replica has."""
+        """Broadcast what one process of this replica has."""
         return self._told(value, self.rank == by, by, self.group)
 
     def told_all(self, value: Any, by: int) -> Any:
-        """What one of all processes has."""
+        """Broadcast what one of all processes has."""
         return self._told(value, self.process == by, by, self.everyone)
 
     def _told(self, value: Any, tells: bool, by: int, group: Any) -> Any:
@@ -145,7 +145,7 @@ class Ranks:
 
 
 def holder(stage: int, stages: int, processes: int) -> int:
-    """Which of so many processes holds a stage of so many."""
+    """Return which of so many processes holds a stage of so many."""
     return stage * processes // stages
 
 

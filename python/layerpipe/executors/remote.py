@@ -56,7 +56,7 @@ class _Kind(NamedTuple):
 
 
 class _Layout:
-    """Where the tensors of a message lie."""
+    """The layout of a message's tensors."""
 
     def __init__(self, kinds: Sequence[_Kind | None]) -> None:
         self.kinds = list(kinds)
@@ -269,7 +269,7 @@ class Incoming(_End):
 
 
 class Evaluation:
-    """How a network's inputs and output cross processes outside training; nothing to do where there is one."""
+    """Passes a network's inputs and output between processes outside training; nothing to do where there is one."""
 
     def __init__(self, ranks: Ranks, names: Sequence[str], device: torch.device) -> None:
         self._ranks, self._device = ranks, device
@@ -283,7 +283,7 @@ class Evaluation:
             self._to = Outgoing("evaluation", Peer(ranks.group, ranks.rank + 1, len(names) + stop, names[stop]))
 
     def inputs(self, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What this process's stages take, where the network takes ``given``."""
+        """Return what this process's stages take, where the network takes ``given``."""
         return given if self._from is None else self._from.get()
 
     def output(self, values: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -98,7 +98,7 @@ class Lane:
 
 
 def ring(lag: int) -> int:
-    """How many streams keep a stage's forward apart from the backward of ``lag`` minibatches ago."""
+    """Return the number of streams that keep a stage's forward apart from the backward of ``lag`` minibatches ago."""
     return next(k for k in range(1, lag + 3) if lag % k or not lag)
 
 

@@ -79,5 +79,5 @@ class Accumulation:
             param.grad = None if grad is None else grad.to(param.device, copy=True)
 
     def loss_gradient(self, loss: Tensor) -> Tensor | None:
-        """What the backward of a loss begins with; ``None`` stands for 1."""
+        """Return the gradient that the backward of a loss begins with; ``None`` stands for 1."""
         return None if self.every == 1 else torch.full_like(loss, 1 / self.every)

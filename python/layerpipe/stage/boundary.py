@@ -1,4 +1,5 @@
-"""What crosses a stage's boundaries: tensors cut off from the graph of the stage before, to which they were tied."""
+"""Tensors that cross a stage's boundaries: tensors cut off from the graph of the stage before, to which they were
+tied."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ class StageInputs:
         self._changed: dict[int, bool] = {}  # of each input that needs a gradient, once its layers have run
 
     def given(self, leaves: Tensors) -> Tensors:
-        """What the layers get: the leaves, or what may be changed in place; at first all of them may."""
+        """Return what the layers get: the leaves, or what may be changed in place; at first all of them may."""
         return tuple(
             [_Computed.apply(x) if x.requires_grad and self._changed.get(i, True) else x for i, x in enumerate(leaves)]
         )

@@ -10,7 +10,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class Flight:
-    """What a stage keeps of a minibatch in flight.
+    """A minibatch in flight, as a stage keeps it.
 
     Args:
         version: how many updates the stage had made before the forward.

@@ -19,7 +19,7 @@ from layerpipe.stage.copies import depth_first
 
 
 class Owners:
-    """Which stage has which parameter. Keeps none of them alive: other processes' are let go of.
+    """Maps parameters to the stages that own them. Keeps none of them alive: other processes' are let go of.
 
     Args:
         stages: of the whole pipeline.
@@ -38,7 +38,7 @@ class Owners:
         return found
 
     def memory(self, stage: int) -> list[tuple[int, int, str]]:
-        """Where the trained weights of other stages begin and end, in this order, and their names."""
+        """Return where the trained weights of other stages begin and end in memory, in this order, and their names."""
         return sorted(
             (param.data_ptr(), param.data_ptr() + param.nbytes, name)
             for param, (owner, name) in self._names.items()

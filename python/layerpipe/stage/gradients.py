@@ -1,4 +1,4 @@
-"""What is done to the gradients of a stage's weights, without a change to those of its inputs and outputs.
+"""Gradients of a stage's weights: clipped and checked, without a change to those of its inputs and outputs.
 
 A weight's gradient may be a view of the memory of a gradient that is on its way upstream, or of one that came from the
 next stage, which has weights of its own that it may be a gradient of.
@@ -35,7 +35,7 @@ def clip(params: Iterable[Tensor], max_norm: float, network: NetworkNorm | None 
 
 
 def runs_hooks(optimizer: Any) -> bool:
-    """Whether hooks run before an optimizer's step, which may write into gradients."""
+    """Return whether hooks run before an optimizer's step, which may write into gradients."""
     if torch_optimizer._global_optimizer_pre_hooks:
         return True
     return bool(getattr(optimizer, "_optimizer_step_pre_hooks", None))

@@ -1,4 +1,4 @@
-"""Which parameters of a stage have a past."""
+"""Finds the parameters of a stage that have a past."""
 
 from __future__ import annotations
 

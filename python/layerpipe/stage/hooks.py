@@ -1,4 +1,4 @@
-"""What a forward does with autograd's hooks for saved tensors, besides those of its stage.
+"""Saved-tensor hooks that a forward sets itself, besides those of its stage.
 
 torch has one stack of such hooks per thread, and only the topmost are called. So what is saved under hooks that a
 forward enters itself (``save_on_cpu``, ``torch.utils.checkpoint``) passes a stage's by, and ``torch.func`` refuses to

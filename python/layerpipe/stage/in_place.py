@@ -221,7 +221,7 @@ def _name_of(func: Any) -> str:
 
 
 def _writes(func: Any) -> bool:
-    """Whether a function writes to its first argument."""
+    """Return whether a function writes to its first argument."""
     name = _name_of(func)
     if name.endswith("_") and not name.endswith("__"):
         return name not in _NO_WRITES
@@ -229,6 +229,6 @@ def _writes(func: Any) -> bool:
 
 
 def _is_property(func: Any) -> bool:
-    """Whether a function only looks at what kind of tensor it is given, or at its gradient."""
+    """Return whether a function only looks at what kind of tensor it is given, or at its gradient."""
     name = _name_of(func)
     return name in ("__get__", "__set__") and getattr(func.__self__, "__name__", "data") not in _VALUES

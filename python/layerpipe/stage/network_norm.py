@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class NetworkNorm:
-    """What one stage knows of all.
+    """The norm of the network's gradient, as one stage knows it.
 
     Args:
         stage: its index.

@@ -87,13 +87,13 @@ def frozen_options(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def holds_what_changes(group: dict[str, Any]) -> bool:
-    """Whether an option of a group may change and stay the same object."""
+    """Return whether an option of a group may change and stay the same object."""
     plain = _PLAIN
     return any(changes_in_place(v) for k, v in group.items() if type(v) not in plain and k not in _OWN)
 
 
 def changes_in_place(value: Any) -> bool:
-    """Whether a value may change and stay the same object: a tensor, an array, a list."""
+    """Return whether a value may change and stay the same object: a tensor, an array, a list."""
     if type(value) in _PLAIN:
         return False
     if isinstance(value, Tensor):
@@ -106,7 +106,8 @@ def changes_in_place(value: Any) -> bool:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values of an option are equal; a number and a tensor of one element, in the tensor's precision."""
+    """Return whether two values of an option are equal; a number and a tensor of one element, in the tensor's
+    precision."""
     if a is b:
         return True
     if isinstance(b, Tensor):

@@ -119,7 +119,7 @@ def _states(torchs: bool) -> list[tuple[str, Any]]:
 
 
 def _positions() -> tuple[Any, ...]:
-    """What any draw changes, read in a microsecond."""
+    """Return what any draw changes, read in a microsecond."""
     numbers = _numpys()
     return (
         _python_position().value,

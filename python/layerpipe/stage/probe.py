@@ -1,4 +1,4 @@
-"""How far the reconstructed past weights are from the true ones, measured while training on a sample of them."""
+"""Measures how far reconstructed past weights are from the true ones, while training on a sample of them."""
 
 from __future__ import annotations
 

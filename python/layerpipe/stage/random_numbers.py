@@ -1,4 +1,4 @@
-"""What a stage's random layers draw from: numbers of its own, whoever runs the stages and in whatever order.
+"""Random numbers of a stage's layers: numbers of its own, whoever runs the stages and in whatever order.
 
 torch has one generator for all threads of a process. Workers that drew from it would take numbers in the order they
 come, and :mod:`torch.utils.checkpoint`, which sets it back for a recomputation, would set it back for all of them.
@@ -80,11 +80,11 @@ class RandomNumbers(ABC):
 
     @property
     def draws(self) -> bool:
-        """Whether anything has drawn so far."""
+        """Return whether anything has drawn so far."""
         return any(self._draws.values())
 
     def look_again(self) -> None:
-        """What has not drawn may do so from now on: the mode of the layers, or they themselves, may have changed."""
+        """Expect draws from now on: the mode of the layers, or they themselves, may have changed."""
         self._draws = {what: True for what, draws in self._draws.items() if draws}
 
     def during(self, what: str) -> AbstractContextManager[object]:
@@ -107,7 +107,7 @@ class RandomNumbers(ABC):
 
     @property
     def refuses_recomputation(self) -> bool:
-        """Whether the layers draw and must not be called again in a backward."""
+        """Return whether the layers draw and must not be called again in a backward."""
         return False
 
     def recomputing(self, known: bool) -> AbstractContextManager[object]:

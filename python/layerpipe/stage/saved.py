@@ -1,4 +1,4 @@
-"""What autograd keeps of a stage's forward: activations as they are, weights as where they are.
+"""Tensors that autograd keeps of a stage's forward: activations as they are, weights as where they are.
 
 Autograd saves references to parameters, which the optimizer then changes in place. A stage packs them as ``(parameter,
 view)`` and hands the backward the same view of the past weights ``What(t - n)`` instead, made layer by layer, just in
@@ -40,7 +40,7 @@ class _Use:
 
 
 class _Kind(NamedTuple):
-    """How the numbers in memory are read: a real weight as complex, a complex one conjugated."""
+    """The way that numbers in memory are read: a real weight as complex, a complex one conjugated."""
 
     dtype: torch.dtype
     conjugated: bool

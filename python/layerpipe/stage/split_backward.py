@@ -29,8 +29,8 @@ _VIEWS = ("TBackward", "TransposeBackward", "ViewBackward", "PermuteBackward", "
 
 
 class _Arrived:
-    """What arrives at a node, its hooks included: noted in the first part, and in the second, in which the hooks run
-    again, put in the place of what they make of it then."""
+    """Gradients that arrive at a node, its hooks included: noted in the first part, and in the second, in which the
+    hooks run again, put in the place of what they make of it then."""
 
     __slots__ = ("grads",)
 

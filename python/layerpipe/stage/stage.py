@@ -146,7 +146,7 @@ class Stage:
 
     @contextlib.contextmanager
     def rehearsal(self) -> Iterator[None]:
-        """What passes through in here is no minibatch and nobody watches it: all counts are then as they were.
+        """Run forwards and backwards that are no minibatch's and are not counted: all counts are then as they were.
 
         Weights, gradients and the optimizer's state are left as they have become.
         """
@@ -315,11 +315,11 @@ class Stage:
 
     @property
     def half_done(self) -> bool:
-        """Whether a split backward has left something to do for :meth:`backward_weights`."""
+        """Return whether a split backward has left something to do for :meth:`backward_weights`."""
         return self._rest is not None
 
     def backward_weights(self) -> None:
-        """What a split backward has left to do; nothing otherwise."""
+        """Do what a split backward has left to do; nothing otherwise."""
         if self._rest is None:
             return
         start = None if self.spans is None else self.spans.now()
@@ -374,8 +374,8 @@ class Stage:
         self.restart()
 
     def look_again(self) -> None:
-        """Whether layers draw random numbers, or change their inputs in place, and which buffers there are may have
-        changed."""
+        """Find out anew whether layers draw random numbers or change their inputs in place, and their buffers: these
+        may have changed."""
         self._inputs = StageInputs()
         if self.accumulation.late:
             self.in_place.buffers = list(self.module.buffers())
@@ -384,7 +384,8 @@ class Stage:
 
     @property
     def recomputes(self) -> bool:
-        """Whether a backward has needed past weights in the weights' own memory so far, as one that recomputes does."""
+        """Return whether a backward has needed past weights in the weights' own memory so far, as one that recomputes
+        does."""
         return self.in_place.used
 
     @property
@@ -401,7 +402,7 @@ class Stage:
         self.spans = self._saved.spans = spans
 
     def mark(self) -> Any:
-        """Where a span begins, for :meth:`span`; nothing while nobody watches."""
+        """Note where a span begins, for :meth:`span`; nothing while nobody watches."""
         return None if self.spans is None else self.spans.now()
 
     def span(self, name: str, start: Any) -> None:

@@ -41,8 +41,8 @@ def _within(optimizer: Any) -> Iterator[Any]:
 
 
 def unknown(optimizer: Any) -> bool:
-    """Whether an optimizer may step in some minibatches only, or keep gradients from one to the next: neither ours nor
-    torch's do."""
+    """Return whether an optimizer may step in some minibatches only, or keep gradients from one to the next: neither
+    ours nor torch's do."""
     inner = _innermost(optimizer)
     return type(inner).__module__.partition(".optim")[0] not in ("torch", "layerpipe_kernels") or _clears(inner)
 
@@ -54,7 +54,7 @@ def _innermost(optimizer: Any) -> Any:
 
 
 def _clears(optimizer: Any) -> bool:
-    """Whether it has a ``zero_grad`` of its own."""
+    """Return whether it has a ``zero_grad`` of its own."""
     zero_grad = getattr(optimizer, "zero_grad", None)
     return getattr(zero_grad, "__func__", zero_grad) is not torch.optim.Optimizer.zero_grad
 

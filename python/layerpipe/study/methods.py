@@ -1,4 +1,4 @@
-"""What is done about delays: one name for each method, with its formula and its source.
+"""Methods against delays: one name for each method, with its formula and its source.
 
 ``W`` are a stage's weights, ``n`` its delay in updates, ``u`` an update, ``m̂`` the average of gradients ``g`` and ``P``
 the optimizer's preconditioner, as in :mod:`layerpipe.study.optimizers`. A method fixes what it names and leaves the

@@ -22,7 +22,7 @@ PIPEMARE_KIND = "pipemare"
 
 
 def parse(text: str) -> Past:
-    """What a string spells: a kind of :mod:`layerpipe_kernels.past` without a dtype and a norm, or ``pipemare``.
+    """Parse a string: a kind of :mod:`layerpipe_kernels.past` without a dtype and a norm, or ``pipemare``.
 
     Raises:
         ValueError: an unknown kind or option, or one that is not simulated.
@@ -86,7 +86,7 @@ class PastWeights:
                 average[i] = e
 
     def at(self, newest: Sequence[Tensor], n: int) -> list[Tensor]:
-        """What the forward of ``n`` updates ago saw, estimated from what the newest one sees."""
+        """Return what the forward of ``n`` updates ago saw, estimated from what the newest one sees."""
         if not n or isinstance(self.kind, Latest):
             return list(newest)
         taps, update_tap = self._taps(n)

@@ -1,4 +1,4 @@
-"""What a study has found, row by row, beside training without a delay."""
+"""Results of a study, row by row, beside training without a delay."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Result:
 
     @property
     def diverged(self) -> int:
-        """How many seeds did."""
+        """Number of seeds that diverged."""
         return sum(outcome.diverged for outcome in self.outcomes.values())
 
     @property

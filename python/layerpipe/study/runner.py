@@ -70,7 +70,7 @@ class Records:
         return ended
 
     def everything(self, spec: Spec) -> Found:
-        """What has ended of an interrupted study, up to where it is known which learning rates are chosen."""
+        """Return what has ended of an interrupted study, up to where it is known which learning rates are chosen."""
         found = self.found(spec.tuning())
         return found if len(found) < len(spec.tuning()) else found | self.found(reported(spec, found))
 
@@ -87,14 +87,14 @@ def save(path: Path, spec: Spec, found: Found, sittings: Sequence[dict[str, Any]
 
 
 def load(path: Path) -> tuple[Spec, Found, list[dict[str, Any]]]:
-    """What :func:`save` wrote."""
+    """Return what :func:`save` wrote."""
     values = json.loads(path.read_text(encoding="utf-8"))
     found = {Trial.from_json(each["trial"]): Outcome(**each["outcome"]) for each in values["trials"]}
     return Spec.from_json(values["study"]), found, values["sittings"]
 
 
 def environment(command: Sequence[str]) -> dict[str, Any]:
-    """What a study ran on, by which options of ``layerpipe``."""
+    """Return what a study ran on, by which options of ``layerpipe``."""
     return {
         "layerpipe": layerpipe.__version__,
         "torch": torch.__version__,

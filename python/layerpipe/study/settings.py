@@ -63,7 +63,7 @@ class Settings:
         return max(self.beta1, 1 - 1 / (self.beta1_delay * n)) if self.beta1_delay * n > 1 else self.beta1
 
     def rescaling(self, n: float, step: int) -> float:
-        """What the learning rate of a stage with delay ``n`` is divided by in its ``step``-th update, from 0."""
+        """Return what the learning rate of a stage with delay ``n`` is divided by in its ``step``-th update, from 0."""
         power = self.lr_delay
         if self.lr_delay_steps:
             power *= max(0.0, 1 - step / self.lr_delay_steps)

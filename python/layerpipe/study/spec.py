@@ -1,4 +1,4 @@
-"""What a study trains, from a TOML file or from options of the command line.
+"""The trainings of a study, from a TOML file or from options of the command line.
 
 Every table ``[[grid]]`` stands for all combinations of its values; what is said outside of them holds for all::
 
@@ -90,7 +90,7 @@ class Spec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Spec:
-        """What :meth:`to_json` gave."""
+        """Make a study of :meth:`to_json`'s result."""
         return cls(
             name=values["name"],
             rows=tuple(Row(**row) for row in values["rows"]),
@@ -108,7 +108,7 @@ class Spec:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a TOML file says.
+    """Read a TOML file.
 
     Raises:
         UsageError: it is not there, or is no TOML.

@@ -1,4 +1,4 @@
-"""How large a delayed step may be on a quadratic, with spike compensation and weight prediction.
+"""The largest stable delayed step on a quadratic, with spike compensation and weight prediction.
 
 Gradients come ``n`` updates late and are averaged with decay ``β``, the newest one weighs ``b = 1 − β^(c n)``, and the
 forward is at ``F = W − h n u``. Solutions are sums of powers of the roots ``z`` of::

@@ -62,7 +62,7 @@ def _student_tail(t: float, degrees: int) -> float:
 
 
 def verdict(differences: Sequence[float], *, lower_is_better: bool) -> str:
-    """What differences within seeds say of a row beside the one that they are to."""
+    """Return what differences within seeds say of a row beside the one that they are to."""
     if all(difference == 0 for difference in differences):
         return "the same"
     good = [difference < 0 if lower_is_better else difference > 0 for difference in differences]

@@ -148,7 +148,8 @@ def survival_table(found: Sequence[Result], tuned: Sequence[tuple[Row, float, bo
 def memory_table(
     found: Sequence[Result], root: Path, kinds: Sequence[str] = ("stash", "ema", "blend", "blend:order=3", "latest")
 ) -> Table:
-    """What the past weights of one network take, by kind and by the stages of the study, in copies of its weights.
+    """Table of what the past weights of one network take, by kind and by the stages of the study, in copies of its
+    weights.
 
     Counts every stage's weights as often as its history keeps them; activations, optimizer states and the scratch
     memory for one past weight come on top, and are the same for all kinds but the last.

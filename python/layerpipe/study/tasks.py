@@ -1,4 +1,4 @@
-"""What a study trains: the networks and data sets of ``layerpipe train``, cut by ``layerpipe.split``."""
+"""Tasks of a study: the networks and data sets of ``layerpipe train``, cut by ``layerpipe.split``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_VALIDATED = 1000
 
 
 class Measure(NamedTuple):
-    """How good a network is said to be."""
+    """A measure of a network's quality."""
 
     unit: str
     better: Callable[[float, float], bool]  # whether the first is better

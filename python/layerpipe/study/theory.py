@@ -1,4 +1,4 @@
-"""How near past weights should come: what their filters leave out of a sum of correlated updates."""
+"""The error that past weights should have: what their filters leave out of a sum of correlated updates."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class DelayedTraining:
         return total
 
     def _past(self, stage: int, n: int) -> list[Tensor]:
-        """What the backward of a minibatch sees whose forward was ``n`` updates ago."""
+        """Return what the backward of a minibatch sees whose forward was ``n`` updates ago."""
         true, newest, past = self.versions[stage][-1 - n], self.versions[stage][-1], self.past[stage]
         if past.exact or not n:
             return true

@@ -27,7 +27,7 @@ POINTS = 40
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What is compared: everything that trials with other seeds and learning rates have in common.
+    """A row of a comparison: everything that trials with other seeds and learning rates have in common.
 
     Attributes:
         past: of a method that does not say it, see :mod:`layerpipe.study.past`.
@@ -130,7 +130,7 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a trial gave.
+    """The outcome of a trial.
 
     Attributes:
         quality: on test data, in the unit of :func:`layerpipe.study.tasks.measure_of`; NaN where it diverged.
