@@ -26,7 +26,7 @@ from bench import headlines
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Blocks that need several processes, a device or a package that the tests do without.
-NOT_RUN = {"distributed.md": 2, "executors.md": 1, "optimizers.md": 1}
+NOT_RUN = {"distributed.md": 3, "executors.md": 1, "optimizers.md": 1}
 
 
 class Block(NamedTuple):
