@@ -137,6 +137,8 @@ def test_a_signal_inside_what_a_run_writes_leaves_a_report_and_whole_files(
     for module in ("typer", "sklearn", "matplotlib", "tensorboard"):
         pytest.importorskip(module)
     handler = signal.getsignal(number)
+    if handler is signal.SIG_IGN:
+        pytest.skip("whoever started the tests ignores this signal, as nohup does")
     status, lines = interrupted_run(tmp_path / "run", number, at, where, executor)
     assert status == 128 + number
     assert signal.getsignal(number) == handler

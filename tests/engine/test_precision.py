@@ -41,7 +41,8 @@ def test_loaded_weights_replace_their_masters() -> None:
         for x, y in data:
             pipe.step(x, y)
         pipe.drain()
-        assert_equal_state({name: start[name] for name, _ in pipe.named_parameters()}, pipe.state_dict())
+        names, end = [name for name, _ in pipe.named_parameters()], pipe.state_dict()
+        assert_equal_state({name: start[name] for name in names}, {name: end[name] for name in names})
 
 
 @pytest.mark.parametrize("executor", EXECUTORS)

@@ -19,6 +19,7 @@ import torch
 import layerpipe
 from layerpipe.errors import UsageError
 from layerpipe.machine import processor
+from layerpipe.partition.profile import intraop_threads
 from layerpipe.study.spec import Spec
 from layerpipe.study.tasks import measure_of, task
 from layerpipe.study.trial import Outcome, Row, Trial, run
@@ -170,7 +171,8 @@ def _run(
         return
     if processes == 1:
         ended: Iterable[tuple[Trial, Outcome]] = map(_measure, missing)
-        return _collect(ended, len(missing), found, records, on_end)
+        with intraop_threads(1):
+            return _collect(ended, len(missing), found, records, on_end)
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(missing)), _begin) as pool:
         _collect(pool.imap_unordered(_measure, missing), len(missing), found, records, on_end)
