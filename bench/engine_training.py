@@ -28,11 +28,9 @@ def pipeline(
     Raises:
         ValueError: a setting that no optimizer of :mod:`layerpipe_kernels` has.
     """
-    s, names = settings, [name for name, _ in task.model.named_parameters()]
+    s = settings
+    names = sorted((name for name, _ in task.model.named_parameters()), key=task.stage_of)
     stage_of = [task.stage_of(name) * stages // task.pieces for name in names]
-    if stage_of != sorted(stage_of):  # as a GPT's embedding of positions, which torch lists first
-        names.sort(key=lambda name: task.stage_of(name))
-        stage_of.sort()
     at = [names[stage_of.index(k)].rpartition(".")[0] for k in range(1, stages)]
     matrices = {param for name, param in task.model.named_parameters() if task.matrices(name)}
     common: dict[str, Any] = {"lr": s.lr, "weight_decay": s.weight_decay}

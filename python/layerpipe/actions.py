@@ -36,7 +36,7 @@ class Actions:
     ) -> None:
         self._last, self._own, self._loss_fn, self._losses = stages - 1, own, loss_fn, losses
         self.trace: list[Event] = []
-        self._drawn = 64 * len(own)  # actions that are still to be in it, about: threads may write down one more
+        self._traced = 64 * len(own)  # actions that are in it at most, about: threads may write down one more
 
     def connect(self, executor: Executor, stages: Sequence[Stage]) -> None:
         """Make the channels of this executor between the stages of this process and their neighbours."""
@@ -62,7 +62,7 @@ class Actions:
 
     def run(self, action: Action, tick: Tick) -> None:
         """Do one action, with the optimizer's options of this tick."""
-        issued = time.perf_counter() if self._drawn > 0 else 0.0
+        issued = time.perf_counter() if len(self.trace) < self._traced else 0.0
         at, kind, minibatch = action
         stage, last = self._acting[at], at == self._last
         spans: Recorder | None = stage.spans
@@ -85,7 +85,6 @@ class Actions:
         if spans is not None:
             spans.add(f"{kind}{minibatch}", start)
         if issued:
-            self._drawn -= 1
             self.trace.append(Event(tick.number, action, issued, time.perf_counter()))
 
     def close(self) -> None:

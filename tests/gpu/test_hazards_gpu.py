@@ -14,7 +14,7 @@ from torch import Tensor
 import layerpipe_kernels as lk
 from layerpipe_kernels.options import StepArguments
 from layerpipe_kernels.plan import Arrays
-from tests.gpu.test_step_gpu import on_gpu, plan_of
+from tests.gpu.plans import eager_and_replayed, on_gpu
 from tests.kernels import steps
 from tests.kernels.steps import BF16, F16, F32, Case
 
@@ -53,25 +53,7 @@ def test_sgd_has_the_cpus_bits_in_every_dtype(
 
 def test_a_thousand_tensors_over_steps_and_replays(backend: str) -> None:
     case = Case("adam", sizes=tuple(1 + i % 90 for i in range(1000)), counts=True, device="cuda")
-    arrays, grads = case.make()
-    plain, captured = steps.cloned(arrays), steps.cloned(arrays)
-    clocks = [torch.tensor(0, device="cuda") for _ in range(2)]
-    options, design = case.options(), case.design(delay=3)
-    plan = plan_of(case, plain, grads, backend)
-    for _ in range(6):
-        plan.step(grads, options, design, StepArguments(clock=clocks[0]))
-    plan = plan_of(case, captured, grads, backend)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        plan.step(grads, options, design, StepArguments(clock=clocks[1]))
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        plan.step(grads, options, design, StepArguments(clock=clocks[1]))
-    for _ in range(5):
-        graph.replay()
-    torch.cuda.synchronize()
+    arrays, plain, captured, _ = eager_and_replayed(case, backend, 6)
     assert all(map(torch.equal, plain.written(), captured.written()))
     assert [int(count) for count in captured.counts] == [6 + int(count) for count in arrays.counts]
 

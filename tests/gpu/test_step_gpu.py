@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
 
 import layerpipe_kernels as lk
 from layerpipe_kernels import ops
 from layerpipe_kernels.checks import check_options
 from layerpipe_kernels.options import STEADY, SgdOptions, StepArguments
-from layerpipe_kernels.plan import Arrays, StepPlan
+from layerpipe_kernels.plan import Arrays
+from tests.gpu.plans import eager_and_replayed, on_gpu, plan_of
 from tests.kernels import steps
 from tests.kernels.steps import BF16, F16, F32, Case
 
@@ -34,11 +34,6 @@ def no_host_synchronisation() -> Iterator[None]:
 
 def gpu(case: Case) -> Case:
     return dataclasses.replace(case, device="cuda")
-
-
-def plan_of(case: Case, arrays: Arrays, grads: list[Tensor], backend: str, chunk: int = 0) -> StepPlan:
-    names = [f"weights[{i}]" for i in range(len(grads))]
-    return StepPlan(case.rule, arrays, names=names, backend=backend, grad_dtype=grads[0].dtype, chunk=chunk)
 
 
 @BOTH
@@ -80,12 +75,6 @@ def test_sgd_equals_the_cpus_bit_for_bit(ema: torch.dtype | None) -> None:
     moved = Arrays(*(on_gpu(x) for x in arrays))
     got = steps.run("sgd", moved, [g.cuda() for g in grads], "cuda", case.options(), case.design(), args)
     assert all(torch.equal(a, b.cpu()) for a, b in zip(want.written(), got.written(), strict=True))
-
-
-def on_gpu(tensors: object) -> object:
-    if isinstance(tensors, Tensor):
-        return tensors.cuda()
-    return type(tensors)(on_gpu(x) for x in tensors)  # type: ignore[attr-defined, call-arg]
 
 
 @BOTH
@@ -154,26 +143,7 @@ def test_a_group_of_any_number_of_tensors(backend: str, rule: str, tensors: int)
 
 @BOTH
 def test_a_captured_graph_replays_the_steps(backend: str, rule: str) -> None:
-    case = Case(rule, emas=2, counts=True, device="cuda")
-    arrays, grads = case.make()
-    options, design = case.options(), case.design(delay=3)
-    eager, captured = steps.cloned(arrays), steps.cloned(arrays)
-    clocks = [torch.tensor(0, device="cuda") for _ in range(2)]
-    plan = plan_of(case, eager, grads, backend)
-    for _ in range(5):
-        plan.step(grads, options, design, StepArguments(clock=clocks[0]))
-    plan = plan_of(case, captured, grads, backend)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        plan.step(grads, options, design, StepArguments(clock=clocks[1]))
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        plan.step(grads, options, design, StepArguments(clock=clocks[1]))
-    for _ in range(4):
-        graph.replay()
-    torch.cuda.synchronize()
+    _, eager, captured, clocks = eager_and_replayed(Case(rule, emas=2, counts=True, device="cuda"), backend, 5)
     assert all(map(torch.equal, eager.written(), captured.written()))
     assert int(clocks[0]) == int(clocks[1]) == 5
 
